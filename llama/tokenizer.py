@@ -1,0 +1,200 @@
+"""The tokenizer: text to token ids and back, and chat templates.
+
+A tokenizer directory holds `tokenizer.json` (Hugging Face `tokenizers` format), `tokenizer_config.json` (names of the
+special tokens) and `chat_template.jinja`, as `transformers` reads and writes them.
+
+Text is data: a user who types `<|assistant|>` gets its characters, never the control token, in `encode` and inside
+chat messages alike. Only a template's own text makes control tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
+"""What a tokenizer trained by Caravan begins its vocabulary with."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('messages.role=' + message['role'] + ' is unknown; use system, user or assistant') }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+class ChatTemplateError(ValueError):
+    """The messages do not fit the chat template, or there is none."""
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+class Tokenizer:
+    """A `tokenizers` backend, the special tokens' roles and a chat template.
+
+    Args:
+        backend: the tokenizer proper; it becomes this object's and has its special-token parsing turned off.
+        bos_token, eos_token, pad_token: their strings; a missing `bos_token` or `pad_token` takes `eos_token`'s place.
+        chat_template: Jinja text, or None when the model has none.
+
+    Raises:
+        ValueError: a named token is not in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token: str | None = "<|bos|>",
+        eos_token: str = "<|eos|>",
+        pad_token: str | None = "<|pad|>",
+        chat_template: str | None = CHAT_TEMPLATE,
+    ) -> None:
+        self.backend = backend
+        self.backend.encode_special_tokens = True
+        self.eos_token = eos_token
+        self.bos_token = bos_token or eos_token
+        self.pad_token = pad_token or eos_token
+        self.bos_id, self.eos_id, self.pad_id = map(self._id, (self.bos_token, self.eos_token, self.pad_token))
+        self.chat_template = chat_template
+        added = backend.get_added_tokens_decoder()
+        self._special = {token.content: token_id for token_id, token in added.items() if token.special}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        # A sandbox without access to Python: templates come with models from outside.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise_exception
+        self._template = environment.from_string(chat_template) if chat_template is not None else None
+
+    def _id(self, token: str) -> int:
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"the tokenizer has no token {token!r}; name its special tokens in tokenizer_config.json")
+        return token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, special tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, nothing added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once, on all cores that `tokenizers` may use."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that form no character become U+FFFD."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation of `{"role", "content"}` messages.
+
+        Special tokens written inside a message's content stay plain text, whatever the template is.
+
+        Raises:
+            ChatTemplateError: there is no template, or it refuses the messages.
+        """
+        if self._template is None:
+            raise ChatTemplateError("the model has no chat template; use /v1/completions or add chat_template.jinja")
+        hidden, originals = self._hide_special_tokens(messages)
+        try:
+            text = self._template.render(
+                messages=hidden,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token,
+                eos_token=self.eos_token,
+                pad_token=self.pad_token,
+            )
+        except Exception as error:  # a template may fail in any way Jinja's sandbox can
+            raise ChatTemplateError(f"the chat template refuses the messages: {error}") from error
+        ids: list[int] = []
+        for part in self._special_pattern.split(text):
+            if part in self._special:
+                ids.append(self._special[part])
+            elif part:
+                for placeholder, original in originals.items():
+                    part = part.replace(placeholder, original)
+                ids.extend(self.encode(part))
+        return ids
+
+    def _hide_special_tokens(
+        self, messages: Sequence[Mapping[str, str]]
+    ) -> tuple[list[dict[str, str]], dict[str, str]]:
+        """Replaces special tokens inside contents by placeholders that occur in no content."""
+        everything = "".join(message["content"] for message in messages)
+        fence = next(mark for n in count() if (mark := "\ue000" * (n + 1)) not in everything)
+        originals = {f"{fence}{n}\ue001": token for n, token in enumerate(self._special)}
+        placeholders = {token: placeholder for placeholder, token in originals.items()}
+
+        def hide(content: str) -> str:
+            return self._special_pattern.sub(lambda match: placeholders[match[0]], content)
+
+        return [{**message, "content": hide(message["content"])} for message in messages], originals
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Reads a tokenizer directory.
+
+        Raises:
+            FileNotFoundError: there is no `tokenizer.json`.
+            ValueError: no end-of-text token is named, or a named token is not in the vocabulary.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} holds no tokenizer.json; give a directory saved by a fast tokenizer")
+        config_path = directory / "tokenizer_config.json"
+        config: dict[str, Any] = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+        names = {key: _token_name(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+        eos_token = names["eos_token"]
+        if eos_token is None:
+            raise ValueError(f"{config_path} names no eos_token; generation would never end, add it")
+        template_path = directory / "chat_template.jinja"
+        template = template_path.read_text("utf-8") if template_path.is_file() else config.get("chat_template")
+        return cls(
+            tokenizers.Tokenizer.from_file(str(path)),
+            bos_token=names["bos_token"],
+            eos_token=eos_token,
+            pad_token=names["pad_token"],
+            chat_template=template,
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the directory that `load` and `transformers.AutoTokenizer` read."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(directory / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
+            "clean_up_tokenization_spaces": False,
+        }
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        if self.chat_template is not None:
+            (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+
+
+def _token_name(value: Any) -> str | None:
+    """A special token in tokenizer_config.json is a string, or an object with its `content`."""
+    return value.get("content") if isinstance(value, dict) else value
