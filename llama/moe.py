@@ -6,7 +6,7 @@ H hidden dimension of one expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -31,15 +31,16 @@ class LayerRouting:
     """int64: (token, choice) pairs sent to each expert."""
 
 
-@dataclass
 class RoutingRecord:
     """Collects every layer's routing of a forward pass, keyed by layer.
 
     Given to `Transformer.forward` by whoever needs the statistics (the trainer); a model that is not asked for them
-    keeps none, so that evaluation is never counted. A recomputed layer overwrites its own entry.
+    keeps none, so that evaluation is never counted. A recomputed layer overwrites its own entry. Not a dataclass: FSDP
+    copies every dataclass it finds among a block's arguments, and the layers would write into the copies.
     """
 
-    layers: dict[int, LayerRouting] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerRouting] = {}
 
 
 class Router(nn.Module):

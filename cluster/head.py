@@ -1,0 +1,209 @@
+"""A local Ray head that outlives the command that started it: `up`, `down`, and the note that joins them.
+
+The note is `$CARAVAN_HOME/cluster.json`. A process is known by its number and its start time together, so a note that
+was left behind never ends a stranger.
+"""
+
+import http.client
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fcntl import LOCK_EX, flock
+from pathlib import Path
+
+from cluster import processes
+from cluster.storage import NotFound, Store
+
+logger = logging.getLogger(__name__)
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the entrypoint of a submitted job."""
+
+_RECORD = "cluster.json"
+_START_SECONDS = 120.0
+_STOP_SECONDS = 40.0  # `ray start` first drains the node, for at most 30 seconds
+
+
+class ClusterError(RuntimeError):
+    """A cluster could not be reached, started or ended. The message names the address and the remedy."""
+
+
+@dataclass(frozen=True)
+class ClusterRecord:
+    """What `up` notes about the head it started. `started` is the process's start, in seconds since the epoch."""
+
+    pid: int
+    started: float
+    address: str
+    dashboard_url: str
+
+
+def up(
+    *,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    port: int | None = None,
+    dashboard_port: int | None = None,
+) -> ClusterRecord:
+    """Start a Ray head on loopback that outlives this process, with a dashboard and its Jobs API; `down` ends it.
+
+    Ports that are not given are chosen free. It is noted in `$CARAVAN_HOME/cluster.json`, its output goes to
+    `head.log` beside that. Raises ClusterError: a port is taken, a cluster is up already, or Ray does not start; then
+    nothing is left running.
+    """
+    with _locked_home() as home:
+        earlier = recorded()
+        if earlier is not None:
+            raise ClusterError(
+                f"a cluster is up already at {earlier.address} (pid {earlier.pid}); end it: caravan down"
+            )
+        ports = _choose_ports(port, dashboard_port)
+        prepare_environment(loopback=True)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+        command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1"]
+        command += [f"--{name}={number}" for name, number in ports.items()]
+        command += [f"--temp-dir={_temporary_folder()}"]
+        command += [f"--num-cpus={num_cpus}"] if num_cpus is not None else []
+        command += [f"--num-gpus={num_gpus}"] if num_gpus is not None else []
+        log_path = home / "head.log"
+        # RAY_ADDRESS would make `ray start --head` look for a cluster instead of being one
+        environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", JOB_CONFIG)}
+        # a job's `python` is this one, whether or not its environment is activated
+        environment["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment.get('PATH', os.defpath)}"
+        with open(log_path, "wb") as log:
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
+            )
+        process = processes.find(child.pid)
+        try:
+            url = f"http://127.0.0.1:{ports['dashboard-port']}"
+            _await_dashboard(child, url, log_path)
+            if process is None:
+                raise _did_not_start(log_path)
+            record = ClusterRecord(child.pid, process.create_time(), f"127.0.0.1:{ports['port']}", url)
+            Store(home).write_json(_RECORD, asdict(record))
+        except BaseException:
+            if process is not None:
+                processes.end_tree(process, _STOP_SECONDS)
+            raise
+    return record
+
+
+def down() -> ClusterRecord:
+    """End the cluster of `up`, and return once none of its processes is left. Raises ClusterError if there is none."""
+    with _locked_home() as home:
+        record = recorded()
+        if record is None:
+            raise ClusterError(f"no cluster is up (nothing is noted in {home / _RECORD})")
+        process = processes.find(record.pid, record.started)
+        if process is not None:
+            processes.end_tree(process, _STOP_SECONDS)
+        Store(home).delete(_RECORD)
+    return record
+
+
+def recorded() -> ClusterRecord | None:
+    """The cluster of `up`, if it is alive. A record of one that is gone is removed, and one line says so."""
+    home = Store(caravan_home())
+    try:
+        record = ClusterRecord(**home.read_json(_RECORD))
+    except NotFound:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ClusterError(f"{home}/{_RECORD} is not a record of `caravan up`; delete it ({error})") from error
+    if processes.find(record.pid, record.started) is None:
+        logger.warning("the cluster at %s (pid %d) is gone; removing its record", record.address, record.pid)
+        home.delete(_RECORD)
+        return None
+    return record
+
+
+def caravan_home() -> Path:
+    """Where this user's running cluster is noted: $CARAVAN_HOME, else ./.caravan."""
+    return Path(os.environ.get("CARAVAN_HOME") or ".caravan").absolute()
+
+
+def prepare_environment(loopback: bool) -> None:
+    """Settings that Ray reads from the environment; what the user has set stays."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not loopback:
+        return
+    # left unset, Ray writes ~/.ray/auth_token, and later clusters silently demand it
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # otherwise Ray replaces 127.0.0.1 by the network card's address and listens on every interface
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if "ray" in sys.modules:  # it was imported before, and read the setting then
+        from ray._private import ray_constants
+
+        ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] not in (
+            "0",
+            "false",
+            "False",
+        )
+
+
+@contextmanager
+def _locked_home() -> Iterator[Path]:
+    """The home folder, held by one `up` or `down` at a time."""
+    home = caravan_home()
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / "cluster.lock", "w") as lock:
+        flock(lock, LOCK_EX)
+        yield home
+
+
+def _choose_ports(port: int | None, dashboard_port: int | None) -> dict[str, int]:
+    """Every port that would otherwise be a fixed one, by the name of its `ray start` option."""
+    wanted = {"port": port, "dashboard-port": dashboard_port}
+    wanted |= {"ray-client-server-port": None, "dashboard-agent-listen-port": None}
+    held: dict[str, socket.socket] = {}
+    try:
+        for name, number in wanted.items():
+            try:
+                held[name] = socket.create_server(("127.0.0.1", number or 0))
+            except (OSError, OverflowError) as error:
+                raise ClusterError(
+                    f"{name.replace('-', '_')}={number} cannot be used on 127.0.0.1 ({error}); choose another, or none"
+                ) from error
+        return {name: server.getsockname()[1] for name, server in held.items()}
+    finally:
+        for server in held.values():
+            server.close()
+
+
+def _temporary_folder() -> Path:
+    """Below Ray's own: `ray start` would otherwise note this head there as the machine's current cluster."""
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", f"caravan-{os.getuid()}")
+
+
+def answers(url: str) -> bool:
+    """Whether a Ray dashboard answers at `url` now."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between us and a cluster
+    try:
+        with opener.open(f"{url}/api/version", timeout=5) as reply:
+            return "ray_version" in json.load(reply)
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError):
+        return False
+
+
+def _await_dashboard(child: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while not answers(url):
+        if child.poll() is not None or time.monotonic() > deadline:
+            raise _did_not_start(log_path)
+        time.sleep(0.2)
+
+
+def _did_not_start(log_path: Path) -> ClusterError:
+    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    return ClusterError(f"Ray did not start: {lines[-1] if lines else 'it said nothing'}; see {log_path}")

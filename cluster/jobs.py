@@ -1,0 +1,212 @@
+"""Submitted runs: thin over Ray's Jobs API.
+
+A job carries our packages, so no node needs them installed, and starts in a folder of its own: the folder that a
+program starts in comes first on its import path, and on a node that may be a checkout with another `llama` in it.
+
+Every function takes `address`: a dashboard (`http://host:8265`), a cluster's own `host:port`, or `auto`. None:
+RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else the cluster of `caravan up`. All raise ClusterError.
+"""
+
+import asyncio
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.head import ClusterError, answers, prepare_environment, recorded
+from cluster.session import check_reachable, find_local, is_loopback, runtime_env
+from cluster.storage import Store
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+_RUN = "caravan_run"
+_API_ADDRESS = "RAY_API_SERVER_ADDRESS"
+_STOP_SECONDS = 60.0
+
+
+class JobNotFound(ClusterError):
+    """The cluster has no job of that run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One try at a run on a cluster.
+
+    `status` is PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; `message` explains it; `started` and `ended` are seconds
+    since the epoch.
+    """
+
+    id: str
+    run_id: str
+    status: str
+    message: str
+    entrypoint: str
+    started: float | None
+    ended: float | None
+    metadata: dict[str, str]
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in ("STOPPED", "SUCCEEDED", "FAILED")
+
+
+def submit(
+    entrypoint: str,
+    run_id: str,
+    *,
+    address: str | None = None,
+    files: Mapping[str, bytes] | None = None,
+    env_vars: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Job:
+    """Start the shell command `entrypoint` on the cluster's head, in a folder that holds just `files`.
+
+    The job's id is `run_id`, and `{run_id}-2` and so on when the run is submitted again. `env_vars` and `metadata` are
+    shown to everybody who can see the cluster: no secrets in them. Raises ValueError for a bad run id or file name, and
+    ClusterError if the run is still going.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", run_id):
+        raise ValueError(f"run_id={run_id!r} is not usable; use letters, digits, '.', '_' and '-'")
+    with _client(address) as client, tempfile.TemporaryDirectory(prefix="caravan-job-") as folder:
+        earlier = _jobs_of(client, run_id)
+        for job in earlier:
+            if not job.is_over:
+                raise ClusterError(
+                    f"run {run_id} is {job.status} as job {job.id}; stop it first: caravan stop {run_id}"
+                )
+        for name, data in (files or {}).items():
+            Store(folder).write_bytes(name, data)
+        job_id = client.submit_job(
+            entrypoint=entrypoint,
+            submission_id=f"{run_id}-{len(earlier) + 1}" if earlier else run_id,
+            runtime_env={**runtime_env(), "working_dir": folder, "env_vars": dict(env_vars or {})},
+            metadata={**(metadata or {}), _RUN: run_id},
+        )
+        return _job(client.get_job_info(job_id))
+
+
+def list_jobs(address: str | None = None) -> list[Job]:
+    """Every job that `submit` started there, oldest first."""
+    with _client(address) as client:
+        return _jobs_of(client)
+
+
+def status(run_id: str, address: str | None = None) -> Job:
+    """The run's latest job. Raises JobNotFound."""
+    with _client(address) as client:
+        return _latest(client, run_id)
+
+
+def logs(run_id: str, address: str | None = None, *, follow: bool = False) -> Iterator[str]:
+    """The output of the run's latest job, in pieces; with `follow` until the job is over. Raises JobNotFound."""
+    with _client(address) as client:
+        job = _latest(client, run_id)
+        if not follow:
+            yield client.get_job_logs(job.id)
+            return
+        pieces = client.tail_job_logs(job.id)
+        loop = asyncio.new_event_loop()
+        try:
+            while True:
+                try:
+                    yield loop.run_until_complete(anext(pieces))
+                except StopAsyncIteration:
+                    return
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+
+def stop(run_id: str, address: str | None = None) -> Job:
+    """End the run's latest job, and return it once it is over; one that is over already stays as it is.
+
+    Raises JobNotFound, and ClusterError if the job goes on for a minute.
+    """
+    with _client(address) as client:
+        job = _latest(client, run_id)
+        if not job.is_over:
+            client.stop_job(job.id)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while not job.is_over:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"job {job.id} is still {job.status} after {_STOP_SECONDS:.0f} s; try again")
+            time.sleep(0.2)
+            job = _job(client.get_job_info(job.id))
+        return job
+
+
+# -- inside
+
+
+@contextmanager
+def _client(address: str | None) -> "Iterator[JobSubmissionClient]":
+    """Ray's client for that address; what it raises becomes a ClusterError."""
+    target = _resolve(address)
+    from ray.job_submission import JobSubmissionClient
+
+    # Ray lets its environment overrule the address that its client is given
+    before = os.environ.get(_API_ADDRESS)
+    os.environ[_API_ADDRESS] = target
+    try:
+        client = JobSubmissionClient(target)
+    except Exception as error:  # Ray names no common class: ConnectionError, RuntimeError, requests' own, ...
+        raise ClusterError(f"no Jobs API answers at {target} ({error}); check the address") from error
+    finally:
+        if before is None:
+            del os.environ[_API_ADDRESS]
+        else:
+            os.environ[_API_ADDRESS] = before
+    try:
+        yield client
+    except (ClusterError, ValueError):
+        raise
+    except Exception as error:
+        raise ClusterError(f"the Jobs API at {target} failed: {error}") from error
+
+
+def _resolve(address: str | None) -> str:
+    address = address or os.environ.get(_API_ADDRESS) or os.environ.get("RAY_ADDRESS")
+    if not address:
+        record = recorded()
+        if record is None:
+            raise ClusterError("no cluster to talk to; start one (caravan up), or name one (--address)")
+        address = record.dashboard_url
+    if "://" in address:
+        return address
+    if address == "auto":
+        address = find_local()
+    prepare_environment(loopback=is_loopback(address))
+    check_reachable(address)
+    return f"http://{address}" if answers(f"http://{address}") else address
+
+
+def _jobs_of(client: "JobSubmissionClient", run_id: str | None = None) -> list[Job]:
+    details = [each for each in client.list_jobs() if each.submission_id and _RUN in (each.metadata or {})]
+    jobs = sorted((_job(each) for each in details), key=lambda job: job.started or 0.0)
+    return [job for job in jobs if run_id in (None, job.run_id)]
+
+
+def _latest(client: "JobSubmissionClient", run_id: str) -> Job:
+    jobs = _jobs_of(client, run_id)
+    if not jobs:
+        raise JobNotFound(f"the cluster has no job of run {run_id!r}; see caravan runs")
+    return jobs[-1]
+
+
+def _job(details: "JobDetails") -> Job:
+    metadata = dict(details.metadata or {})
+    return Job(
+        id=details.submission_id or "",
+        run_id=metadata.pop(_RUN, ""),
+        status=details.status.value,
+        message=details.message or "",
+        entrypoint=details.entrypoint,
+        started=details.start_time / 1000 if details.start_time else None,
+        ended=details.end_time / 1000 if details.end_time else None,
+        metadata=metadata,
+    )

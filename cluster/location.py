@@ -1,0 +1,116 @@
+"""A store's URI, taken apart and checked, and the file system it names. Only `cluster.storage` uses this module."""
+
+import os
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+import pyarrow.fs as pafs
+
+from cluster.filesystem import TEMPORARY_PREFIX, FileSystem, LocalFiles, ObjectFiles
+
+_OPTIONS = {"file": (), "s3": ("endpoint_override", "region", "scheme"), "gs": ("endpoint_override", "scheme")}
+_CONNECT_SECONDS = 5
+_REQUEST_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Location:
+    """`{kind}://{user}:{password}@{bucket}{path}?{options}`, decoded; a file's bucket is empty.
+
+    `path` starts with `/` and does not end with one; it is empty at the top of a bucket.
+    """
+
+    kind: str
+    bucket: str
+    path: str
+    options: tuple[tuple[str, str], ...] = ()
+    user: str = ""
+    password: str = ""
+
+    @classmethod
+    def parse(cls, uri: str) -> "Location":
+        """Raises ValueError, never showing what may be a secret. A bare path is made absolute."""
+        if not uri:
+            raise ValueError(
+                "a store's URI is empty; give a folder, file:///dir, s3://bucket/prefix or gs://bucket/prefix"
+            )
+        if "://" not in uri:
+            return cls("file", "", os.path.abspath(os.path.expanduser(uri)).rstrip("/"))
+        parts = urlsplit(uri)
+        credentials, _, host = parts.netloc.rpartition("@")
+        shown = f"{parts.scheme}://{host}{parts.path}"
+        if parts.scheme not in _OPTIONS:
+            raise ValueError(f"{shown}: unknown scheme {parts.scheme!r}; use file://, s3:// or gs://")
+        if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
+            raise ValueError(f"{shown}: a file URI needs an absolute path: file:///dir")
+        if parts.scheme != "file" and not host:
+            raise ValueError(f"{shown}: the bucket is missing; write {parts.scheme}://bucket/prefix")
+        if parts.fragment:
+            raise ValueError(f"{shown}: '#' starts a fragment, which a store has not; write %23 for a literal '#'")
+        options = tuple(parse_qsl(parts.query, keep_blank_values=True))
+        known = _OPTIONS[parts.scheme]
+        for name, _ in options:
+            if name not in known:  # its value is not shown: it might be somebody's secret_key
+                allowed = ", ".join(known) or "none"
+                raise ValueError(f"{shown}: unknown option {name!r}; {parts.scheme}:// takes {allowed}")
+        path = unquote(parts.path).rstrip("/")
+        if path:
+            checked(path[1:])
+        user, _, password = credentials.partition(":")
+        if parts.scheme == "gs" and credentials not in ("", "anonymous"):
+            raise ValueError(f"{shown}: credentials in a gs:// URI; set GOOGLE_APPLICATION_CREDENTIALS instead")
+        return cls(parts.scheme, host, path, options, unquote(user), unquote(password))
+
+    def child(self, path: str) -> "Location":
+        return replace(self, path=f"{self.path}/{checked(path)}")
+
+    def key(self, path: str = "") -> str:
+        """The whole path of `path` in this location, as its file system wants it."""
+        root = self.bucket + self.path
+        return f"{root}/{checked(path)}" if path else root or "/"
+
+    def uri(self, secrets: bool = False) -> str:
+        """The URI; without `secrets` credentials are shown as `***`."""
+        credentials = ""
+        if self.user:
+            credentials = f"{quote(self.user, safe='')}:{quote(self.password, safe='')}@" if secrets else "***@"
+            if self.kind == "gs":
+                credentials = "anonymous@"
+        query = "&".join(f"{name}={quote(value, safe=':/')}" for name, value in self.options)
+        return f"{self.kind}://{credentials}{self.bucket}{quote(self.path)}{'?' if query else ''}{query}"
+
+    def connect(self) -> FileSystem:
+        """Raises OSError if the bucket's region cannot be found out."""
+        if self.kind == "file":
+            return LocalFiles()
+        options = dict(self.options)
+        if self.kind == "gs":
+            limit = timedelta(seconds=_REQUEST_SECONDS)
+            return ObjectFiles(pafs.GcsFileSystem(anonymous=bool(self.user), retry_time_limit=limit, **options))
+        region = options.pop("region", None)
+        if region is None:
+            # another endpoint knows no AWS regions; AWS itself is asked where the bucket lies
+            region = "us-east-1" if "endpoint_override" in options else pafs.resolve_s3_region(self.bucket)
+        return ObjectFiles(
+            pafs.S3FileSystem(
+                access_key=self.user or None,
+                secret_key=self.password or None,
+                region=region,
+                connect_timeout=_CONNECT_SECONDS,
+                request_timeout=_REQUEST_SECONDS,
+                # without it every small write is several requests; a missing bucket then shows at the first close
+                allow_delayed_open=True,
+                **options,
+            )
+        )
+
+
+def checked(path: str) -> str:
+    """`path` if it is a plain relative one. Raises ValueError for anything that could leave the store."""
+    for part in path.split("/"):
+        if part in ("", ".", "..") or "\0" in part:
+            raise ValueError(f"path {path!r} is not a plain relative path; use names separated by '/', without '..'")
+        if part.startswith(TEMPORARY_PREFIX):
+            raise ValueError(f"path {path!r}: names that start with {TEMPORARY_PREFIX} are for files being written")
+    return path

@@ -1,0 +1,174 @@
+"""Which workers go to which node, so that every expert-parallel group stays inside one.
+
+The all-to-all of a group is the heaviest traffic of a step, and a node is one NVLink domain. Ray Train sorts workers
+by node before it numbers them, so one node's ranks are contiguous; with the expert-parallel axis innermost, group i is
+ranks i*ep to i*ep+ep-1. Hence every group stays inside a node exactly if every node's worker count is a multiple of ep.
+
+The plan is made before a start, handed to Ray as labels, and verified by the workers from the node ids they gather.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor, inf
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.train import ScalingConfig
+
+NODE_ID_LABEL = "ray.io/node-id"
+_ACCELERATOR = "accelerator_type:"
+
+
+@dataclass(frozen=True)
+class NodeResources:
+    """What a node has in all; `accelerator_type` as Ray names it, such as `H200`, None without a GPU."""
+
+    node_id: str
+    cpus: float
+    gpus: float = 0.0
+    accelerator_type: str | None = None
+
+
+@dataclass(frozen=True)
+class WorkerNeeds:
+    """What one worker asks for. Raises ValueError if that is nothing, or negative."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    accelerator_type: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("cpus_per_worker", self.cpus), ("gpus_per_worker", self.gpus)):
+            if value < 0:
+                raise ValueError(f"{name}={value} is negative; use 0 or more")
+        if self.cpus == self.gpus == 0:
+            raise ValueError("cpus_per_worker=0 and gpus_per_worker=0: a worker must ask for something")
+        if self.accelerator_type is not None and self.gpus == 0:
+            raise ValueError(f"accelerator_type={self.accelerator_type!r} needs gpus_per_worker of at least 1")
+
+    def slots(self, node: NodeResources) -> int:
+        """How many workers `node` holds."""
+        if self.accelerator_type not in (None, node.accelerator_type):
+            return 0
+        room = [have / need for have, need in ((node.cpus, self.cpus), (node.gpus, self.gpus)) if need > 0]
+        return floor(min(room, default=inf) + 1e-9)
+
+
+class PlacementError(ValueError):
+    """There is no such plan, or it was not kept. `nearest` is the (workers, ep) that would fit, if any does."""
+
+    def __init__(self, message: str, nearest: tuple[int, int] | None = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """`workers_by_node`: how many workers each node gets, a multiple of `ep` each."""
+
+    workers_by_node: tuple[tuple[str, int], ...]
+    ep: int
+    needs: WorkerNeeds
+
+    @property
+    def workers(self) -> int:
+        return sum(count for _, count in self.workers_by_node)
+
+    @property
+    def node_ids(self) -> list[str]:
+        """The node of every worker. Not by rank: Ray numbers the workers itself."""
+        return [node_id for node_id, count in self.workers_by_node for _ in range(count)]
+
+    def to_scaling(self) -> "ScalingConfig":
+        """The plan as Ray Train takes it: one node label for every worker.
+
+        It names nodes, so it holds for one start: after the loss of a node plan anew.
+        """
+        from ray.train import ScalingConfig
+
+        resources = {"CPU": self.needs.cpus, "GPU": self.needs.gpus}
+        # ray.train shows type checkers its older ScalingConfig, which has no labels
+        return ScalingConfig(
+            num_workers=self.workers,
+            use_gpu=self.needs.gpus > 0,
+            resources_per_worker={name: amount for name, amount in resources.items() if amount > 0},
+            accelerator_type=self.needs.accelerator_type,
+            label_selector=[{NODE_ID_LABEL: node_id} for node_id in self.node_ids],  # type: ignore[call-arg]
+        )
+
+
+def plan(nodes: Sequence[NodeResources], workers: int, ep: int, needs: WorkerNeeds) -> PlacementPlan:
+    """Place `workers` in groups of `ep`, on as few nodes as possible.
+
+    Raises PlacementError that says why there is no room, and what would fit.
+    """
+    if workers < 1 or ep < 1:
+        raise ValueError(f"workers={workers} and ep={ep} must both be at least 1")
+    if workers % ep:
+        raise _refusal(f"workers={workers} is not a multiple of ep={ep}", nodes, workers, ep, needs)
+    slots = {node.node_id: needs.slots(node) for node in nodes}
+    if workers > capacity(nodes, ep, needs):
+        rooms = ", ".join(f"{node_id}: {count}" for node_id, count in sorted(slots.items())) or "there is no node"
+        reason = f"workers={workers} in groups of ep={ep} do not fit (a group stays on one node; room: {rooms})"
+        raise _refusal(reason, nodes, workers, ep, needs)
+    left, chosen = workers, []
+    for node_id, room in sorted(slots.items(), key=lambda item: (-(item[1] // ep), item[0])):
+        count = min(left, refit(room, ep))
+        if count:
+            chosen.append((node_id, count))
+            left -= count
+    return PlacementPlan(tuple(chosen), ep, needs)
+
+
+def capacity(nodes: Sequence[NodeResources], ep: int, needs: WorkerNeeds) -> int:
+    """The largest number of workers that the nodes hold in groups of `ep`, none across nodes."""
+    return sum(refit(needs.slots(node), ep) for node in nodes)
+
+
+def refit(workers_available: int, ep: int) -> int:
+    """The largest usable world size, a multiple of `ep`; 0 if not even one group is left."""
+    return workers_available - workers_available % ep
+
+
+def verify(node_ids_by_rank: Sequence[str], ep: int) -> None:
+    """Check, from the node id of every rank, that no expert-parallel group crosses nodes.
+
+    Raises PlacementError naming the first group that does.
+    """
+    if len(node_ids_by_rank) % ep:
+        raise PlacementError(f"world size {len(node_ids_by_rank)} is not a multiple of ep={ep}")
+    for first in range(0, len(node_ids_by_rank), ep):
+        group = node_ids_by_rank[first : first + ep]
+        if len(set(group)) > 1:
+            where = ", ".join(f"rank {first + offset} on {node_id}" for offset, node_id in enumerate(group))
+            raise PlacementError(
+                f"expert-parallel group {first // ep} crosses nodes ({where}); "
+                "give every node a number of workers that ep divides, or use a smaller ep"
+            )
+
+
+def alive_nodes() -> list[NodeResources]:
+    """What the nodes of the cluster that this process is connected to have in all, in use or not."""
+    import ray
+
+    nodes = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            kinds = sorted(name.removeprefix(_ACCELERATOR) for name in has if name.startswith(_ACCELERATOR))
+            kind = kinds[0] if kinds else None
+            nodes.append(NodeResources(node["NodeID"], has.get("CPU", 0.0), has.get("GPU", 0.0), kind))
+    return nodes
+
+
+def _refusal(reason: str, nodes: Sequence[NodeResources], workers: int, ep: int, needs: WorkerNeeds) -> PlacementError:
+    """The error with the nearest plan: the same ep if one group of it fits, else the largest smaller one."""
+    for size in range(ep, 0, -1):
+        room = capacity(nodes, size, needs)
+        if room:
+            count = min(range(size, room + 1, size), key=lambda count: (abs(count - workers), count))
+            return PlacementError(f"{reason}; workers={count} with ep={size} would fit", (count, size))
+    each = f"{needs.cpus:g} CPU and {needs.gpus:g} GPU" + (
+        f" of {needs.accelerator_type}" * bool(needs.accelerator_type)
+    )
+    return PlacementError(f"{reason}; no node has room for even one worker of {each}")

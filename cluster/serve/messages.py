@@ -1,0 +1,79 @@
+"""What travels between the ingress, the router and the engine replicas. Plain data, no behaviour."""
+
+from dataclasses import dataclass
+
+from llama.engine import BlockEvent, CacheSnapshot, Chunk, SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A tokenised prompt on its way to a replica of the router's choice.
+
+    `hashes` are the prompt's block hashes (one per full block), computed once by the ingress. `avoid` names
+    replicas to use only if no other is left: those on which this request has already failed.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    hashes: tuple[bytes, ...]
+    params: SamplingParams
+    avoid: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class ReplicaTarget:
+    """A control call pinned to one replica (subscribe, flush): nobody else may answer it."""
+
+    replica: str
+
+
+@dataclass(frozen=True)
+class ReplicaInfo:
+    """What does not change while a replica lives. `max_seq_len`: tokens of a prompt and its answer, at most."""
+
+    replica: str
+    pid: int
+    node_id: str
+    weights_id: str
+    vocab_size: int
+    max_seq_len: int
+    block_size: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class ReplicaLoad:
+    """A replica's engine statistics at one moment; the token counters run from its start."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+    pending_prefill_tokens: int
+    decode_context_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    preemptions: int
+
+
+@dataclass(frozen=True)
+class ReplicaUpdate:
+    """One item of a subscription. The first carries `info` and `snapshot`; later ones carry the events since."""
+
+    epoch: str
+    load: ReplicaLoad
+    events: tuple[BlockEvent, ...] = ()
+    snapshot: CacheSnapshot | None = None
+    info: ReplicaInfo | None = None
+
+
+@dataclass(frozen=True)
+class ReplicaChunk:
+    """An engine chunk and where it comes from."""
+
+    replica: str
+    chunk: Chunk
+
+
+class WrongReplica(RuntimeError):
+    """A pinned call reached another replica, because the one it names has left."""

@@ -1,0 +1,222 @@
+"""A connection to Ray: a running cluster, the one of `caravan up`, or an own local one that ends with the session.
+
+Everything that is started here listens on loopback only. Ray reads its settings when it is first imported, so this
+module sets them, and imports ray, inside its functions.
+"""
+
+import atexit
+import importlib.util
+import logging
+import os
+import socket
+import sys
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from types import TracebackType
+from typing import Any
+
+from cluster import processes
+from cluster.head import JOB_CONFIG, ClusterError, ClusterRecord, down, prepare_environment, recorded, up
+
+__all__ = ["ClusterError", "ClusterRecord", "Session", "connect", "down", "recorded", "runtime_env", "up"]
+
+PACKAGES = ("llama", "cluster", "pipelines")
+
+
+@dataclass
+class Session:
+    """This process's connection to a Ray cluster; a context manager.
+
+    `owned`: the cluster was started by this session and ends with it.
+    """
+
+    address: str
+    owned: bool
+    dashboard_url: str | None
+    _disconnects: bool = True
+    _open: bool = field(default=True, init=False)
+
+    def close(self) -> None:
+        """Disconnect; an owned cluster is ended, and no process of it is left when this returns."""
+        if not self._open:
+            return
+        self._open = False
+        atexit.unregister(self.close)
+        if not self._disconnects:
+            return
+        import ray
+
+        own = ray_processes() if self.owned else []
+        ray.shutdown()
+        # the dashboard's helpers outlive it for some seconds
+        processes.await_end(own, grace=10)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def connect(
+    address: str | None = None, *, num_cpus: int | None = None, num_gpus: int | None = None, dashboard: bool = True
+) -> Session:
+    """Connect this process to Ray.
+
+    `address`: `host:port` of a cluster that this machine is a node of; `auto`, a cluster that runs on this machine,
+    whoever started it; `local`, a new one of this session's own. None: RAY_ADDRESS, else the cluster of `up`, else
+    `local`. `num_cpus`, `num_gpus` and `dashboard` are for a local one.
+
+    Workers import our packages as this process has them, except inside a submitted job, whose packages came with it. A
+    process that is connected already shares that connection, and closing such a session leaves it open.
+
+    Raises ClusterError.
+    """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return _share(address)
+    recorded_address = None
+    if address is None:
+        address = os.environ.get("RAY_ADDRESS") or None
+    if address is None and (record := recorded()) is not None:
+        address = recorded_address = record.address
+    if address is None or address == "local":
+        return _start_local(num_cpus, num_gpus, dashboard)
+    for name, value in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
+        if value is not None:
+            raise ClusterError(
+                f"{name}={value} cannot change the running cluster at {address}; leave it out, or use address 'local'"
+            )
+    try:
+        return _join(address)
+    except ClusterError as error:
+        if recorded_address is None:
+            raise
+        raise ClusterError(f"{error} (the cluster of `caravan up`; `caravan down` ends what is left of it)") from error
+
+
+def runtime_env() -> dict[str, Any]:
+    """What makes workers import llama, cluster and pipelines as they are here, and not what a node has installed.
+
+    Raises ClusterError if one of the packages is not installed here.
+    """
+    folders = []
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise ClusterError(f"package {name!r} is not installed here, so workers cannot get it; pip install -e .")
+        folders.append(spec.submodule_search_locations[0])
+    return {"py_modules": folders, "excludes": ["**/__pycache__/**", "**/*.pyc"]}
+
+
+def ray_processes() -> list[Any]:
+    """The processes of a local cluster that this process owns (psutil.Process)."""
+    import ray
+
+    package = os.path.dirname(ray.__file__)
+    roots = []
+    for child in processes.this_process().children():
+        process = processes.find(child.pid)
+        if process is not None and any(package in word for word in process.cmdline()):
+            roots.append(process)
+    return [member for root in roots for member in processes.tree(root)]
+
+
+# -- inside
+
+
+def _start_local(num_cpus: int | None, num_gpus: int | None, dashboard: bool) -> Session:
+    prepare_environment(loopback=True)
+    import ray
+
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            runtime_env=runtime_env(),
+            logging_level=logging.WARNING,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        ray.shutdown()
+        raise ClusterError(f"a local Ray could not be started: {error}") from error
+    return _session(context.dashboard_url, owned=True)
+
+
+def _join(address: str) -> Session:
+    if "://" in address:
+        raise ClusterError(
+            f"address {address!r} is not host:port; give the cluster's own address (not its dashboard or Ray Client), "
+            "from one of its nodes, or send the work as a job: caravan submit"
+        )
+    if address == "auto":
+        address = find_local()
+    prepare_environment(loopback=is_loopback(address))
+    import ray
+
+    # Ray itself keeps trying an address where nothing listens for more than a minute
+    check_reachable(address)
+    in_job = JOB_CONFIG in os.environ
+    try:
+        context = ray.init(
+            address=address, runtime_env=None if in_job else runtime_env(), logging_level=logging.WARNING
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        ray.shutdown()
+        raise ClusterError(
+            f"cannot join the cluster at {address}: {error}; run this on one of its nodes, or send it: caravan submit"
+        ) from error
+    return _session(context.dashboard_url, owned=False)
+
+
+def _session(dashboard: str | None, owned: bool) -> Session:
+    import ray
+
+    session = Session(ray.get_runtime_context().gcs_address, owned, f"http://{dashboard}" if dashboard else None)
+    atexit.register(session.close)
+    return session
+
+
+def _share(address: str | None) -> Session:
+    import ray
+
+    current = ray.get_runtime_context().gcs_address
+    if address not in (None, "auto", current):
+        raise ClusterError(f"this process is connected to {current} already; close that session before {address}")
+    return Session(current, False, None, _disconnects=False)
+
+
+def find_local() -> str:
+    """The `host:port` of a cluster that runs on this machine. Raises ClusterError if there is none."""
+    prepare_environment(loopback=True)
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    try:
+        return canonicalize_bootstrap_address_or_die("auto")
+    except ConnectionError as error:
+        raise ClusterError("no Ray cluster runs on this machine; start one: caravan up") from error
+
+
+def is_loopback(address: str) -> bool:
+    """Whether the host of `host:port` is this machine's loopback."""
+    host = address.rpartition(":")[0]
+    try:
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_reachable(address: str) -> None:
+    """Raises ClusterError unless something listens at `host:port`."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except ValueError as error:
+        raise ClusterError(f"address {address!r} is not host:port") from error
+    except OSError as error:
+        raise ClusterError(
+            f"no cluster answers at {address} ({error}); check the address, or start one: caravan up"
+        ) from error

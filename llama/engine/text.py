@@ -1,0 +1,107 @@
+"""Text from a growing list of tokens: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+REPLACEMENT = "\ufffd"
+"""What a tokenizer decodes bytes to that form no character (yet)."""
+
+
+class TextTokenizer(Protocol):
+    """What the engine needs of a tokenizer; `llama.tokenizer.Tokenizer` has it."""
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class IncrementalDecoder:
+    """Decodes token by token; the pieces joined are `decode` of all tokens.
+
+    A token may hold a part of a character. Only the last replacement character of a text can still turn into
+    something else, so that one alone is held back. Each call decodes the tokens since the last whole character, behind
+    the ones before them: some decoders treat the first token of a text in a special way.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+        self._emitted = ""
+        """Text of `_context`, and what has been handed out of `_pending`'s."""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now and was not before."""
+        self._pending.append(token_id)
+        text = self._tokenizer.decode(self._context + self._pending)
+        if not text.endswith(REPLACEMENT):
+            new = text[len(self._emitted) :]
+            self._context, self._pending = self._pending, []
+            self._emitted = self._tokenizer.decode(self._context)
+            return new
+        new = text[len(self._emitted) : -1]
+        self._emitted += new
+        return new
+
+    def finish(self) -> str:
+        """What was held back: the replacement character of an unfinished one, as `decode` gives it."""
+        text = self._tokenizer.decode(self._context + self._pending)
+        return text[len(self._emitted) :]
+
+
+class StopMatcher:
+    """Holds back text that may be the beginning of a stop string.
+
+    The result does not depend on how the text is cut into pieces: the stop string whose end comes first wins, among
+    those the one that begins first.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Returns the text to hand out and whether a stop string was completed; it ends before that string then."""
+        text = self._held + text
+        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)[1]], True
+        hold = max((self._overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold], False
+
+    def finish(self) -> str:
+        """What was held back and turned out to be no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of `text` that begins `stop`."""
+        for length in range(min(len(text), len(stop) - 1), 0, -1):
+            if text.endswith(stop[:length]):
+                return length
+        return 0
+
+
+class OutputText:
+    """The text of one request's generated tokens."""
+
+    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str]) -> None:
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._matcher = StopMatcher(stop)
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """Returns the new text and whether a stop string ends it."""
+        return self._matcher.push(self._decoder.push(token_id))
+
+    def finish(self) -> tuple[str, bool]:
+        """The rest of the text when generation ends for another reason; it may complete a stop string too."""
+        text, stopped = self._matcher.push(self._decoder.finish())
+        return (text, True) if stopped else (text + self._matcher.finish(), False)

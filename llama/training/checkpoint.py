@@ -1,0 +1,222 @@
+"""Checkpoints: asynchronous, committed when whole, loadable into any layout.
+
+    {folder}/step-00000100/        an artifact each: rank files, index.json, and the manifest that makes it count
+
+Tensors are saved by name, sharded ones as DTensors, so torch's distributed checkpoint (DCP) can cut them for another
+number of ranks. What is not a tensor (step, schedule, loader position) is JSON in the manifest.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+
+from llama.training.artifact import Artifact, Files
+from llama.training.optim import optimizer_tensors
+from llama.training.tensor_files import (
+    ArtifactReader,
+    ArtifactWriter,
+    CorruptCheckpoint,
+    read_index,
+    read_tensors,
+)
+
+__all__ = ["CheckpointError", "Checkpointer", "CorruptCheckpoint", "load_model_weights", "training_tensors"]
+
+log = logging.getLogger(__name__)
+
+FilesT = TypeVar("FilesT", bound=Files)
+
+_MODEL = "model."
+_OPTIMIZER = "optimizer."
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; says on which ranks and why."""
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything of a training state that is a tensor, by name, sharing memory: to save, or to load into."""
+    weights = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    moments = {_OPTIMIZER + name: tensor for name, tensor in optimizer_tensors(model, optimizer).items()}
+    return weights | moments
+
+
+def load_model_weights(artifact: Artifact, model: nn.Module) -> dict[str, Any]:
+    """Loads a plain, unsharded model from a committed checkpoint, without a process group; returns its progress.
+
+    Raises:
+        FileNotFoundError: nothing is committed there.
+        ValueError: the checkpoint is of another architecture.
+        CorruptCheckpoint: bytes are missing or wrong.
+    """
+    manifest = artifact.manifest()
+    if manifest is None:
+        raise FileNotFoundError(f"{artifact}: no committed checkpoint here")
+    files = artifact.files
+    read_tensors(files, read_index(files), {_MODEL + name: tensor for name, tensor in model.state_dict().items()})
+    return manifest.metadata
+
+
+class Checkpointer:
+    """Writes and finds the checkpoints of one run. Every rank of the default process group makes one, together.
+
+    Collectives run on a gloo group of its own, because saving happens in a thread beside the training's collectives.
+
+    Args:
+        folder: where the checkpoints lie.
+        open_artifact: makes an artifact of a folder (`cluster.storage.Artifact`).
+        keep_last: committed checkpoints to keep; older ones go once a new one is committed.
+    """
+
+    def __init__(self, folder: FilesT, open_artifact: Callable[[FilesT], Artifact], *, keep_last: int = 2) -> None:
+        if keep_last < 1:
+            raise ValueError(f"train.keep_last={keep_last} must be at least 1")
+        self._folder = folder
+        self._open = lambda name: open_artifact(folder.child(name))
+        self._keep_last = keep_last
+        self._pending: Future[Any] | None = None
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def artifact(self, step: int) -> Artifact:
+        return self._open(f"step-{step:08d}")
+
+    def latest(self) -> int | None:
+        """The last step with a whole, committed checkpoint; None if there is none. Rank 0 looks, all ranks are told."""
+        found: list[int | None] = [None]
+        if self._group is None or dist.get_rank() == 0:
+            steps = sorted(self._steps(), reverse=True)
+            found = [next((step for step in steps if self._is_whole(step)), None)]
+        if self._group is not None:
+            dist.broadcast_object_list(found, src=0, group=self._group)
+        return found[0]
+
+    def save(self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], *, wait: bool = False) -> None:
+        """Copies the tensors and writes them in the background; a save still under way is awaited first.
+
+        Args:
+            tensors: as `training_tensors`; may change as soon as this returns.
+            progress: JSON, the same on every rank.
+            wait: return only when the checkpoint is committed.
+
+        Raises:
+            CheckpointError: this save (with `wait`) or the previous one failed.
+        """
+        self.wait()
+        group = self._require_group()
+        rng = {f"rng.{dist.get_rank()}": torch.get_rng_state()}
+        writer = _RetainingWriter(self, step, {"step": step} | progress)
+        pending = dcp.async_save(
+            tensors | rng,
+            storage_writer=writer,
+            planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
+        )
+        assert isinstance(pending, Future)
+        self._pending = pending
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when no save is under way. Raises CheckpointError if the last one failed."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(f"the checkpoint could not be written: {error}") from error
+
+    def load(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Fills `tensors` in place from the checkpoint of `step` and returns its progress.
+
+        A rank's random state is restored if the checkpoint was written by at least as many ranks.
+
+        Raises:
+            FileNotFoundError: no such checkpoint is committed.
+            CheckpointError: a tensor is absent, has another shape, or its bytes are wrong.
+        """
+        group = self._require_group()
+        artifact = self.artifact(step)
+        manifest = artifact.manifest()
+        if manifest is None:
+            raise FileNotFoundError(f"{artifact}: no committed checkpoint of step {step}")
+        files = artifact.files
+        index = read_index(files)
+        rng = {key: torch.get_rng_state() for key in (f"rng.{dist.get_rank()}",) if key in index}
+        try:
+            dcp.load(
+                tensors | rng,
+                storage_reader=ArtifactReader(files, index),
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=group,
+            )
+        except CheckpointException as error:
+            raise CheckpointError(f"the checkpoint of step {step} could not be read: {error}") from error
+        for state in rng.values():
+            torch.set_rng_state(state)
+        return manifest.metadata
+
+    def discard_broken(self, step: int) -> None:
+        """Removes a committed checkpoint of `step` that has lost a part, so that it can be written again."""
+        if self.artifact(step).manifest() is not None and not self._is_whole(step):
+            self.artifact(step).delete()
+
+    def retire(self) -> None:
+        """Removes what lies before the last `keep_last` whole checkpoints, remains of failed saves included."""
+        steps = sorted(self._steps())
+        kept = [step for step in steps if self._is_whole(step)][-self._keep_last :]
+        for step in steps:
+            if kept and step < kept[0]:
+                self.artifact(step).delete()
+
+    def _require_group(self) -> dist.ProcessGroup:
+        if self._group is None:
+            raise RuntimeError("saving and loading need torch.distributed; initialise the process group first")
+        return self._group
+
+    def _steps(self) -> set[int]:
+        """Steps of which anything is stored, committed or not."""
+        matches = (_STEP.fullmatch(path.split("/", 1)[0]) for path in self._folder.sizes())
+        return {int(match[1]) for match in matches if match}
+
+    def _is_whole(self, step: int) -> bool:
+        """Committed, and every file of the manifest is there in its full size."""
+        artifact = self.artifact(step)
+        manifest = artifact.manifest()
+        if manifest is None:
+            return False
+        sizes = artifact.files.sizes()
+        return all(sizes.get(file.path) == file.size for file in manifest.files)
+
+
+class _RetainingWriter(ArtifactWriter):
+    """Commits, then lets the checkpointer remove what is too old; on the coordinator."""
+
+    def __init__(self, checkpointer: Checkpointer, step: int, metadata: dict[str, Any]) -> None:
+        super().__init__(checkpointer.artifact(step), metadata)
+        self._checkpointer = checkpointer
+        self._step = step
+
+    def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
+        self._checkpointer.discard_broken(self._step)
+        return super().prepare_global_plan(plans)
+
+    def finish(self, metadata: dcp.Metadata, results: list[list[Any]]) -> None:
+        super().finish(metadata, results)
+        try:
+            self._checkpointer.retire()
+        except OSError as error:
+            # The checkpoint is committed; an old one that stays costs room, not correctness.
+            log.warning("old checkpoints could not be removed: %s", error)

@@ -1,0 +1,94 @@
+"""How ranks are arranged: a dense mesh for most parameters, a sparse one for the experts, over the same ranks.
+
+    dense   (dp_replicate, dp_shard)
+    sparse  (dp_replicate, efsdp, ep)        efsdp · ep = dp_shard
+
+`ep` is innermost, so an expert-parallel group is a run of consecutive ranks, and Ray keeps a node's ranks
+consecutive: groups stay inside a node when the node's worker count is a multiple of `ep`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from llama.training.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class MeshPlan:
+    """Sizes of the mesh axes; `world_size = dp_replicate * dp_shard`, `dp_shard = efsdp * ep`."""
+
+    dp_replicate: int
+    dp_shard: int
+    ep: int
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def efsdp(self) -> int:
+        """Ranks over which one slice of the experts is sharded further."""
+        return self.dp_shard // self.ep
+
+    def expert_groups(self) -> list[range]:
+        """Ranks of every expert-parallel group, in order of rank."""
+        return [range(first, first + self.ep) for first in range(0, self.world_size, self.ep)]
+
+
+def plan_mesh(parallel: ParallelConfig, world_size: int) -> MeshPlan:
+    """Fits `parallel` to `world_size` ranks.
+
+    Raises:
+        ValueError: the axes do not multiply to the world size, or `ep` does not divide `dp_shard`.
+    """
+    if world_size % parallel.dp_replicate:
+        raise ValueError(
+            f"train.parallel.dp_replicate={parallel.dp_replicate} does not divide the {world_size} workers; "
+            f"choose a divisor of {world_size}"
+        )
+    left = world_size // parallel.dp_replicate
+    dp_shard = left if parallel.dp_shard == -1 else parallel.dp_shard
+    if dp_shard != left:
+        raise ValueError(
+            f"train.parallel.dp_shard={dp_shard} times train.parallel.dp_replicate={parallel.dp_replicate} is not the "
+            f"{world_size} workers; set train.parallel.dp_shard={left}, or -1 for all that are left"
+        )
+    if dp_shard % parallel.ep:
+        raise ValueError(
+            f"train.parallel.ep={parallel.ep} does not divide dp_shard={dp_shard} ({world_size} workers / "
+            f"train.parallel.dp_replicate={parallel.dp_replicate}); choose a divisor of {dp_shard} or change the "
+            "number of workers"
+        )
+    return MeshPlan(parallel.dp_replicate, dp_shard, parallel.ep)
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The plan and its process groups."""
+
+    plan: MeshPlan
+    dense: DeviceMesh
+    """(dp_replicate, dp_shard)"""
+    sparse: DeviceMesh | None
+    """(dp_replicate, efsdp, ep); None without expert parallelism: then experts are sharded like everything else."""
+
+
+def build_mesh(parallel: ParallelConfig, world_size: int, device_type: str) -> Meshes:
+    """Creates the meshes' process groups; every rank of an initialised default group must call it.
+
+    Raises:
+        ValueError: as `plan_mesh`.
+    """
+    plan = plan_mesh(parallel, world_size)
+    dense = init_device_mesh(
+        device_type, (plan.dp_replicate, plan.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
+    )
+    if plan.ep == 1:
+        return Meshes(plan, dense, None)
+    sparse = init_device_mesh(
+        device_type, (plan.dp_replicate, plan.efsdp, plan.ep), mesh_dim_names=("dp_replicate", "efsdp", "ep")
+    )
+    return Meshes(plan, dense, sparse)

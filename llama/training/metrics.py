@@ -1,0 +1,54 @@
+"""What a training run reports. Plain data: `dataclasses.asdict` of either is JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, over all ranks; every rank is given the same values."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    steps: int
+    loss: float
+    """Mean cross-entropy of the step's tokens, nats per token; auxiliary losses not included."""
+    learning_rate: float
+    grad_norm: float
+    """Global norm before clipping."""
+    tokens: int
+    """Tokens trained on since step 0."""
+    tokens_per_second: float
+    """Over all ranks, since the previous report."""
+    balance_loss: float | None
+    """Mean over the MoE layers, before its weight: 1 when routing is uniform. None for a dense model."""
+    z_loss: float | None
+    expert_load: dict[int, list[float]]
+    """By MoE layer: each expert's share of the step's (token, choice) pairs."""
+    all_to_all_bytes: int
+    """Bytes of token rows that crossed between ranks in this step, forward and backward, over all ranks."""
+    skipped_steps: int
+    """Steps without an update because the gradient was not finite, since step 0."""
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """A finished run, or the last part of one that was resumed."""
+
+    step: int
+    resumed_step: int
+    """Step of the checkpoint that this part went on from; 0 for a fresh start."""
+    loss: float
+    """Of the last step, nats per token; NaN when no step was left to do."""
+    tokens: int
+    """Since step 0."""
+    tokens_per_second: float
+    """Of this part, first step and checkpoints included; 0 when no step was left to do."""
+    seconds: float
+    """Of this part's steps."""
+    checkpoint_seconds: float
+    """Time the steps stood still for checkpoints: copying, and waiting for the previous save."""
+    all_to_all_bytes: int
+    """Of this part, over all ranks."""
+    skipped_steps: int

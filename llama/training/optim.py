@@ -1,0 +1,119 @@
+"""AdamW with decay groups, its state by parameter name, and clipping by the true global norm.
+
+Optimizer state is created at once, not at the first step, and addressed by parameter name: a checkpoint then has the
+same keys at any moment and under any layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llama.training.config import OptimizerConfig
+
+_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of `tensor`, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the model's parameters, fused, its state allocated.
+
+    Matrices decay; norms, biases and embeddings do not. Parameters of different meshes sit in different groups, because
+    a fused step takes DTensors of one mesh only.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((decays, mesh), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+            for (decays, _), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+    return optimizer
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's own state tensors, as `{parameter name}.{exp_avg|exp_avg_sq|step}`: to save or to load into."""
+    return {
+        f"{name}.{key}": optimizer.state[parameter][key]
+        for name, parameter in model.named_parameters()
+        for key in _STATE_KEYS
+    }
+
+
+def _copies(tensor: Tensor, world_size: int) -> int:
+    """Ranks that hold the same shard of `tensor`."""
+    if not isinstance(tensor, DTensor):
+        return world_size
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if placement.is_replicate())
+
+
+def local_square_sum(gradients: Iterable[Tensor], world_size: int) -> float:
+    """This rank's share of the squared global gradient norm; the shares of all ranks add up to it.
+
+    A shard that several ranks hold counts once in the sum. That is what makes one norm out of gradients that live on
+    different meshes: summing shares over all ranks needs no mesh at all.
+    """
+    by_copies: dict[int, list[Tensor]] = {}
+    for gradient in gradients:
+        by_copies.setdefault(_copies(gradient, world_size), []).append(local(gradient))
+    return sum(
+        float(nn.utils.get_total_norm(shards, foreach=True)) ** 2 / copies for copies, shards in by_copies.items()
+    )
+
+
+def clip_coefficient(norm: float, max_norm: float) -> float:
+    """Factor that brings a gradient of `norm` down to `max_norm`; 1 when it is no larger, or `max_norm` is 0 (off).
+
+    Pascanu et al., arXiv:1211.5063, algorithm 1.
+    """
+    return max_norm / norm if 0 < max_norm < norm else 1.0
+
+
+@torch.no_grad()
+def scale_gradients(gradients: Iterable[Tensor], coefficient: float) -> None:
+    """Multiplies the gradients in place."""
+    shards = [local(gradient) for gradient in gradients]
+    if coefficient != 1.0 and shards:
+        torch._foreach_mul_(shards, coefficient)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Clips the gradients of a sharded model by their global norm over both meshes and returns that norm.
+
+    A collective over the default group when there is one; without, the model is taken as whole.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    square = torch.tensor([local_square_sum(gradients, world_size)], dtype=torch.float64)
+    if world_size > 1:
+        device = gradients[0].device
+        square = square.to(device)
+        dist.all_reduce(square)
+    norm = math.sqrt(square.item())
+    scale_gradients(gradients, clip_coefficient(norm, max_norm))
+    return norm

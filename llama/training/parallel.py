@@ -1,0 +1,146 @@
+"""Parallelism applied to a plain model: FSDP2 on the dense mesh, experts on the sparse one.
+
+    model = Transformer(config) on the meta device
+    apply_parallel(model, meshes, precision)
+    init_sharded_weights(model, seed, device)          # or load a checkpoint
+
+Gradients are sums: FSDP's averaging is off, because the trainer divides its loss by the global number of tokens, and
+an average over a mesh would make expert gradients `ep` times too large. Weights, gradients and reductions are fp32;
+`bf16` casts the gathered parameters, so that forward and backward compute in bf16 and gathers move half the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from llama.all_to_all import AllToAllDispatch
+from llama.model import Transformer
+from llama.moe import Experts, MoE
+from llama.training.mesh import Meshes
+
+
+def apply_parallel(model: Transformer, meshes: Meshes, precision: Literal["fp32", "bf16"]) -> Transformer:
+    """Shards a plain model in place: every block a unit of FSDP, the rest one more, experts split over `ep`.
+
+    On an accelerator a block's gathered parameters are dropped after its forward pass and gathered again in backward
+    (ZeRO-3); on the CPU they stay until backward is done, which saves the second gather at the price of memory.
+
+    Args:
+        model: on the meta device, or with its weights on the meshes' device.
+
+    Raises:
+        ValueError: the experts cannot be split evenly; names field, value and remedy.
+    """
+    _check(model, meshes)
+    reshard = meshes.dense.device_type != "cpu"
+    policy = mixed_precision(precision)
+    dense = _data_mesh(meshes.dense, "dp_replicate", "dp_shard")
+    moes = moe_layers(model)
+    for layer, block in enumerate(model.layers):
+        experts = moes[layer].experts if layer in moes else None
+        if experts is not None and meshes.sparse is not None:
+            _split_experts(moes[layer], meshes.sparse, policy, reshard)
+        fully_shard(
+            block,
+            mesh=dense,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=_placement(experts, meshes.plan.dp_shard),
+        )
+    fully_shard(model, mesh=dense, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The order matters: without the plain sum, the factor makes FSDP ask gloo for an operation it lacks.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    return model
+
+
+def mixed_precision(precision: Literal["fp32", "bf16"]) -> MixedPrecisionPolicy:
+    """Inputs are not cast: the embedding already gives the compute type, and rotary tables must stay fp32."""
+    if precision == "fp32":
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def moe_layers(model: Transformer) -> dict[int, MoE]:
+    """The mixture-of-experts feed-forwards by layer, in order; empty for a dense model."""
+    return {module.layer: module for module in model.modules() if isinstance(module, MoE)}
+
+
+@torch.no_grad()
+def init_sharded_weights(model: Transformer, seed: int, device: torch.device) -> None:
+    """Materialises a sharded model on `device` with the weights that `model.init_weights(seed)` gives a plain one.
+
+    Every rank draws each full parameter and keeps its shard, one parameter at a time: no communication, and the same
+    start whatever the layout.
+    """
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        full = model.initial_weight(name, parameter.shape, seed).to(device)
+        if isinstance(parameter, DTensor):
+            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(full)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def _data_mesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
+    """The axes FSDP works on; without replicas one axis, which spares an all-reduce over a group of one."""
+    return mesh[replicate, shard] if mesh[replicate].size() > 1 else mesh[shard]
+
+
+def _placement(experts: Experts | None, shards: int) -> Callable[[nn.Parameter], Shard | None] | None:
+    """Cuts expert banks through the experts where their number does not divide: rows of one expert always do."""
+    if experts is None or experts.w1.shape[0] % shards == 0:
+        return None
+    banks = {id(parameter) for parameter in experts.parameters()}
+    return lambda parameter: Shard(1) if id(parameter) in banks else None
+
+
+def _split_experts(moe: MoE, sparse: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
+    """Whole experts over `ep`, then each expert's rows over `efsdp`."""
+    num_experts = moe.experts.w1.shape[0]
+    for name, parameter in list(moe.experts.named_parameters()):
+        shard = distribute_tensor(parameter.data, sparse["ep"], [Shard(0)], src_data_rank=None)
+        moe.experts.register_parameter(name, nn.Parameter(shard))
+    fully_shard(
+        moe.experts,
+        mesh=_data_mesh(sparse, "dp_replicate", "efsdp"),
+        mp_policy=policy,
+        reshard_after_forward=reshard,
+        shard_placement_fn=lambda parameter: Shard(1),
+    )
+    moe.dispatch = AllToAllDispatch(sparse["ep"].get_group(), num_experts)
+
+
+def _check(model: Transformer, meshes: Meshes) -> None:
+    """Raises what would otherwise fail deep inside FSDP."""
+    plan, moe = meshes.plan, model.config.moe
+    if plan.ep == 1 and moe is None:
+        return
+    if moe is None or moe.expert_hidden_dim is None:
+        raise ValueError(
+            f"train.parallel.ep={plan.ep} splits experts, but the model is dense; set train.parallel.ep=1 or model.moe"
+        )
+    if moe.num_experts % plan.ep:
+        raise ValueError(
+            f"train.parallel.ep={plan.ep} does not divide model.moe.num_experts={moe.num_experts}; "
+            f"choose a divisor of {moe.num_experts}"
+        )
+    shards = plan.efsdp if plan.ep > 1 else plan.dp_shard
+    if plan.ep == 1 and moe.num_experts % shards == 0:
+        return
+    for field, value in (("model.dim", model.config.dim), ("model.moe.expert_hidden_dim", moe.expert_hidden_dim)):
+        if value % shards:
+            raise ValueError(
+                f"{field}={value} is not divisible by the {shards} ranks that share one expert "
+                f"(train.parallel.dp_shard={plan.dp_shard}, train.parallel.ep={plan.ep}); choose a multiple of {shards}"
+            )

@@ -1,0 +1,324 @@
+"""The training loop.
+
+A step: every rank runs its micro-batches forward and backward, FSDP adds the gradients up, the norm over both meshes
+clips them, AdamW moves the shards. Every loss is a sum divided by a count over all ranks, so the gradient is that of
+the global batch, whatever the layout and the accumulation:
+
+    loss = Σ cross-entropy / valid tokens of the step
+         + Σ over micro-steps and MoE layers of (tokens of the micro-step / tokens of the step)
+           · (balance_loss_weight · balance + z_loss_weight · z)
+
+A micro-step is one forward pass of all ranks. Its balance loss is a batch-level one: the shares fᵢ are counted over
+the micro-step's tokens on all ranks (they carry no gradient, so an all-reduced count is exact), and the mean
+probabilities Pᵢ are a sum over tokens, to which every rank adds its own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from llama.all_to_all import AllToAllDispatch
+from llama.config import ModelConfig
+from llama.losses import IGNORE_INDEX, balance_loss, cross_entropy_sum, z_loss
+from llama.model import Transformer
+from llama.moe import LayerRouting, RoutingRecord
+from llama.training.attention import MAX_LENGTH, BlockCausalAttend
+from llama.training.checkpoint import Checkpointer, training_tensors
+from llama.training.config import TrainConfig
+from llama.training.mesh import build_mesh
+from llama.training.metrics import StepMetrics, TrainSummary
+from llama.training.optim import build_optimizer, clip_coefficient, local_square_sum, scale_gradients
+from llama.training.parallel import apply_parallel, init_sharded_weights, moe_layers
+from llama.training.precision import fast_cpu_matmul
+from llama.training.schedule import learning_rate
+
+
+class Loader(Protocol):
+    """This rank's micro-batches, without end: int64 `[micro_batch, seq_len + 1]`."""
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON, the same on every rank: how much of the data the batches handed out so far have used up."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class _Routing:
+    """A RoutingRecord that is no dataclass: FSDP rebuilds every dataclass it finds among a block's arguments, and the
+    layers would write into copies."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerRouting] = {}
+
+
+@dataclass
+class _StepSums:
+    """What a step adds up on this rank; counts are over all ranks already."""
+
+    cross_entropy: Tensor
+    balance: Tensor
+    z: Tensor
+    counts_LE: Tensor | None = None
+    """(token, choice) pairs by MoE layer and expert."""
+
+
+@dataclass
+class _Progress:
+    """Where the run is; everything in a checkpoint that is not a tensor, but for the loader's state."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass
+class _Clock:
+    """Seconds, for the rates; never for a decision."""
+
+    started: float = field(default_factory=time.perf_counter)
+    reported: float = field(default_factory=time.perf_counter)
+    checkpoint: float = 0.0
+
+
+class Trainer:
+    """Trains a model from its config on this rank, as one of the ranks of the default process group.
+
+    Without a process group it makes one of a single rank for the time of `fit`. With a checkpointer, training goes on
+    from its latest committed checkpoint, and saves every `checkpoint_every` steps and at the end.
+
+    Args:
+        loader: this rank's data.
+        checkpointer: None trains without.
+        on_metrics: called on every rank with the same values, every `log_every` steps and after the first and last.
+
+    Raises:
+        ValueError: the config does not fit the model or the number of ranks.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        loader: Loader,
+        checkpointer: Checkpointer | None = None,
+        *,
+        on_metrics: Callable[[StepMetrics], None] = lambda metrics: None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if config.seq_len > model_config.max_seq_len:
+            raise ValueError(
+                f"train.seq_len={config.seq_len} is longer than model.max_seq_len={model_config.max_seq_len}; "
+                "shorten the one or raise the other"
+            )
+        self.model_config = model_config
+        self.config = config
+        self.loader = loader
+        self.checkpointer = checkpointer
+        self.on_metrics = on_metrics
+        self.device = torch.device(device)
+
+    def fit(self) -> TrainSummary:
+        """Trains to `config.steps` and returns when the last checkpoint is committed."""
+        with _process_group(), fast_cpu_matmul():
+            self._set_up()
+            resumed_step = self._resume()
+            return self._train(resumed_step)
+
+    def _set_up(self) -> None:
+        self._world_size = dist.get_world_size()
+        self._accumulation = self.config.accumulation_steps(self._world_size)
+        meshes = build_mesh(self.config.parallel, self._world_size, self.device.type)
+        with torch.device("meta"):
+            model = Transformer(self.model_config)
+        self.model = apply_parallel(model, meshes, self.config.precision)
+        init_sharded_weights(self.model, self.config.seed, self.device)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        self._parameters = list(self.model.parameters())
+        blocks = self.device.type == "cpu" and self.config.seq_len <= MAX_LENGTH
+        self._attend = BlockCausalAttend() if blocks else None
+        self._moes = moe_layers(self.model)
+        dispatches = (moe.dispatch for moe in self._moes.values())
+        self._dispatches = [dispatch for dispatch in dispatches if isinstance(dispatch, AllToAllDispatch)]
+        self._progress = _Progress()
+
+    def _resume(self) -> int:
+        """Goes back to the latest checkpoint; returns its step, 0 without one."""
+        step = self.checkpointer.latest() if self.checkpointer else None
+        if self.checkpointer is None or step is None:
+            return 0
+        saved = self.checkpointer.load(step, training_tensors(self.model, self.optimizer))
+        self._progress = _Progress(saved["step"], saved["tokens"], saved["skipped_steps"])
+        self.loader.load_state_dict(saved["loader"])
+        return step
+
+    def _train(self, resumed_step: int) -> TrainSummary:
+        clock, first_tokens, last_loss, bytes_moved = _Clock(), self._progress.tokens, math.nan, 0
+        reported_tokens = first_tokens
+        batches = iter(self.loader)
+        while self._progress.step < self.config.steps:
+            metrics = self._step([self._checked(next(batches)) for _ in range(self._accumulation)])
+            last_loss, bytes_moved = metrics.loss, bytes_moved + metrics.all_to_all_bytes
+            if metrics.step in (resumed_step + 1, self.config.steps) or metrics.step % self.config.log_every == 0:
+                now = time.perf_counter()
+                rate = (metrics.tokens - reported_tokens) / (now - clock.reported)
+                clock.reported, reported_tokens = now, metrics.tokens
+                self.on_metrics(replace(metrics, tokens_per_second=rate))
+            self._maybe_save(clock)
+        seconds = time.perf_counter() - clock.started
+        trained = self._progress.tokens - first_tokens
+        if self.checkpointer:
+            self.checkpointer.wait()
+        return TrainSummary(
+            step=self._progress.step,
+            resumed_step=resumed_step,
+            loss=last_loss,
+            tokens=self._progress.tokens,
+            tokens_per_second=trained / seconds if trained else 0.0,
+            seconds=seconds,
+            checkpoint_seconds=clock.checkpoint,
+            all_to_all_bytes=bytes_moved,
+            skipped_steps=self._progress.skipped_steps,
+        )
+
+    def _maybe_save(self, clock: _Clock) -> None:
+        step, every = self._progress.step, self.config.checkpoint_every
+        if self.checkpointer is None or not (step == self.config.steps or (every and step % every == 0)):
+            return
+        began = time.perf_counter()
+        progress = asdict(self._progress) | {"loader": self.loader.state_dict(), "train": asdict(self.config)}
+        self.checkpointer.save(step, training_tensors(self.model, self.optimizer), progress)
+        clock.checkpoint += time.perf_counter() - began
+
+    def _checked(self, batch_BL: Tensor) -> Tensor:
+        expected = (self.config.micro_batch, self.config.seq_len + 1)
+        if tuple(batch_BL.shape) != expected:
+            raise ValueError(f"the loader gave a batch of {tuple(batch_BL.shape)} tokens, expected {expected}")
+        return batch_BL.to(self.device)
+
+    def _step(self, batches: list[Tensor]) -> StepMetrics:
+        """One optimizer step over this rank's micro-batches."""
+        valid = torch.stack([(batch[:, 1:] != IGNORE_INDEX).sum() for batch in batches]).sum()
+        counting = dist.all_reduce(valid, async_op=True)
+        bytes_before = sum(dispatch.bytes_sent for dispatch in self._dispatches)
+        sums = _StepSums(*torch.zeros(3, dtype=torch.float64, device=self.device))
+        for index, batch in enumerate(batches):
+            self._last_micro_step(index == len(batches) - 1)
+            loss = self._micro_step(batch, sums, counting, valid)
+            loss.backward()
+        bytes_sent = sum(dispatch.bytes_sent for dispatch in self._dispatches) - bytes_before
+
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        totals = torch.zeros(5, dtype=torch.float64, device=self.device)
+        totals[0] = local_square_sum(gradients, self._world_size)
+        totals[1:4] = torch.stack((sums.cross_entropy, sums.balance, sums.z))
+        totals[4] = bytes_sent
+        dist.all_reduce(totals)
+        square, cross_entropy, balance, z, all_bytes = totals.tolist()
+        norm = math.sqrt(square) if square >= 0 else math.nan
+        lr = self._update(gradients, norm, sums)
+        self._progress.step += 1
+        self._progress.tokens += self.config.global_batch * self.config.seq_len
+        return StepMetrics(
+            step=self._progress.step,
+            steps=self.config.steps,
+            loss=cross_entropy / max(1, int(valid)),
+            learning_rate=lr,
+            grad_norm=norm,
+            tokens=self._progress.tokens,
+            tokens_per_second=0.0,
+            balance_loss=balance / len(self._moes) if self._moes else None,
+            z_loss=z / len(self._moes) if self._moes else None,
+            expert_load=self._expert_load(sums.counts_LE),
+            all_to_all_bytes=int(all_bytes),
+            skipped_steps=self._progress.skipped_steps,
+        )
+
+    def _micro_step(self, batch: Tensor, sums: _StepSums, counting: dist.Work, valid: Tensor) -> Tensor:
+        """Forward pass of one micro-batch: its share of the step's loss, with the graph."""
+        routing = _Routing() if self._moes else None
+        logits = self.model(batch[:, :-1], attend=self._attend, routing=cast(RoutingRecord | None, routing))
+        cross_entropy, _ = cross_entropy_sum(logits, batch[:, 1:])
+        counting.wait()
+        sums.cross_entropy += cross_entropy.detach()
+        loss = cross_entropy / valid.clamp(min=1)
+        if routing is None:
+            return loss
+        moe = self.model_config.moe
+        assert moe is not None
+        counts_LE = torch.stack([routing.layers[layer].counts_E for layer in self._moes])
+        dist.all_reduce(counts_LE)
+        sums.counts_LE = counts_LE if sums.counts_LE is None else sums.counts_LE + counts_LE
+        layers = [
+            replace(routing.layers[layer], counts_E=counts_E)
+            for layer, counts_E in zip(self._moes, counts_LE, strict=True)
+        ]
+        share = self.config.micro_batch / self.config.global_batch
+        balance = share * torch.stack([balance_loss(layer) for layer in layers]).sum()
+        z = share * torch.stack([z_loss(layer) for layer in layers]).sum()
+        sums.balance += balance.detach()
+        sums.z += z.detach()
+        return loss + moe.balance_loss_weight * balance + moe.z_loss_weight * z
+
+    def _last_micro_step(self, last: bool) -> None:
+        """On the CPU gradients are reduced once a step, after its last micro-step; until then they are kept whole."""
+        assert isinstance(self.model, FSDPModule)
+        if self.device.type == "cpu":
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_reshard_after_backward(last)
+        self.model.set_is_last_backward(last)
+
+    @torch.no_grad()
+    def _update(self, gradients: list[Tensor], norm: float, sums: _StepSums) -> float:
+        """Clips and applies the gradients unless they are not finite, clears them; returns the learning rate."""
+        optimizer = self.config.optimizer
+        lr = learning_rate(self._progress.step, self.config.steps, optimizer.lr, self.config.schedule)
+        if math.isfinite(norm):
+            scale_gradients(gradients, clip_coefficient(norm, optimizer.grad_clip))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self._balance_bias(sums.counts_LE)
+        else:
+            self._progress.skipped_steps += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return lr
+
+    def _balance_bias(self, counts_LE: Tensor | None) -> None:
+        """Raises the routing bias of experts below the mean load, lowers it above (arXiv:2412.19437, §2.1.2)."""
+        moe = self.model_config.moe
+        if counts_LE is None or moe is None or moe.bias_update_rate == 0:
+            return
+        for layer, counts_E in zip(self._moes.values(), counts_LE.float(), strict=True):
+            layer.router.expert_bias += moe.bias_update_rate * torch.sign(counts_E.mean() - counts_E)
+
+    def _expert_load(self, counts_LE: Tensor | None) -> dict[int, list[float]]:
+        if counts_LE is None:
+            return {}
+        shares_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True)
+        return dict(zip(self._moes, shares_LE.tolist(), strict=True))
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """The default process group; for the time of the block one of a single rank where there is none."""
+    if dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

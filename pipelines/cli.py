@@ -1,0 +1,417 @@
+"""The `caravan` command.
+
+Commands only parse, call and print. Every expected failure ends as one line on stderr and exit code 1. Ray and torch
+are imported by the command that needs them: `--help` must not wait for either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from cluster.session import Session
+    from cluster.storage import Store
+    from pipelines.recipe import Recipe
+    from pipelines.runs import Run
+
+app = typer.Typer(
+    name="caravan",
+    help="A language model from raw text to an endpoint, on a Ray cluster or on this machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out, err = Console(), Console(stderr=True)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
+RunArgument = Annotated[str, typer.Argument(help="Id of a run in the store.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.steps=100.")]
+StoreOption = Annotated[
+    str | None, typer.Option(help="Folder or URI for artifacts and runs [default: $CARAVAN_HOME/store]")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster: host:port, auto (one on this machine) or local (a new one). "
+        "Default: $RAY_ADDRESS, else the one of `caravan up`, else local."
+    ),
+]
+RunIdOption = Annotated[str | None, typer.Option(help="Name of the new run [default: time and a random part]")]
+UntilOption = Annotated[str | None, typer.Option(help="Last stage to run.")]
+KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the endpoint serving.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")]
+
+
+# --- the local cluster ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def up(
+    num_cpus: Annotated[int | None, typer.Option(help="CPUs to offer [default: all]")] = None,
+    num_gpus: Annotated[int | None, typer.Option(help="GPUs to offer [default: all]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the head [default: a free one]")] = None,
+    dashboard_port: Annotated[int | None, typer.Option(help="Port of the dashboard [default: a free one]")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a Ray head on this machine that stays until `caravan down`."""
+    from cluster import head
+
+    record = head.up(num_cpus=num_cpus, num_gpus=num_gpus, port=port, dashboard_port=dashboard_port)
+    if as_json:
+        _print_json(asdict(record))
+    else:
+        out.print(f"Ray is up at {record.address}, dashboard {record.dashboard_url}", highlight=False)
+
+
+@app.command()
+def down(as_json: JsonOption = False) -> None:
+    """End the Ray head that `caravan up` started, and all that runs on it."""
+    from cluster import head
+
+    record = head.down()
+    if as_json:
+        _print_json(asdict(record))
+    else:
+        out.print(f"Ray at {record.address} is down", highlight=False)
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    run_id: RunIdOption = None,
+    until: UntilOption = None,
+    keep: KeepOption = False,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe's stages here; what is committed already is skipped."""
+    from pipelines.recipe import Recipe
+    from pipelines.runs import Run
+
+    parsed = Recipe.load(recipe, overrides or [])
+    opened = _open_store(store)
+    _drive(parsed, lambda: Run.create(opened, parsed.to_yaml(), run_id), until, keep, address, as_json)
+
+
+@app.command()
+def resume(
+    run_id: RunArgument,
+    store: StoreOption = None,
+    until: UntilOption = None,
+    keep: KeepOption = False,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on with a run that ended early: committed stages are skipped, training goes on from its last checkpoint."""
+    from pipelines.recipe import Recipe
+    from pipelines.runs import Run
+
+    found = Run.open(_open_store(store), run_id)
+    _drive(Recipe.from_yaml(found.recipe_yaml), lambda: found, until, keep, address, as_json)
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    run_id: RunIdOption = None,
+    until: UntilOption = None,
+    keep: KeepOption = False,
+    address: AddressOption = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print the job's log until it ends.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe as a Ray job on a running cluster; prints the run's id."""
+    from cluster import jobs
+    from pipelines.recipe import Recipe
+    from pipelines.runs import Run
+    from pipelines.stages import build_graph
+
+    parsed = Recipe.load(recipe, overrides or [])
+    build_graph(parsed, dashboard_url="", keep=keep).selected(until)  # what is wrong is said now, not in a job's log
+    created = Run.create(_open_store(store), parsed.to_yaml(), run_id)
+    arguments = ["resume", created.id, "--store", created.store.uri]
+    arguments += ["--until", until] if until else []
+    arguments += ["--keep"] if keep else []
+    job = jobs.submit(shlex.join(["python", "-m", "pipelines.cli", *arguments]), created.id, address=address)
+    if as_json:
+        _print_json({"run_id": created.id, "job_id": job.id, "store": created.store.uri})
+    else:
+        out.print(f"submitted run {created.id} to {created.store.uri}", highlight=False)
+    if follow:
+        _follow(created.id, address)
+
+
+@app.command()
+def logs(
+    run_id: RunArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
+    address: AddressOption = None,
+) -> None:
+    """Print what a submitted run has printed."""
+    from cluster import jobs
+
+    if follow:
+        _follow(run_id, address)
+        return
+    for piece in jobs.logs(run_id, address):
+        sys.stdout.write(piece)
+
+
+@app.command()
+def stop(run_id: RunArgument, address: AddressOption = None) -> None:
+    """End a submitted run; `caravan resume` or a new submit goes on with it."""
+    from cluster import jobs
+
+    job = jobs.stop(run_id, address)
+    out.print(f"job {job.id} is {job.status}", highlight=False)
+
+
+def _follow(run_id: str, address: str | None) -> None:
+    """Prints a job's log until it ends; a job that fails fails the command."""
+    from cluster import jobs
+
+    for piece in jobs.logs(run_id, address, follow=True):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    job = jobs.status(run_id, address)
+    if job.status != "SUCCEEDED":
+        _fail(f"job {job.id} is {job.status}: {job.message}")
+
+
+def _drive(
+    recipe: Recipe, open_run: Callable[[], Run], until: str | None, keep: bool, address: str | None, as_json: bool
+) -> None:
+    """Runs the stages of a recipe on a cluster and prints how it went.
+
+    The run's folder is made last of all, so that a run that cannot start leaves nothing behind.
+    """
+    from cluster import session
+    from cluster.serve import control
+    from pipelines.progress import RunDisplay, print_summary
+    from pipelines.report import summarise
+    from pipelines.stages import build_graph
+
+    started = time.monotonic()
+    build_graph(recipe, dashboard_url="", keep=keep).selected(until)
+    console = err if as_json else out
+    with session.connect(address) as connected:
+        dashboard_url = connected.dashboard_url or ""
+        if until in (None, "deploy"):
+            control.check_port(dashboard_url, recipe.serve.port)  # now, and not after minutes of training
+        graph = build_graph(recipe, dashboard_url, keep)
+        run = open_run()
+        console.print(f"[bold]run[/] {run.id} in {run.store.uri}", highlight=False)
+        with RunDisplay(console, run.directory.uri) as display:
+            results = graph.run(run.store, run, until=until, on_event=display)
+        summary = summarise(run, results, time.monotonic() - started)
+        if as_json:
+            _print_json(asdict(summary))
+        else:
+            print_summary(out, summary)
+        if keep and connected.owned and summary.url:
+            console.print(f"serving at {summary.url}/v1 until interrupted (Ctrl-C)", highlight=False)
+            with suppress(KeyboardInterrupt):
+                while True:
+                    time.sleep(3600)
+
+
+# --- serving --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def deploy(
+    model: Annotated[str, typer.Argument(help="Id of a run with an export, or a Hugging Face directory.")],
+    replicas: Annotated[int, typer.Option(min=1, help="Engine replicas.")] = 1,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on loopback.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name in the API.")] = None,
+    cpus_per_replica: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    gpus_per_replica: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    accelerator_type: Annotated[str | None, typer.Option(help="Ray's name of the GPU, such as H200.")] = None,
+    store: StoreOption = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a run's exported model, or a Hugging Face directory, on a running cluster."""
+    from cluster.serve import control
+    from pipelines.deploy import app_args
+    from pipelines.recipe import ServeConfig
+
+    run_recipe, model_uri = _find_model(model, store)
+    base = run_recipe.serve if run_recipe else ServeConfig()
+    config = base.model_copy(
+        update={
+            "cpus_per_replica": cpus_per_replica,
+            "gpus_per_replica": gpus_per_replica,
+            "accelerator_type": accelerator_type,
+        }
+    )
+    served_name = name or (run_recipe.name if run_recipe else Path(model).resolve().name)
+    dtype = run_recipe.export.dtype if run_recipe else "float32"
+    with _join(address) as connected:
+        endpoint = control.deploy(
+            app_args(served_name, config, model_uri, dtype),
+            replicas=replicas,
+            dashboard_url=connected.dashboard_url or "",
+            runtime_env=control.shipped_runtime_env(),
+            port=port,
+        )
+    if as_json:
+        _print_json(asdict(endpoint))
+    else:
+        out.print(f"serving {endpoint.served_name} at {endpoint.url}/v1", highlight=False)
+
+
+def _find_model(model: str, store: str | None) -> tuple[Any, str]:
+    """The run's recipe (None for a directory) and the model's URI."""
+    if "/" in model or Path(model).is_dir():
+        return None, str(Path(model).resolve()) if "://" not in model else model
+    from pipelines.recipe import Recipe
+    from pipelines.runs import Run, RunError
+    from pipelines.stages import build_graph
+
+    run = Run.open(_open_store(store), model)
+    recipe = Recipe.from_yaml(run.recipe_yaml)
+    stage = run.status.stages.get("export")
+    if stage is None or stage.state not in ("done", "skipped"):
+        raise RunError(f"run {model!r} has no exported model yet; go on with it: caravan resume {model}")
+    artifact = build_graph(recipe, dashboard_url="", keep=True).artifact(run.store, "export")
+    return recipe, artifact.store.uri
+
+
+@app.command()
+def scale(
+    replicas: Annotated[int, typer.Argument(min=1, help="Number of replicas to run.")], address: AddressOption = None
+) -> None:
+    """Change the number of replicas; those that stay keep their processes and caches."""
+    from cluster.serve import control
+
+    control.scale(replicas, dashboard_url=_dashboard_url(address))
+    out.print(f"{replicas} replica{'s' if replicas > 1 else ''} running", highlight=False)
+
+
+@app.command()
+def status(address: AddressOption = None, as_json: JsonOption = False) -> None:
+    """Show the endpoint and its replicas."""
+    from cluster.serve import control
+
+    found = control.status(dashboard_url=_dashboard_url(address))
+    if as_json:
+        _print_json(asdict(found))
+        return
+    out.print(f"{found.endpoint.served_name} at {found.endpoint.url}/v1: {found.state} {found.message}".rstrip())
+    routing = {entry["replica"]: entry for entry in found.routing or []}
+    table = Table("replica", "state", "pid", "active", "cached blocks", "events")
+    for replica in found.replicas:
+        view = routing.get(replica.replica, {})
+        table.add_row(
+            replica.replica,
+            replica.state,
+            str(replica.pid or ""),
+            str(view.get("active_requests", "")),
+            str(view.get("cached_blocks", "")),
+            {True: "live", False: "stale", None: ""}[view.get("fresh")],
+        )
+    out.print(table)
+
+
+@app.command()
+def undeploy(address: AddressOption = None) -> None:
+    """Remove the endpoint."""
+    from cluster.serve import control
+
+    control.undeploy(dashboard_url=_dashboard_url(address))
+    out.print("nothing is deployed", highlight=False)
+
+
+def _join(address: str | None) -> Session:
+    """A connection to a cluster that is running already."""
+    from cluster import head, session
+
+    if address is None and not os.environ.get("RAY_ADDRESS") and head.recorded() is None:
+        address = "auto"
+    return session.connect(address)
+
+
+def _dashboard_url(address: str | None) -> str:
+    from cluster import head
+
+    record = head.recorded()
+    if address is None and not os.environ.get("RAY_ADDRESS") and record is not None:
+        return record.dashboard_url
+    with _join(address) as connected:
+        return connected.dashboard_url or ""
+
+
+# --- the store and the screen ---------------------------------------------------------------------------------------
+
+
+def _open_store(uri: str | None) -> Store:
+    from cluster.head import caravan_home
+    from cluster.storage import Store
+
+    store = Store(uri or caravan_home() / "store")
+    store.check_writable()
+    return store
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _fail(message: str) -> NoReturn:
+    _print_error(message)
+    raise typer.Exit(1)
+
+
+def _print_error(message: str) -> None:
+    err.print("[bold red]error:[/]", end=" ")
+    err.print(" ".join(message.split()), highlight=False, markup=False, soft_wrap=True)
+
+
+def _explanation(error: BaseException) -> str | None:
+    """The one line of an error that the project raises on purpose; None for anything else, which is a bug."""
+    from pipelines.runs import one_line
+
+    while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
+        error = cause  # raised in a Ray task, and wrapped
+    ours = type(error).__module__.partition(".")[0] in ("llama", "cluster", "pipelines")
+    return one_line(error) if ours else None
+
+
+def main() -> None:
+    """Entry point: runs the command and turns an expected error into one line and exit code 1."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        raise SystemExit(130) from None
+    except Exception as error:
+        explanation = _explanation(error)
+        if explanation is None:
+            raise
+        _print_error(explanation)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The deploy stage: the exported model behind replicas and router, and real conversations with it.
+
+It leaves no artifact and runs every time. Whether the endpoint stays is the caller's choice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from openai import OpenAI
+
+from cluster.serve import control
+from cluster.serve.app import AppArgs
+from cluster.storage import JSON, Artifact
+from pipelines.graph import Stage, StageContext
+from pipelines.recipe import RequestsConfig, ServeConfig
+
+REPORT = "deploy.json"
+
+_SYSTEM = "You write short answers about the Python standard library and keep to what its source says."
+_TOPICS = ("json", "asyncio", "pathlib", "logging", "threading", "socket", "email", "unittest")
+_QUESTIONS = (
+    "What does the module {topic} do, and which function of it would you call first?",
+    "Show the signature of that function and say what it returns.",
+    "Which exception does it raise when its argument is wrong?",
+    "Write one line that uses it.",
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answered request: tokens of its prompt, how many of them the router foresaw and the replica found in its
+    cache, and the seconds until the first token."""
+
+    conversation: int
+    turn: int
+    replica: str
+    prompt_tokens: int
+    predicted_cached_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    first_token_seconds: float
+
+
+def deploy_stage(name: str, config: ServeConfig, dtype: str, dashboard_url: str, keep: bool) -> Stage:
+    """The stage `deploy`, downstream of `export`; always runs. With `keep` the endpoint is left running."""
+    return Stage(
+        "deploy", 1, config, partial(_deploy, name, config, dtype, dashboard_url, keep), ("export",), always=True
+    )
+
+
+def app_args(name: str, config: ServeConfig, model_uri: str, dtype: str) -> AppArgs:
+    """What the recipe's `serve` section asks of the application."""
+    return AppArgs(
+        model=model_uri,
+        served_name=name,
+        cpus_per_replica=config.cpus_per_replica,
+        gpus_per_replica=config.gpus_per_replica,
+        accelerator_type=config.accelerator_type,
+        threads=max(1, int(config.cpus_per_replica)),
+        dtype="bfloat16" if dtype == "bfloat16" else "float32",
+        engine=config.engine,
+    )
+
+
+def _deploy(
+    name: str, config: ServeConfig, dtype: str, dashboard_url: str, keep: bool, context: StageContext
+) -> dict[str, JSON]:
+    export: Artifact = context.inputs["export"]
+    context.emit(f"starting {config.replicas} replicas")
+    endpoint = control.deploy(
+        app_args(name, config, export.store.uri, dtype),
+        replicas=config.replicas,
+        dashboard_url=dashboard_url,
+        runtime_env=control.shipped_runtime_env(),
+        port=config.port,
+    )
+    try:
+        turns = converse(f"{endpoint.url}/v1", name, config.requests, partial(_report, context, config.requests))
+    except BaseException:
+        if not keep:
+            control.undeploy(dashboard_url=dashboard_url)
+        raise
+    if not keep:
+        context.emit("removing the replicas")
+        control.undeploy(dashboard_url=dashboard_url)
+    report: dict[str, Any] = {
+        "url": endpoint.url,
+        "kept": keep,
+        "requests": len(turns),
+        "replicas": len({turn.replica for turn in turns}),
+        "prompt_tokens": sum(turn.prompt_tokens for turn in turns),
+        "predicted_cached_tokens": sum(turn.predicted_cached_tokens for turn in turns),
+        "cached_tokens": sum(turn.cached_tokens for turn in turns),
+        "turns": [asdict(turn) for turn in turns],
+    }
+    context.run_dir.write_json(REPORT, report)
+    return report
+
+
+def _report(context: StageContext, config: RequestsConfig, turn: Turn, done: int) -> None:
+    total = config.conversations * config.turns
+    context.emit(
+        f"conversation {turn.conversation + 1} turn {turn.turn + 1} on replica {turn.replica}: {turn.prompt_tokens} "
+        f"prompt tokens, cached {turn.predicted_cached_tokens} predicted {turn.cached_tokens} actual",
+        fraction=done / total,
+    )
+
+
+def converse(
+    base_url: str, model: str, config: RequestsConfig, on_turn: Callable[[Turn, int], None] = lambda turn, done: None
+) -> list[Turn]:
+    """Holds the recipe's conversations through the `openai` client, streaming, interleaved turn by turn."""
+    client = OpenAI(base_url=base_url, api_key="unused", max_retries=2)
+    histories: list[list[dict[str, str]]] = [
+        [{"role": "system", "content": _SYSTEM}] for _ in range(config.conversations)
+    ]
+    turns: list[Turn] = []
+    for number in range(config.turns):
+        for conversation, history in enumerate(histories):
+            topic = _TOPICS[conversation % len(_TOPICS)]
+            history.append({"role": "user", "content": _QUESTIONS[number % len(_QUESTIONS)].format(topic=topic)})
+            turn, answer = _ask(client, model, history, config.max_tokens, conversation, number)
+            history.append({"role": "assistant", "content": answer})
+            turns.append(turn)
+            on_turn(turn, len(turns))
+    return turns
+
+
+def _ask(
+    client: OpenAI, model: str, messages: list[dict[str, str]], max_tokens: int, conversation: int, number: int
+) -> tuple[Turn, str]:
+    started, first = time.perf_counter(), 0.0
+    pieces: list[str] = []
+    stream = client.chat.completions.create(
+        model=model,
+        messages=messages,  # type: ignore[arg-type]
+        max_tokens=max_tokens,
+        temperature=0.8,
+        seed=conversation,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    last: Any = None
+    for chunk in stream:
+        if chunk.choices and chunk.choices[0].delta.content:
+            first = first or time.perf_counter() - started
+            pieces.append(chunk.choices[0].delta.content)
+        last = chunk
+    route = last.caravan
+    turn = Turn(
+        conversation=conversation,
+        turn=number,
+        replica=route["replica"],
+        prompt_tokens=last.usage.prompt_tokens,
+        predicted_cached_tokens=route["predicted_cached_tokens"],
+        cached_tokens=route["cached_tokens"],
+        completion_tokens=last.usage.completion_tokens,
+        first_token_seconds=first,
+    )
+    return turn, "".join(pieces)

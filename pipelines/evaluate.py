@@ -1,0 +1,133 @@
+"""The evaluate stage: how well the model predicts text it has not seen, beside two baselines, and samples of it.
+
+Bits per byte make models with different tokenizers comparable: the summed bits of all targets over the bytes of their
+text. A special token stands for no byte, but its bits count.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+
+from cluster.storage import JSON, Artifact
+from llama.config import ModelConfig
+from llama.engine import Engine, EngineConfig, SamplingParams
+from llama.losses import cross_entropy_sum
+from llama.model import Transformer
+from llama.tokenizer import Tokenizer
+from llama.training.checkpoint import load_model_weights
+from pipelines.baselines import measure_baselines
+from pipelines.graph import Stage, StageContext
+from pipelines.loader import ShardSet, held_out_batches
+from pipelines.recipe import EvaluateConfig
+from pipelines.vocabulary import load_tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluateTask:
+    """What the evaluating process is sent."""
+
+    model: ModelConfig
+    config: EvaluateConfig
+    shards: Artifact
+    tokenizer: Artifact
+    checkpoint: Artifact
+    device: str
+    threads: int
+
+
+def evaluate_stage(model: ModelConfig, config: EvaluateConfig, cpus: float, gpus: float) -> Stage:
+    """The stage `evaluate`, downstream of `shards`, `tokenizer` and `pretrain`; one process of `cpus` and `gpus`."""
+    return Stage(
+        "evaluate",
+        1,
+        {"model": model, "evaluate": config},
+        partial(_evaluate, model, config, cpus, gpus),
+        ("shards", "tokenizer", "pretrain"),
+    )
+
+
+def _evaluate(
+    model: ModelConfig, config: EvaluateConfig, cpus: float, gpus: float, context: StageContext
+) -> dict[str, JSON]:
+    task = EvaluateTask(
+        model,
+        config,
+        context.inputs["shards"],
+        context.inputs["tokenizer"],
+        final_checkpoint(context.inputs["pretrain"]),
+        device="cuda" if gpus else "cpu",
+        threads=max(1, int(cpus)),
+    )
+    context.emit("scoring the held-out text")
+    result = ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus)(evaluate_checkpoint).remote(task))
+    context.record(context.attempt.store.write_json("evaluation.json", result))
+    return result
+
+
+def final_checkpoint(pretrain: Artifact) -> Artifact:
+    """The checkpoint that a finished training names as its result."""
+    manifest = pretrain.manifest()
+    assert manifest is not None  # the graph hands over committed artifacts only
+    return Artifact(pretrain.store.child(str(manifest.metadata["checkpoint"])))
+
+
+def load_checkpoint(config: ModelConfig, checkpoint: Artifact) -> Transformer:
+    """A plain model with a checkpoint's weights, for inference."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    load_model_weights(checkpoint, model)
+    return model.eval()
+
+
+def evaluate_checkpoint(task: EvaluateTask) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte on the validation split, the baselines on the same bytes, and samples."""
+    torch.set_num_threads(task.threads)
+    model = load_checkpoint(task.model, task.checkpoint).to(task.device)
+    tokenizer = load_tokenizer(task.tokenizer)
+    with tempfile.TemporaryDirectory() as cache:
+        shards = ShardSet(task.shards, cache)
+        rows = -(-task.config.max_tokens // shards.seq_len) if task.config.max_tokens else None
+        nats, tokens = score(model, shards, task.config.batch_size, rows)
+        baselines = measure_baselines(shards, tokenizer, rows)
+    return {
+        "loss": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 700.0)),
+        "bits_per_byte": nats / math.log(2) / baselines.bytes,
+        **asdict(baselines),
+        "samples": samples(model, tokenizer, task.config),
+    }
+
+
+@torch.inference_mode()
+def score(model: Transformer, shards: ShardSet, batch_size: int, max_rows: int | None) -> tuple[float, int]:
+    """Summed −log p in nats of the validation split's targets, and their number."""
+    device = model.tok_embeddings.weight.device
+    nats, tokens = 0.0, 0
+    for inputs, labels in held_out_batches(shards, batch_size, max_rows=max_rows):
+        total, count = cross_entropy_sum(model(inputs.to(device)), labels.to(device))
+        nats, tokens = nats + total.item(), tokens + int(count)
+    return nats, tokens
+
+
+def samples(model: Transformer, tokenizer: Tokenizer, config: EvaluateConfig) -> list[dict[str, str]]:
+    """The model's own continuations of the recipe's prompts."""
+    if not config.prompts:
+        return []
+    blocks = -(-model.config.max_seq_len // EngineConfig().block_size) * len(config.prompts)
+    engine = Engine(model, tokenizer, EngineConfig(num_blocks=blocks))
+    params = SamplingParams(max_tokens=config.sample_tokens, temperature=config.temperature, seed=0)
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in config.prompts]
+    completions = engine.generate(prompts, params)
+    engine.close()
+    return [
+        {"prompt": prompt, "text": completion.text}
+        for prompt, completion in zip(config.prompts, completions, strict=True)
+    ]

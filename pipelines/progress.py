@@ -1,0 +1,122 @@
+"""A run on the screen: a live line per stage on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from pipelines.graph import Event
+from pipelines.report import RunSummary
+
+PLAIN_INTERVAL_SECONDS = 5.0
+
+
+class RunDisplay:
+    """Shows a graph's events; call it with each. A context manager.
+
+    On a terminal the running stage has a bar, and finished stages stay as lines above it. Elsewhere a stage's progress
+    is printed at most every `PLAIN_INTERVAL_SECONDS`, so that a log stays readable.
+    """
+
+    def __init__(self, console: Console, run_folder: str) -> None:
+        self._console = console
+        self._run_folder = run_folder
+        self._last_line = 0.0
+        self._task: TaskID | None = None
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("[bold]{task.fields[stage]:<10}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=console,
+                transient=True,
+            )
+
+    def __enter__(self) -> Self:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "progress":
+            self._show_progress(event)
+            return
+        if self._progress and self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        if event.kind == "running":
+            if self._progress:
+                self._task = self._progress.add_task("", stage=event.stage, total=1.0)
+            else:
+                self._print(event.stage, "started")
+        elif event.kind == "done":
+            self._print(event.stage, f"[green]done[/] in {event.seconds:.1f} s")
+        elif event.kind == "skipped":
+            self._print(event.stage, f"[dim]skipped, {event.message}[/]")
+        else:
+            self._print(event.stage, f"[red]failed[/], see {self._run_folder}/errors/{event.stage}.txt")
+
+    def _show_progress(self, event: Event) -> None:
+        if self._progress and self._task is not None:
+            self._progress.update(self._task, description=event.message, completed=event.fraction)
+            if event.fraction is None:  # news rather than a number: worth keeping
+                self._print(event.stage, event.message)
+            return
+        now = time.monotonic()
+        if event.fraction in (None, 1.0) or now - self._last_line >= PLAIN_INTERVAL_SECONDS:
+            self._last_line = now
+            self._print(event.stage, event.message)
+
+    def _print(self, stage: str, message: str) -> None:
+        self._console.print(f"[bold]{stage:<10}[/] {message}", highlight=False, soft_wrap=True)
+
+
+def print_summary(console: Console, summary: RunSummary) -> None:
+    """The run's figures, a line each; what was not part of it is left out. Paths stay in one piece, to be copied."""
+    for name, value in _rows(summary):
+        console.print(f"[bold]{name:<14}[/] {value}", highlight=False, soft_wrap=True)
+
+
+def _rows(summary: RunSummary) -> list[tuple[str, str]]:
+    rows = [("run", summary.run_id), ("time", f"{summary.seconds:.0f} s")]
+    if summary.tokens_per_second is not None:
+        resumed = f", resumed from step {summary.resumed_step}" if summary.resumed_step else ""
+        rows.append(("training", f"{summary.tokens:,} tokens, {summary.tokens_per_second:,.0f} tokens/s{resumed}"))
+        rows.append(("parameters", f"{summary.parameters:,}"))
+    if summary.bits_per_byte is not None and summary.unigram_bits_per_byte is not None:
+        share = summary.bits_per_byte / summary.unigram_bits_per_byte
+        rows.append(("held out", f"loss {summary.loss:.3f}, perplexity {summary.perplexity:.1f}"))
+        rows.append(
+            (
+                "bits per byte",
+                f"{summary.bits_per_byte:.3f}, {share:.0%} of the unigram's {summary.unigram_bits_per_byte:.3f}"
+                f" (zstd -19: {summary.zstd_bits_per_byte:.3f})",
+            )
+        )
+    if summary.requests:
+        rows.append(
+            (
+                "cached tokens",
+                f"{summary.predicted_cached_tokens} predicted, {summary.cached_tokens} actual, "
+                f"{summary.requests} requests",
+            )
+        )
+    rows += [("plot", path) for path in summary.plots]
+    if summary.model:
+        rows.append(("model", summary.model))
+    if summary.url:
+        rows.append(("endpoint", f"{summary.url}/v1"))
+    return rows

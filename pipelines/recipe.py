@@ -1,0 +1,387 @@
+"""The recipe: one YAML file that describes a run, typed, with no key that is not obeyed.
+
+Settings that the lower floors define (`model`, most of `train`, `serve.engine`) are embedded as they are; nothing is
+typed twice. Every error is a RecipeError of one line: the key's path, its value, and what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from llama.config import ModelConfig
+from llama.engine.engine import EngineConfig
+from llama.tokenizer import SPECIAL_TOKENS
+from llama.training.config import TrainConfig
+from llama.training.mesh import plan_mesh
+
+_SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+_PORTS = (1, 65535)
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message is one line."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SourceConfig(_Section):
+    """A source of text: `stdlib`, or the path or URI of a plain-text file or a folder of them."""
+
+    uri: Annotated[str, Field(min_length=1)]
+    format: Literal["text"] = "text"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of `data.max_bytes`, relative to the other sources."""
+
+    @field_validator("uri")
+    @classmethod
+    def _no_credentials(cls, uri: str) -> str:
+        if "://" in uri and "@" in urlsplit(uri).netloc:
+            raise ValueError("carries credentials; put them in the environment, a recipe is stored with its run")
+        return uri
+
+
+class DataConfig(_Section):
+    sources: tuple[SourceConfig, ...]
+    max_bytes: Positive | None = None
+    """Bytes of text to take at most, over all sources; None takes everything."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Fraction of the documents, chosen by their hash, that is held out."""
+    min_document_chars: Positive = 32
+    """Shorter documents are dropped, and counted."""
+    part_bytes: Annotated[int, Field(ge=1 << 16)] = 16 << 20
+    """Bytes of text in one file of documents or one shard: the unit of parallel work and of a worker's memory."""
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> Self:
+        if not self.sources:
+            raise ValueError("data.sources is empty; name at least one source, such as {uri: stdlib}")
+        weights = [source.weight for source in self.sources]
+        if self.max_bytes is None and len(set(weights)) > 1:
+            raise ValueError(f"data.sources: the weights {weights} divide data.max_bytes, which is absent; set it")
+        return self
+
+
+class TokenizerConfig(_Section):
+    vocab_size: Annotated[int, Field(ge=_SMALLEST_VOCABULARY)] = 4096
+    """Tokens, of which 256 are the bytes and a few special; the model's vocabulary follows it."""
+    sample_bytes: Positive = 100_000_000
+    """Bytes of training text to learn from; of a larger corpus that much is sampled."""
+
+
+@dataclass(frozen=True)
+class TrainRecipe(TrainConfig):
+    """A training run and what it asks of the cluster."""
+
+    workers: int = 1
+    """Ranks, one process each."""
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    accelerator_type: str | None = None
+    """Ray's name of the GPU that a worker must get, such as H200."""
+    max_failures: int = 2
+    """How often the training may be restarted from its last checkpoint after losing a worker."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 1:
+            raise ValueError(f"train.workers={self.workers} must be at least 1")
+        if self.max_failures < 0:
+            raise ValueError(f"train.max_failures={self.max_failures} must not be negative; 0 means no second try")
+        _check_resources("train", "worker", self.cpus_per_worker, self.gpus_per_worker, self.accelerator_type)
+
+
+class EvaluateConfig(_Section):
+    batch_size: Positive = 16
+    """Rows in one forward pass."""
+    max_tokens: Positive | None = None
+    """Held-out tokens to score at most; None scores the whole validation split."""
+    prompts: tuple[str, ...] = ()
+    """Texts for the model to continue."""
+    sample_tokens: Positive = 48
+    """Tokens to generate for each prompt."""
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    """0 takes the likeliest token."""
+
+
+class ExportConfig(_Section):
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class RequestsConfig(_Section):
+    """The conversations that the deploy stage holds with its own endpoint."""
+
+    conversations: Annotated[int, Field(ge=0)] = 4
+    turns: Positive = 3
+    max_tokens: Positive = 24
+    """Tokens of each answer."""
+
+
+class ServeConfig(_Section):
+    replicas: Positive = 1
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    accelerator_type: str | None = None
+    port: Annotated[int, Field(ge=_PORTS[0], le=_PORTS[1])] = 8000
+    engine: EngineConfig = EngineConfig()
+    requests: RequestsConfig = RequestsConfig()
+
+    @model_validator(mode="after")
+    def _resources(self) -> Self:
+        _check_resources("serve", "replica", self.cpus_per_replica, self.gpus_per_replica, self.accelerator_type)
+        return self
+
+
+class Recipe(_Section):
+    """A run. `Recipe.load` reads one from YAML; all sections but `evaluate`, `export` and `serve` must be there."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    model: ModelConfig
+    train: TrainRecipe
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    serve: ServeConfig = Field(default_factory=ServeConfig)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+        """Read a YAML file and set `overrides` in it, each `dotted.path=value` with the value in YAML.
+
+        Raises RecipeError.
+        """
+        try:
+            text = Path(path).read_text("utf-8")
+        except FileNotFoundError:
+            raise RecipeError(f"there is no recipe {os.fspath(path)!r}; give the path of a YAML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe {os.fspath(path)!r} cannot be read: {_first_line(error)}") from error
+        return cls.from_yaml(text, overrides)
+
+    @classmethod
+    def from_yaml(cls, text: str, overrides: Sequence[str] = ()) -> Recipe:
+        """`load`, from the text itself."""
+        values = _parse_yaml(text, "the recipe")
+        if not isinstance(values, dict):
+            sections = ", ".join(cls.model_fields)
+            raise RecipeError(f"the recipe is {_shown(values)}, not a mapping of its sections ({sections})")
+        for override in overrides:
+            _set(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(_explain(error.errors())) from None  # pydantic's own text shows whole inputs
+
+    def to_yaml(self) -> str:
+        """The recipe with every default filled in; `from_yaml` makes an equal one of it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _vocabulary_follows_tokenizer(cls, values: Any) -> Any:
+        match values:
+            case {"tokenizer": {"vocab_size": vocab_size}, "model": dict(model)} if "vocab_size" not in model:
+                return {**values, "model": {**model, "vocab_size": vocab_size}}
+            case {"tokenizer": dict(), "model": dict(model)} if "vocab_size" not in model:
+                default = TokenizerConfig.model_fields["vocab_size"].default
+                return {**values, "model": {**model, "vocab_size": default}}
+        return values
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        model, train, engine = self.model, self.train, self.serve.engine
+        if model.vocab_size != self.tokenizer.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={model.vocab_size} is not tokenizer.vocab_size={self.tokenizer.vocab_size}; "
+                "leave model.vocab_size out"
+            )
+        if train.seq_len > model.max_seq_len:
+            raise ValueError(
+                f"train.seq_len={train.seq_len} is above model.max_seq_len={model.max_seq_len}; lower it, or raise that"
+            )
+        train.accumulation_steps(train.workers)
+        plan = plan_mesh(train.parallel, train.workers)
+        experts = model.moe.num_experts if model.moe else 1
+        if experts % plan.ep:
+            raise ValueError(
+                f"train.parallel.ep={plan.ep} does not divide "
+                + (f"model.moe.num_experts={experts}" if model.moe else "a model without model.moe")
+                + "; choose a divisor, 1 turns expert parallelism off"
+            )
+        if engine.num_blocks * engine.block_size < model.max_seq_len:
+            raise ValueError(
+                f"serve.engine.num_blocks={engine.num_blocks} of serve.engine.block_size={engine.block_size} tokens "
+                f"hold less than one request of model.max_seq_len={model.max_seq_len}; raise serve.engine.num_blocks"
+            )
+        _check_finite(self.model_dump())
+        return self
+
+
+def _check_resources(section: str, unit: str, cpus: float, gpus: float, accelerator_type: str | None) -> None:
+    if cpus <= 0:
+        raise ValueError(f"{section}.cpus_per_{unit}={cpus} must be positive")
+    if gpus < 0:
+        raise ValueError(f"{section}.gpus_per_{unit}={gpus} must not be negative; 0 means none")
+    if accelerator_type is not None and gpus == 0:
+        raise ValueError(
+            f"{section}.accelerator_type={accelerator_type!r} names a GPU, but {section}.gpus_per_{unit}=0; "
+            "set it, or leave the type out"
+        )
+
+
+def _check_finite(value: Any, path: tuple[str | int, ...] = ()) -> None:
+    """YAML has `.nan` and `.inf`; no setting means anything at them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{_dotted(path)}={value} is not a finite number; give one")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        _check_finite(item, (*path, key))
+
+
+# -- YAML and overrides
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader, but a key that comes twice is an error and not the last one's victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeyLoader)  # a SafeLoader: builds plain values only
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{what} is not valid YAML{line}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{what} is not valid YAML: {_first_line(error)}") from error
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    """Set `a.b[0].c=value` in place; mappings on the way are made where they are absent."""
+    path, equals, text = override.partition("=")
+    keys = [part for part in re.split(r"\.|\[(\d+)\]", path.strip()) if part]
+    if not equals or not keys:
+        raise RecipeError(f"override {override!r} is not of the form key.path=value")
+    value = _parse_yaml(text, f"the value of override {override!r}")
+    place: Any = values
+    for depth, key in enumerate(keys):
+        where, last = ".".join(keys[:depth]), depth == len(keys) - 1
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                raise RecipeError(f"override {override!r}: {where} has the items 0 to {len(place) - 1}, not {key!r}")
+            index: Any = int(key)
+        elif isinstance(place, dict):
+            index = key
+        else:
+            raise RecipeError(f"override {override!r}: {where}={_shown(place)} has no keys below it")
+        if last:
+            place[index] = value
+        else:
+            if isinstance(place, dict) and place.get(index) is None:
+                place[index] = {}
+            place = place[index]
+
+
+# -- errors in one line
+
+
+def _explain(errors: list[ErrorDetails]) -> str:
+    line = _explain_one(errors[0])
+    return line if len(errors) == 1 else f"{line} (and {len(errors) - 1} more)"
+
+
+def _explain_one(error: ErrorDetails) -> str:
+    path = error["loc"]
+    dotted = _dotted(path)
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:] if message.startswith("Input should") else message
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _similar(path)
+        return f"{dotted}: unknown key; " + (f"did you mean {known}?" if known else "remove it")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{dotted}: missing; add it to the recipe"
+    if error["type"] == "value_error":  # one of ours, which names its key, perhaps not from the top
+        if not path or message.startswith(str(path[0])):
+            return message
+        if message.startswith(f"{path[-1]}."):
+            return f"{_dotted(path[:-1])}.{message}"
+    return f"{dotted}={_shown(error['input'])}: {message}"
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def _shown(value: object) -> str:
+    text = re.sub(r"//[^/@\s]*@", "//***@", repr(value))  # a password in a URI is not for the log
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _similar(path: Sequence[str | int]) -> str | None:
+    """The known key that an unknown one was probably meant to be: a sibling of like name, else its name elsewhere."""
+    *parents, name = path
+    section: Any = Recipe
+    for part in parents:
+        section = _fields_of(section).get(part) if isinstance(part, str) else _element_of(section)
+    if near := difflib.get_close_matches(str(name), _fields_of(section), n=1):
+        return _dotted((*parents, near[0]))
+    elsewhere = [known for known in _known_paths(Recipe) if known[-1] == name]
+    return _dotted(elsewhere[0]) if elsewhere else None
+
+
+def _known_paths(section: Any, prefix: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    for name, annotation in _fields_of(section).items():
+        yield (*prefix, name)
+        element = _element_of(annotation)
+        yield from _known_paths(*((annotation, (*prefix, name)) if element is None else (element, (*prefix, name, 0))))
+
+
+def _fields_of(annotation: Any) -> dict[str, Any]:
+    """Name and type of the fields of a section, also where it is optional; none for a plain type."""
+    for candidate in _alternatives(annotation):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return {name: get_type_hints(candidate)[name] for name in candidate.model_fields}
+        if dataclasses.is_dataclass(candidate):
+            return {field.name: get_type_hints(candidate)[field.name] for field in dataclasses.fields(candidate)}
+    return {}
+
+
+def _element_of(annotation: Any) -> Any:
+    """The element type of a list of sections, or None."""
+    for candidate in _alternatives(annotation):
+        if get_origin(candidate) in (tuple, list):
+            return get_args(candidate)[0]
+    return None
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]

@@ -1,0 +1,35 @@
+"""The main job: which stages a recipe means, and how they are wired."""
+
+from __future__ import annotations
+
+from pipelines.deploy import deploy_stage
+from pipelines.evaluate import evaluate_stage
+from pipelines.export import export_stage
+from pipelines.graph import Graph
+from pipelines.ingest import ingest_stage
+from pipelines.pretrain import pretrain_stage
+from pipelines.recipe import Recipe
+from pipelines.shards import ShardConfig, shards_stage
+from pipelines.vocabulary import tokenizer_stage
+
+def build_graph(recipe: Recipe, dashboard_url: str, keep: bool) -> Graph:
+    """Raw text to endpoint.
+
+    Args:
+        dashboard_url: where the Ray cluster's dashboard listens; the deploy stage talks to it.
+        keep: leave the endpoint running.
+
+    Raises:
+        DataError: a source does not exist.
+    """
+    return Graph(
+        [
+            ingest_stage(recipe.data),
+            tokenizer_stage(recipe.tokenizer),
+            shards_stage(ShardConfig(seq_len=recipe.train.seq_len, part_bytes=recipe.data.part_bytes)),
+            pretrain_stage(recipe.model, recipe.train),
+            evaluate_stage(recipe.model, recipe.evaluate, recipe.train.cpus_per_worker, recipe.train.gpus_per_worker),
+            export_stage(recipe.model, recipe.export),
+            deploy_stage(recipe.name, recipe.serve, recipe.export.dtype, dashboard_url, keep),
+        ]
+    )

@@ -1,0 +1,75 @@
+"""The application's settings, and what they ask of Ray."""
+
+import pytest
+from pydantic import ValidationError
+
+from cluster.serve.app import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT, AppArgs, build
+from cluster.serve.weights import ModelNotFound
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return str(tmp_path)
+
+
+def _deployments(args: AppArgs) -> dict:
+    ingress = build(args)._bound_deployment
+    engine = ingress.init_args[1]._bound_deployment
+    return {deployment.name: deployment for deployment in (ingress, engine)}
+
+
+def test_settings_reach_the_deployments(model):
+    args = AppArgs(
+        model=model,
+        replicas=3,
+        cpus_per_replica=0.5,
+        gpus_per_replica=2,
+        accelerator_type="H100",
+        threads=2,
+        dtype="bfloat16",
+        engine={"num_blocks": 64, "max_running": 8, "max_waiting": 10},
+    )
+    deployments = _deployments(args)
+    engine = deployments[ENGINE_DEPLOYMENT]
+    assert engine.num_replicas == 3
+    options = engine.ray_actor_options
+    assert (options["num_cpus"], options["num_gpus"], options["accelerator_type"]) == (0.5, 2, "H100")
+    (config,) = engine.init_args
+    assert config.engine.num_blocks == 64 and config.dtype == "bfloat16" and config.threads == 2 and config.use_gpu
+    assert engine.max_ongoing_requests > 18  # what the engine can hold and refuse by itself, and the subscriptions
+    assert deployments[INGRESS_DEPLOYMENT].ray_actor_options["num_cpus"] == 0
+
+
+def test_without_gpus_none_are_asked_for(model):
+    options = _deployments(AppArgs(model=model))[ENGINE_DEPLOYMENT].ray_actor_options
+    assert options["num_gpus"] == 0 and "accelerator_type" not in options
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(ModelNotFound, match="serve.model="):
+        build(AppArgs(model=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"bananas": 1}, "bananas"),
+        ({"engine": {"num_blcks": 1}}, "engine.num_blcks"),
+        ({"engine": {"num_blocks": 0}}, "engine"),
+        ({"cost": {"missing_weight": -1}}, "cost"),
+        ({"replicas": 0}, "replicas"),
+        ({"threads": 0}, "threads"),
+        ({"gpus_per_replica": -1}, "gpus_per_replica"),
+        ({"dtype": "float8"}, "dtype"),
+    ],
+)
+def test_bad_settings_are_named_with_their_path(fields, path):
+    with pytest.raises(ValidationError) as caught:
+        AppArgs(model="m", **fields)
+    assert ".".join(map(str, caught.value.errors()[0]["loc"])) == path
+
+
+def test_arguments_survive_json(model):
+    args = AppArgs(model=model, engine={"num_blocks": 7}, cost={"missing_weight": 3.0})
+    assert AppArgs.model_validate(args.model_dump(mode="json")) == args

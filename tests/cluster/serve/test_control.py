@@ -1,0 +1,48 @@
+"""Deploying: what can be refused before anything starts. The rest is in test_serving."""
+
+import socket
+
+import pytest
+
+from cluster.serve import control
+
+
+def test_a_taken_port_is_reported(unused_port):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(control.PortTaken, match=f"port {port} on 127.0.0.1 is taken"):
+            control._check_port_free("127.0.0.1", port)
+    control._check_port_free("127.0.0.1", unused_port)
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_dashboard_that_does_not_answer_is_reported_in_one_line(unused_port):
+    with pytest.raises(control.ServeError, match="does not answer") as caught:
+        control.status(dashboard_url=f"http://127.0.0.1:{unused_port}")
+    assert "\n" not in str(caught.value)
+
+
+def test_scaling_to_nothing_is_refused():
+    with pytest.raises(ValueError, match="replicas=0"):
+        control.scale(0, dashboard_url="http://127.0.0.1:1")
+
+
+def test_only_the_number_of_replicas_may_change_without_a_restart():
+    app = {"name": "x", "runtime_env": {}, "args": {"model": "m", "replicas": 1}}
+    assert control._differ_in_replicas_only(app, {**app, "args": {"model": "m", "replicas": 9}})
+    assert not control._differ_in_replicas_only(app, {**app, "args": {"model": "n", "replicas": 1}})
+    assert not control._differ_in_replicas_only(app, {**app, "runtime_env": {"py_modules": ["gcs://x.zip"]}})
+    assert not control._differ_in_replicas_only(None, app)
+
+
+def test_of_a_traceback_the_exception_is_what_the_user_sees():
+    message = "Deploying failed:\nTraceback (most recent call last):\n  File x\nModelNotFound: no model at y\n\n"
+    assert control._last_line(message) == "ModelNotFound: no model at y"

@@ -1,0 +1,394 @@
+"""The whole of serving on a local cluster: one Ray, one application, the real `openai` client."""
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import ray
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from cluster.serve import control
+from cluster.serve.app import AppArgs
+from llama.config import ModelConfig
+from llama.hf import save_pretrained
+from llama.model import Transformer
+from llama.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[3]
+MODEL = "tiny"
+MAX_SEQ_LEN = 512
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _save_model(directory: Path) -> Path:
+    """A random model that answers in ordinary tokens, with a vocabulary of this file."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([Path(__file__).read_text()], trainer)
+    tokenizer = Tokenizer(backend)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        dim=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        max_seq_len=MAX_SEQ_LEN,
+        tie_embeddings=False,
+    )
+    model = Transformer(config)
+    model.init_weights(seed=0)
+    save_pretrained(model, directory, tokenizer)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[str]:
+    """A Ray of our own, with fake GPUs; yields the dashboard's URL."""
+    folder = tmp_path_factory.mktemp("serving")
+    with pytest.MonkeyPatch.context() as patch:
+        # Not in the repository: Ray's processes must find our packages because they are shipped, not by accident.
+        patch.chdir(folder)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        port = _free_port()
+        ray.init(
+            address="local",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=port,
+            num_cpus=2,
+            num_gpus=3,
+            resources={"accelerator_type:T4": 1},
+            runtime_env={"py_modules": [str(ROOT / package) for package in ("llama", "cluster")]},
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def args(cluster, tmp_path_factory) -> AppArgs:
+    return AppArgs(
+        model=str(_save_model(tmp_path_factory.mktemp("model"))),
+        replicas=2,
+        served_name=MODEL,
+        cpus_per_replica=0.1,
+        gpus_per_replica=0.5,
+        accelerator_type="T4",
+        engine={"num_blocks": 512, "max_batched_tokens": 64, "max_running": 4},
+    )
+
+
+@pytest.fixture(scope="module")
+def endpoint(cluster, args) -> control.Endpoint:
+    return control.deploy(args, dashboard_url=cluster, runtime_env=control.shipped_runtime_env(), port=_free_port())
+
+
+@pytest.fixture(scope="module")
+def client(endpoint) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(endpoint) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=endpoint.url, trust_env=False, timeout=30) as http:
+        yield http
+
+
+def _replicas(http: httpx.Client) -> dict[str, dict]:
+    return {entry["replica"]: entry for entry in http.get("/caravan/replicas").raise_for_status().json()["replicas"]}
+
+
+def _pids(http: httpx.Client) -> dict[str, int]:
+    return {replica: entry["info"]["pid"] for replica, entry in _replicas(http).items() if entry["info"]}
+
+
+def _wait_until(condition, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
+        time.sleep(0.05)
+
+
+class _Conversation:
+    """A chat whose every turn carries the whole history."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.messages: list[dict[str, str]] = []
+        self.reports: list[dict] = []
+
+    def turn(self, client: openai.OpenAI) -> None:
+        question = f"{self.number * 7919} is the number of this conversation, and turn {len(self.reports)} asks again."
+        self.messages.append({"role": "user", "content": question})
+        answer = client.chat.completions.create(model=MODEL, messages=self.messages, max_tokens=12, temperature=0)
+        self.messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        assert answer.usage.prompt_tokens_details.cached_tokens == answer.caravan["cached_tokens"]
+        self.reports.append(answer.caravan)
+
+
+@pytest.fixture(scope="module")
+def conversations(client) -> list[_Conversation]:
+    """20 conversations of 3 turns, four of them at a time, interleaved."""
+    conversations = [_Conversation(number) for number in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            list(pool.map(lambda conversation: conversation.turn(client), conversations))
+    return conversations
+
+
+def test_every_turns_cached_tokens_are_predicted_exactly(conversations):
+    for conversation in conversations:
+        predicted = [report["predicted_cached_tokens"] for report in conversation.reports]
+        assert predicted == [report["cached_tokens"] for report in conversation.reports]
+        assert predicted[0] == 0 and 16 <= predicted[1] < predicted[2]
+        assert len({report["replica"] for report in conversation.reports}) == 1
+    share = Counter(conversation.reports[0]["replica"] for conversation in conversations)
+    assert len(share) == 2 and min(share.values()) >= 4
+
+
+def test_flushing_one_replica_ends_its_predictions_at_once(conversations, client, http):
+    flushed = conversations[0].reports[-1]["replica"]
+    kept = next(c for c in conversations if c.reports[-1]["replica"] != flushed)
+    assert _replicas(http)[flushed]["cached_blocks"] > 0
+    started = time.monotonic()
+    answer = http.post(f"/caravan/replicas/{flushed}/flush").raise_for_status().json()
+    assert answer["applied"]
+    assert _replicas(http)[flushed]["cached_blocks"] == 0
+    assert time.monotonic() - started < 1
+    conversations[0].turn(client)
+    kept.turn(client)
+    last = conversations[0].reports[-1]
+    assert last["predicted_cached_tokens"] == last["cached_tokens"] == 0
+    last = kept.reports[-1]
+    assert last["predicted_cached_tokens"] == last["cached_tokens"] > 0
+
+
+def test_flushing_an_unknown_replica_is_an_error(http):
+    response = http.post("/caravan/replicas/nobody/flush")
+    assert response.status_code == 404 and response.json()["error"]["code"] == "replica_not_found"
+
+
+def test_replicas_hold_the_gpus_they_asked_for_by_name(endpoint):
+    total, free = ray.cluster_resources(), ray.available_resources()
+    assert total["GPU"] - free["GPU"] == 1.0
+    assert 0 < total["accelerator_type:T4"] - free["accelerator_type:T4"] < 0.01
+
+
+def test_models_and_health(client, http):
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert http.get("/health").json() == {"ready": True, "replicas": 2, "fresh": 2}
+
+
+def test_streaming_a_chat_equals_not_streaming_it(client):
+    request = {"model": MODEL, "messages": [{"role": "user", "content": "Tell me more."}], "temperature": 0}
+    whole = client.chat.completions.create(**request, max_tokens=30)
+    pieces = list(
+        client.chat.completions.create(**request, max_tokens=30, stream=True, stream_options={"include_usage": True})
+    )
+    assert pieces[0].choices[0].delta.role == "assistant"
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces[:-1])
+    assert text == whole.choices[0].message.content and text
+    assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert pieces[-1].choices == [] and pieces[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert pieces[-1].caravan["predicted_cached_tokens"] == pieces[-1].usage.prompt_tokens_details.cached_tokens
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+
+
+def test_streaming_a_completion_equals_not_streaming_it(client):
+    request = {"model": MODEL, "prompt": list(range(10, 60)), "temperature": 0, "max_tokens": 20, "logprobs": 2}
+    whole = client.completions.create(**request)
+    pieces = list(client.completions.create(**request, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+    streamed = [token for piece in pieces for token in piece.choices[0].logprobs.tokens]
+    assert streamed == whole.choices[0].logprobs.tokens and len(streamed) == 20
+    assert all(len(top) <= 2 for top in whole.choices[0].logprobs.top_logprobs)
+    assert pieces[-1].caravan["replica"]
+    raw = client.completions.with_raw_response.create(**request)
+    assert raw.headers["x-caravan-replica"] == raw.parse().caravan["replica"]
+
+
+def test_seeds_and_stop_strings_are_obeyed(client):
+    request = {"model": MODEL, "prompt": "once", "max_tokens": 20, "seed": 3}
+    one, two = (client.completions.create(**request).choices[0] for _ in range(2))
+    assert one.text == two.text
+    stop = one.text[5:7]
+    stopped = client.completions.create(**request, stop=[stop]).choices[0]
+    assert stopped.text == one.text[: one.text.index(stop)] and stopped.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "code"),
+    [
+        ("/v1/completions", b'{"model": ', 400, None, "invalid_json"),
+        ("/v1/chat/completions", b"[]", 400, None, "invalid_json"),
+        ("/v1/completions", {"model": MODEL, "prompt": "x", "bananas": 1}, 400, "bananas", "unknown_parameter"),
+        ("/v1/completions", {"model": MODEL, "prompt": "x", "n": 2}, 400, "n", "unsupported_parameter"),
+        ("/v1/completions", {"model": "other", "prompt": "x"}, 404, "model", "model_not_found"),
+        ("/v1/completions", {"model": MODEL, "prompt": [9] * 512}, 400, "prompt", "context_length_exceeded"),
+        ("/v1/completions", {"model": MODEL, "prompt": [9, 10_000]}, 400, "prompt", "invalid_value"),
+        (
+            "/v1/chat/completions",
+            {"model": MODEL, "messages": [{"role": "user", "content": "Z" * 9999}], "stream": True},
+            400,
+            "messages",
+            "context_length_exceeded",
+        ),
+        ("/v1/nothing", {}, 404, None, None),
+    ],
+)
+def test_errors_have_openais_shape(http, path, body, status, param, code):
+    response = http.post(path, content=body) if isinstance(body, bytes) else http.post(path, json=body)
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert (response.status_code, error["param"], error["code"]) == (status, param, code)
+
+
+def test_the_openai_client_raises_its_own_errors(client):
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens"):
+        client.completions.create(model=MODEL, prompt=[9] * 600)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="x")
+
+
+def _totals(http: httpx.Client) -> Counter:
+    totals: Counter = Counter()
+    for entry in _replicas(http).values():
+        totals.update({**entry["load"], "active": entry["active_requests"]})
+    return totals
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_aborts_its_request(http, endpoint, stream):
+    _wait_until(lambda: _totals(http)["running"] == 0, 3, "quiet")
+    before = _totals(http)["generated_tokens"]
+    body = {"model": MODEL, "prompt": [11, 12, 13], "max_tokens": 500, "temperature": 0, "stream": stream}
+    with httpx.Client(base_url=endpoint.url, trust_env=False, timeout=30 if stream else 0.15) as leaving:
+        if stream:
+            with leaving.stream("POST", "/v1/completions", json=body) as response:
+                next(response.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                leaving.post("/v1/completions", json=body)
+    _wait_until(lambda: _totals(http)["running"] == _totals(http)["active"] == 0, 3, "the abort")
+    time.sleep(0.6)  # a heartbeat, so that the counter is the last one
+    assert 0 < _totals(http)["generated_tokens"] - before < 450
+
+
+def test_deploying_the_same_again_and_scaling_keep_processes_and_caches(cluster, args, endpoint, client, http):
+    before, pids = _replicas(http), _pids(http)
+    port = int(endpoint.url.rsplit(":", 1)[1])
+    control.deploy(args, dashboard_url=cluster, runtime_env=control.shipped_runtime_env(), port=port)
+    assert _pids(http) == pids
+    with pytest.raises(control.PortTaken, match="Serve already listens"):
+        control.deploy(args, dashboard_url=cluster, port=_free_port())
+
+    control.scale(3, dashboard_url=cluster)
+    after = _replicas(http)
+    assert len(after) == 3 and len(set(_pids(http).values())) == 3
+    assert pids.items() <= _pids(http).items()
+    for replica in before:
+        assert after[replica]["cached_blocks"] == before[replica]["cached_blocks"]
+    status = control.status(dashboard_url=cluster)
+    assert status.state == "RUNNING" and status.endpoint == endpoint
+    assert {replica.pid for replica in status.replicas} == set(_pids(http).values())
+
+    started = time.monotonic()
+    control.scale(2, dashboard_url=cluster)
+    assert time.monotonic() - started < 15  # our subscription does not hold up the draining replica
+    assert _pids(http) == pids
+
+
+def test_requests_on_a_killed_replica_are_served_by_another(client, http):
+    def complete(number: int) -> str:
+        prompt = [20 + number] * 200
+        answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=200, temperature=0)
+        return answer.choices[0].finish_reason
+
+    def stream(number: int) -> str:
+        prompt = [60 + number] * 200
+        try:
+            pieces = list(client.completions.create(model=MODEL, prompt=prompt, max_tokens=200, stream=True))
+        except openai.APIError as error:
+            return f"error event: {error.code}"
+        return pieces[-1].choices[0].finish_reason
+
+    with ThreadPoolExecutor(24) as pool:
+        completions = [pool.submit(complete, n) for n in range(16)]
+        streams = [pool.submit(stream, n) for n in range(8)]
+        # Nine: more than there are streams, so completions are among them; and four run, so others wait.
+        _wait_until(lambda: max(entry["active_requests"] for entry in _replicas(http).values()) >= 9, 5, "the load")
+        victim = max(_replicas(http).values(), key=lambda entry: entry["active_requests"])["replica"]
+        os.kill(_pids(http)[victim], signal.SIGKILL)
+        done, pending = wait(completions + streams, timeout=30)
+    assert not pending
+    assert {future.result() for future in completions} <= {"length", "stop"}
+    outcomes = Counter(future.result() for future in streams)
+    assert set(outcomes) <= {"length", "stop", "error event: replica_lost"}
+    assert outcomes["error event: replica_lost"] <= 4  # no more than were running there
+    _wait_until(lambda: victim not in _replicas(http), 10, "the victim's departure")
+    assert _totals(http)["active"] == 0
+
+
+def test_removing_the_application_leaves_nothing(cluster, endpoint, http):
+    pids = list(_pids(http).values())
+    control.undeploy(dashboard_url=cluster)
+    control.undeploy(dashboard_url=cluster)
+    with pytest.raises(control.NotDeployed):
+        control.status(dashboard_url=cluster)
+    with pytest.raises(control.NotDeployed):
+        control.scale(1, dashboard_url=cluster)
+    port = int(endpoint.url.rsplit(":", 1)[1])
+    _wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10, "the replicas' end")
+    control._check_port_free("127.0.0.1", port)
+
+
+def test_what_cannot_start_is_told_in_one_line_and_removed(cluster, args, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="nowhere"):
+        control.deploy(args.model_copy(update={"model": str(tmp_path / "nowhere")}), dashboard_url=cluster)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(control.PortTaken):
+            control.deploy(args, dashboard_url=cluster, port=other.getsockname()[1])
+    # As on a cluster elsewhere, which alone can know that the model is not there.
+    monkeypatch.setattr(control, "check_model", lambda uri: None)
+    with pytest.raises(control.DeployFailed, match="nowhere is neither a Hugging Face directory") as caught:
+        control.deploy(
+            args.model_copy(update={"model": str(tmp_path / "nowhere")}),
+            dashboard_url=cluster,
+            runtime_env=control.shipped_runtime_env(),
+            port=_free_port(),
+        )
+    assert "\n" not in str(caught.value)
+    with pytest.raises(control.NotDeployed):
+        control.status(dashboard_url=cluster)

@@ -1,0 +1,184 @@
+"""The per-process routing state: bookings, other processes' load, predictions, waiting for events."""
+
+import asyncio
+import threading
+
+from cluster.serve.messages import GenerateRequest, ReplicaInfo, ReplicaLoad, ReplicaUpdate
+from cluster.serve.state import RESERVATION_TIMEOUT_S, RoutingState, routing_state
+from llama.engine import BlocksStored, CacheSnapshot, SamplingParams, generation_root, hash_blocks
+
+BLOCK = 16
+
+
+class _Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _load(running: int = 0, free: int = 100, prefill: int = 0, decode: int = 0) -> ReplicaLoad:
+    return ReplicaLoad(running, 0, free, prefill, decode, 0, 0, 0, 0)
+
+
+def _info(replica: str) -> ReplicaInfo:
+    return ReplicaInfo(replica, 1, "node", "w", 1000, 512, BLOCK, 100)
+
+
+def _snapshot(replica: str, hashes: tuple[bytes, ...] = (), load: ReplicaLoad | None = None) -> ReplicaUpdate:
+    return ReplicaUpdate("e", load or _load(), snapshot=CacheSnapshot("e", 0, hashes), info=_info(replica))
+
+
+def _select(state: RoutingState, request: GenerateRequest, candidates: list[str]) -> list[str]:
+    state.begin(request.request_id)
+    return state.select(request, candidates)
+
+
+def _request(request_id: str, num_tokens: int = 64, first: int = 0, avoid: frozenset[str] = frozenset()):
+    token_ids = tuple(range(first, first + num_tokens))
+    hashes = tuple(hash_blocks(generation_root("w"), token_ids, BLOCK))
+    return GenerateRequest(request_id, token_ids, hashes, SamplingParams(), avoid)
+
+
+def _state(*replicas: str, clock: _Clock | None = None) -> RoutingState:
+    state = RoutingState(clock=clock or _Clock())
+    state.set_replicas(replicas)
+    for replica in replicas:
+        assert state.apply_update(replica, _snapshot(replica))
+    return state
+
+
+def test_a_burst_sees_its_own_bookings():
+    state = _state("a", "b")
+    chosen = [_select(state, _request(f"r{n}", first=1000 * n), ["a", "b"])[0] for n in range(40)]
+    assert chosen.count("a") == chosen.count("b") == 20
+
+
+def test_a_cached_prefix_is_predicted_where_it_is():
+    state = _state("a", "b")
+    request = _request("r", num_tokens=64)
+    assert state.apply_update("b", ReplicaUpdate("e", _load(), (BlocksStored(1, request.hashes),)))
+    assert _select(state, request, ["a", "b"]) == ["b", "a"]
+    assert state.booked_on("r") == "b"
+    assert state.placed(request, "b") == 48  # the fourth block holds the last token
+
+
+def test_an_accepted_second_choice_takes_the_booking_and_its_own_prediction():
+    state = _state("a", "b")
+    request = _request("r")
+    state.apply_update("b", ReplicaUpdate("e", _load(), (BlocksStored(1, request.hashes),)))
+    _select(state, request, ["a", "b"])
+    assert state.placed(request, "a") == 0
+    assert state.booked_on("r") == "a"
+    assert [status.active_requests for status in state.status()] == [1, 0]
+
+
+def test_a_finished_request_leaves_nothing():
+    state = _state("a")
+    request = _request("r")
+    _select(state, request, ["a"])
+    state.first_token("r")
+    state.progress("r", 3)
+    state.finish("r")
+    assert state.status()[0].active_requests == 0
+    assert state.booked_on("r") is None
+    assert state.placed(request, "a") == 0
+
+
+def test_a_request_that_is_over_or_was_never_begun_here_is_ranked_but_not_booked():
+    state = _state("a")
+    assert _select(state, _request("over"), ["a"]) == ["a"]
+    state.finish("over")
+    assert state.select(_request("over"), ["a"]) == ["a"]  # Serve was still about to route it
+    assert state.select(_request("stranger"), ["a"]) == ["a"]
+    assert state.status()[0].active_requests == 0
+
+
+def test_a_forgotten_request_ends_at_its_deadline():
+    clock = _Clock()
+    state = _state("a", clock=clock)
+    _select(state, _request("lost"), ["a"])
+    clock.now = RESERVATION_TIMEOUT_S - 1
+    _select(state, _request("second"), ["a"])
+    assert state.status()[0].active_requests == 2
+    clock.now = RESERVATION_TIMEOUT_S + 1
+    _select(state, _request("third"), ["a"])
+    assert state.booked_on("lost") is None and state.booked_on("second") == "a"
+
+
+def test_other_processes_work_counts_and_ones_own_is_not_counted_twice():
+    state = _state("a", "b")
+    for n in range(4):  # four of ours on a
+        _select(state, _request(f"own{n}", first=1000 * n), ["a"])
+    state.apply_update("a", ReplicaUpdate("e", _load(running=4, prefill=4 * 64)))
+    for n in range(4):  # so b takes the next four and is level with a, not behind it
+        assert _select(state, _request(f"next{n}", first=10_000 + 1000 * n), ["a", "b"])[0] == "b"
+    state.apply_update("b", ReplicaUpdate("e", _load(running=9, prefill=4 * 64 + 5000)))  # five of another ingress
+    assert _select(state, _request("last", first=90_000), ["a", "b"])[0] == "a"
+
+
+def test_replicas_on_which_a_request_failed_come_last():
+    state = _state("a", "b", "c")
+    request = _request("r")
+    state.apply_update("b", ReplicaUpdate("e", _load(), (BlocksStored(1, request.hashes),)))
+    assert _select(state, request, ["a", "b", "c"])[0] == "b"
+    ranking = _select(state, _request("r", avoid=frozenset({"b"})), ["a", "b", "c"])
+    assert ranking[-1] == "b" and state.booked_on("r") == ranking[0]
+    assert _select(state, _request("r", avoid=frozenset({"b"})), ["b"]) == ["b"]
+
+
+def test_a_gap_ends_predictions_until_the_next_snapshot():
+    state = _state("a")
+    request = _request("r")
+    assert state.apply_update("a", ReplicaUpdate("e", _load(), (BlocksStored(1, request.hashes),)))
+    assert not state.apply_update("a", ReplicaUpdate("e", _load(), (BlocksStored(3, (b"x" * 16,)),)))
+    assert not state.status()[0].fresh
+    _select(state, request, ["a"])
+    assert state.placed(request, "a") == 0
+    assert state.apply_update("a", _snapshot("a", request.hashes))
+    _select(state, request, ["a"])
+    assert state.placed(request, "a") == 48
+
+
+def test_a_broken_subscription_ends_predictions():
+    state = _state("a")
+    state.lost_subscription("a")
+    assert not state.status()[0].fresh
+
+
+def test_departed_replicas_are_forgotten_and_their_late_updates_refused():
+    state = _state("a", "b")
+    changes = []
+    state.on_replicas_changed(lambda: changes.append(state.replicas))
+    state.set_replicas(["b", "c"])
+    assert changes == [["a", "b"], ["b", "c"]]
+    assert not state.apply_update("a", _snapshot("a"))
+    assert [(status.replica, status.fresh) for status in state.status()] == [("b", True), ("c", False)]
+
+
+def test_a_replica_not_heard_of_yet_can_be_chosen():
+    state = RoutingState(clock=_Clock())
+    state.set_replicas(["a"])
+    assert state.info() is None
+    assert _select(state, _request("r"), ["a"]) == ["a"]
+
+
+def test_waiting_for_events_ends_when_they_are_applied_or_the_time_is_up():
+    async def run() -> None:
+        state = _state("a")
+        assert await state.wait_applied("a", 0, 0.01)
+        assert not await state.wait_applied("a", 1, 0.01)
+        waiting = asyncio.create_task(state.wait_applied("a", 2, 5.0))
+        await asyncio.sleep(0)
+        update = ReplicaUpdate("e", _load(), (BlocksStored(1, (b"x" * 16,)), BlocksStored(2, (b"y" * 16,))))
+        thread = threading.Thread(target=state.apply_update, args=("a", update))
+        thread.start()
+        assert await waiting
+        thread.join()
+
+    asyncio.run(run())
+
+
+def test_each_application_has_one_state_a_process():
+    assert routing_state("one") is routing_state("one")
+    assert routing_state("one") is not routing_state("two")

@@ -1,0 +1,48 @@
+"""Finding a model by its URI, and naming its weights by content."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.serve.weights import ModelNotFound, check_model, fetch_model, weights_id
+from cluster.storage import Artifact, Store
+
+
+def _write_model(directory: Path, weights: bytes = b"weights") -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(weights)
+    return directory
+
+
+def test_a_local_directory_is_used_where_it_lies(tmp_path):
+    model = _write_model(tmp_path / "model")
+    assert fetch_model(str(model), tmp_path / "cache") == model
+    assert fetch_model(f"file://{model}", tmp_path / "cache") == model
+
+
+def test_a_committed_export_is_used_and_an_uncommitted_one_is_not(tmp_path):
+    store = Store(str(tmp_path / "export"))
+    attempt = Artifact(store).begin()
+    local = attempt.store.local_path()
+    assert local is not None
+    _write_model(local)
+    with pytest.raises(ModelNotFound, match="neither a Hugging Face directory"):
+        fetch_model(str(tmp_path / "export"), tmp_path / "cache")
+    attempt.commit({})
+    assert (fetch_model(str(tmp_path / "export"), tmp_path / "cache") / "config.json").is_file()
+
+
+def test_what_is_not_a_model_is_named(tmp_path):
+    with pytest.raises(ModelNotFound, match="nowhere"):
+        check_model(str(tmp_path / "nowhere"))
+
+
+def test_weights_are_named_by_content_not_by_place_or_time(tmp_path):
+    one = weights_id(_write_model(tmp_path / "one"))
+    assert weights_id(_write_model(tmp_path / "two")) == one
+    assert weights_id(_write_model(tmp_path / "three", b"Weights")) != one
+    (tmp_path / "two" / "tokenizer.json").write_text("{}")
+    assert weights_id(tmp_path / "two") == one
+    (tmp_path / "two" / "model.safetensors").rename(tmp_path / "two" / "other.safetensors")
+    assert weights_id(tmp_path / "two") != one

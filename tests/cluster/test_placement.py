@@ -1,0 +1,114 @@
+import itertools
+
+import pytest
+
+from cluster.placement import NodeResources, PlacementError, WorkerNeeds, capacity, plan, refit, verify
+
+ONE_CPU = WorkerNeeds()
+
+
+def _nodes(slots: tuple[int, ...]) -> list[NodeResources]:
+    return [NodeResources(f"node-{index}", cpus) for index, cpus in enumerate(slots)]
+
+
+def _all_assignments(slots: tuple[int, ...], ep: int) -> list[tuple[int, ...]]:
+    """Every way to put a multiple of ep on each node, found by trying everything."""
+    counts = itertools.product(*(range(room + 1) for room in slots))
+    return [each for each in counts if all(count % ep == 0 for count in each)]
+
+
+_CASES = [slots for size in range(4) for slots in itertools.product(range(5), repeat=size)]
+
+
+def test_plan_agrees_with_brute_force() -> None:
+    for slots, ep in itertools.product(_CASES, (1, 2, 3)):
+        nodes, assignments = _nodes(slots), _all_assignments(slots, ep)
+        assert capacity(nodes, ep, ONE_CPU) == max(map(sum, assignments))
+        for workers in range(1, 9):
+            fitting = [each for each in assignments if sum(each) == workers]
+            if not fitting:
+                with pytest.raises(PlacementError):
+                    plan(nodes, workers, ep, ONE_CPU)
+                continue
+            made = plan(nodes, workers, ep, ONE_CPU)
+            by_node = dict(made.workers_by_node)
+            assert tuple(by_node.get(node.node_id, 0) for node in nodes) in fitting
+            assert len(by_node) == min(sum(count > 0 for count in each) for each in fitting), "the fewest nodes"
+            assert made.workers == len(made.node_ids) == workers
+            verify(sorted(made.node_ids), ep)
+
+
+def test_refusal_names_the_nearest_plan_that_fits() -> None:
+    for slots, ep, workers in itertools.product(_CASES, (1, 2, 3), range(1, 9)):
+        nodes = _nodes(slots)
+        try:
+            plan(nodes, workers, ep, ONE_CPU)
+        except PlacementError as error:
+            if error.nearest is None:
+                assert sum(slots) == 0 and "no node has room" in str(error)
+                continue
+            count, size = error.nearest
+            assert plan(nodes, count, size, ONE_CPU).workers == count
+            assert f"workers={count} with ep={size} would fit" in str(error)
+            sums = {sum(each) for each in _all_assignments(slots, ep)} - {0}
+            if sums:
+                assert size == ep and abs(count - workers) == min(abs(each - workers) for each in sums)
+            else:
+                assert size == max(slots), "no group of ep fits anywhere, so the largest that does"
+
+
+def test_error_says_why_and_what_fits() -> None:
+    nodes = _nodes((3, 3))
+    with pytest.raises(
+        PlacementError, match=r"workers=6 in groups of ep=2 do not fit .*node-0: 3, node-1: 3.*workers=4"
+    ):
+        plan(nodes, 6, 2, ONE_CPU)
+    with pytest.raises(PlacementError, match=r"workers=3 is not a multiple of ep=2; workers=2 with ep=2 would fit"):
+        plan(nodes, 3, 2, ONE_CPU)
+    with pytest.raises(PlacementError, match=r"no node has room for even one worker of 1 CPU and 1 GPU of H200"):
+        plan(nodes, 2, 2, WorkerNeeds(gpus=1, accelerator_type="H200"))
+    for workers, ep in ((0, 1), (2, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            plan(nodes, workers, ep, ONE_CPU)
+
+
+def test_slots_follow_the_scarcest_resource_and_the_accelerator() -> None:
+    node = NodeResources("a", cpus=8, gpus=4, accelerator_type="H200")
+    for needs, slots in (
+        (WorkerNeeds(cpus=1), 8),
+        (WorkerNeeds(cpus=1, gpus=1), 4),
+        (WorkerNeeds(cpus=3, gpus=1), 2),
+        (WorkerNeeds(cpus=0.1), 80),
+        (WorkerNeeds(cpus=0, gpus=1, accelerator_type="H200"), 4),
+        (WorkerNeeds(cpus=0, gpus=1, accelerator_type="A100"), 0),
+    ):
+        assert needs.slots(node) == slots, needs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cpus": -1}, "cpus_per_worker=-1 is negative"),
+        ({"gpus": -1}, "gpus_per_worker=-1 is negative"),
+        ({"cpus": 0}, "must ask for something"),
+        ({"accelerator_type": "H200"}, "'H200' needs gpus_per_worker"),
+    ],
+)
+def test_senseless_needs_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WorkerNeeds(**arguments)
+
+
+def test_verify_names_the_group_that_crosses_nodes() -> None:
+    verify(["a", "a", "b", "b"], 2)
+    verify(["a", "a", "a", "b"], 1)
+    with pytest.raises(PlacementError, match=r"group 1 crosses nodes \(rank 2 on a, rank 3 on b\)"):
+        verify(["a", "a", "a", "b"], 2)
+    with pytest.raises(PlacementError, match="world size 3 is not a multiple of ep=2"):
+        verify(["a", "a", "a"], 2)
+
+
+def test_refit_is_the_largest_multiple() -> None:
+    for available, ep in itertools.product(range(20), range(1, 6)):
+        fitting = [size for size in range(available + 1) if size % ep == 0]
+        assert refit(available, ep) == max(fitting)

@@ -1,0 +1,367 @@
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import xxhash
+
+from cluster.filesystem import BlockCachedFile, explain
+from cluster.storage import Artifact, CorruptArtifact, FileEntry, NotFound, StorageError, Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(f"file://{tmp_path}/store")
+
+
+def _files_on_disk(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# -- URIs
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("", "empty"),
+        ("ftp://host/dir", "unknown scheme 'ftp'"),
+        ("file://relative/dir", "file:///dir"),
+        ("file:///a/../b", "'..'"),
+        ("s3://", "bucket is missing"),
+        ("s3:///prefix", "bucket is missing"),
+        ("s3://bucket/a#b", "%23"),
+        ("s3://bucket/a?endpoint=host", "'endpoint'.*endpoint_override, region, scheme"),
+        ("gs://user:password@bucket/a", "GOOGLE_APPLICATION_CREDENTIALS"),
+    ],
+)
+def test_bad_uri_is_refused_with_the_remedy(uri: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Store(uri)
+
+
+def test_bare_path_is_the_same_store_as_its_file_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Store("some dir") == Store(tmp_path / "some dir") == Store(f"file://{tmp_path}/some%20dir/")
+    assert Store("some dir").local_path("a/b") == tmp_path / "some dir" / "a" / "b"
+    assert Store("s3://bucket/x").local_path("a") is None
+
+
+def test_child_keeps_the_options_and_nothing_leaves_the_store(store: Store) -> None:
+    remote = Store("s3://bucket/runs?endpoint_override=127.0.0.1:9&scheme=http")
+    assert remote.child("a", "b/c").uri == "s3://bucket/runs/a/b/c?endpoint_override=127.0.0.1:9&scheme=http"
+    assert Store("s3://bucket").child("a").uri == "s3://bucket/a"
+    for path in ("..", "a/../b", "/etc/passwd", "a//b", "./a", "a/", "a\0b", ".caravan-tmp-x"):
+        for call in (
+            store.child,
+            store.exists,
+            store.read_bytes,
+            store.list,
+            store.delete,
+            store.local_path,
+            lambda path: store.write_bytes(path, b""),
+            lambda path: store.upload(__file__, path),
+            lambda path: store.download(path, "/dev/null"),
+        ):
+            with pytest.raises(ValueError, match="not a plain relative path|files being written"):
+                call(path)
+    with pytest.raises(ValueError, match="not a plain relative path"):
+        store.delete("")
+
+
+def test_secrets_are_shown_nowhere_and_still_travel_to_workers() -> None:
+    store = Store("s3://some-user:pass%2Fword@bucket/x?endpoint_override=127.0.0.1:1&scheme=http").child("y")
+    with pytest.raises(StorageError) as failure:
+        store.read_bytes("z")
+    for text in (store.uri, str(store), repr(store), str(failure.value), repr(Artifact(store))):
+        assert "some-user" not in text and "word" not in text and "***@bucket" in text
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy == store and copy._location.password == "pass/word"
+    with pytest.raises(ValueError) as refused:
+        Store("s3://bucket/x?secret_key=hunter2")
+    assert "hunter2" not in str(refused.value)
+
+
+# -- files on disk
+
+
+def test_files_round_trip(store: Store, tmp_path: Path) -> None:
+    data = os.urandom(100_000)
+    entry = store.write_bytes("a/b.bin", data)
+    assert entry == FileEntry("a/b.bin", len(data), f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}")
+    assert store.read_bytes("a/b.bin") == data and store.entry("a/b.bin") == entry
+    assert store.exists("a/b.bin") and not store.exists("a") and not store.exists("a/c")
+    store.write_json("status.json", {"step": 3})
+    assert store.read_json("status.json") == {"step": 3}
+    (tmp_path / "in").write_bytes(data)
+    assert store.upload(tmp_path / "in", "c/up").checksum == entry.checksum
+    assert store.download("c/up", tmp_path / "out/put") == FileEntry("c/up", len(data), entry.checksum)
+    assert (tmp_path / "out/put").read_bytes() == data
+    with store.open_input("a/b.bin") as file:
+        file.seek(-10, os.SEEK_END)
+        assert file.read() == data[-10:]
+
+
+def test_list_is_recursive_sorted_and_relative_to_the_store(store: Store) -> None:
+    for path in ("b/2", "b/1/x", "a", "bb/3"):
+        store.write_bytes(path, b"1234")
+    assert store.list() == ["a", "b/1/x", "b/2", "bb/3"]
+    assert store.list("b") == ["b/1/x", "b/2"] and store.child("b").list() == ["1/x", "2"]
+    assert store.list("nowhere") == [] and store.sizes("b") == {"b/1/x": 4, "b/2": 4}
+    store.delete("b")
+    store.delete("b")
+    assert store.list() == ["a", "bb/3"]
+
+
+def test_write_that_fails_leaves_the_older_file_and_no_trace(store: Store, tmp_path: Path) -> None:
+    store.write_bytes("x", b"old")
+    with pytest.raises(RuntimeError), store.open_output("x") as output:
+        output.write(b"half of the new")
+        assert store.list() == ["x"], "a file in the making is not listed"
+        raise RuntimeError
+    assert store.read_bytes("x") == b"old" and _files_on_disk(tmp_path / "store") == ["x"]
+    assert not hasattr(output, "entry")
+
+
+def test_writer_killed_in_the_middle_leaves_nothing_that_is_listed(store: Store) -> None:
+    script = (
+        "import os, sys; from cluster.storage import Store\n"
+        "with Store(sys.argv[1]).open_output('x') as output:\n"
+        "    output.write(b'half'); os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, store.uri]).returncode == -9
+    assert store.list() == [] and not store.exists("x")
+
+
+def test_full_disk_is_one_clear_error(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"store: cannot write 'x': the disk is full; free some space"):
+        store.write_bytes("x", b"data")
+    assert _files_on_disk(tmp_path) == []
+
+
+def test_missing_file_unusable_folder_and_bad_json_name_what_and_where(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"file://.*/store: cannot read 'nothing': there is no such file"):
+        store.read_bytes("nothing")
+    with pytest.raises(FileNotFoundError):
+        store.open_input("nothing")
+    (tmp_path / "plain").write_text("a file")
+    with pytest.raises(StorageError, match="a parent of the path is a file"):
+        Store(tmp_path / "plain" / "store").check_writable()
+    store.write_bytes("x.json", b"{")
+    with pytest.raises(ValueError, match="x.json is not valid JSON"):
+        store.read_json("x.json")
+    store.check_writable()
+    assert store.list() == ["x.json"]
+
+
+def test_no_permission_says_so(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        folder = Path("/sys/kernel")  # not even root may make files there
+    else:
+        folder = tmp_path / "locked"
+        folder.mkdir(mode=0o500)
+    with pytest.raises(StorageError, match="no permission|read-only"):
+        Store(folder / "store").check_writable()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("When putting x: AWS Error NO_SUCH_BUCKET during PutObject operation", "the bucket does not exist"),
+        ("AWS Error ACCESS_DENIED during HeadObject operation: No response body.", "access is denied"),
+        ("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7", "cannot be reached"),
+    ],
+)
+def test_errors_of_object_stores_are_explained(text: str, problem: str) -> None:
+    assert problem in explain(OSError(text))[0]
+
+
+def test_arrow_can_write_its_files_through_a_store(store: Store) -> None:
+    table = pa.table({"tokens": list(range(1000))})
+    with store.open_output("shard.arrow") as output, pa.ipc.new_file(output, table.schema) as writer:
+        writer.write_table(table)
+    with store.open_input("shard.arrow") as file:
+        assert pa.ipc.open_file(file).read_all() == table
+    assert store.entry("shard.arrow") == output.entry
+
+
+# -- block cache
+
+
+class _CountingSource:
+    def __init__(self, data: bytes) -> None:
+        self.data, self.requests = data, 0
+
+    def size(self) -> int:
+        return len(self.data)
+
+    def read_at(self, nbytes: int, offset: int) -> bytes:
+        self.requests += 1
+        return self.data[offset : offset + nbytes]
+
+    def close(self) -> None:
+        pass
+
+
+def test_block_cached_file_reads_like_a_file_with_few_requests(tmp_path: Path) -> None:
+    data = os.urandom(1000)
+    (tmp_path / "x").write_bytes(data)
+    source = _CountingSource(data)
+    cached = BlockCachedFile(source, block_bytes=64, num_blocks=2)
+    moves = [(0, 3), (3, 200), (990, 50), (5, 1), (64, 64), (64, 128), (63, 130), (999, 1), (1000, 1), (2000, 5)]
+    moves.append((0, -1))
+    with open(tmp_path / "x", "rb", buffering=0) as plain:
+        for offset, count in moves:
+            assert cached.seek(offset) == plain.seek(offset)
+            assert cached.read(count) == plain.read(count), (offset, count)
+            assert cached.tell() == plain.tell()
+    before = source.requests
+    for offset in range(128, 192):
+        cached.seek(offset)
+        assert cached.read(1) == data[offset : offset + 1]
+    assert source.requests - before <= 1
+    cached.seek(0)
+    whole = source.requests
+    assert cached.read() == data and source.requests - whole <= 2
+    with pytest.raises(ValueError, match="before the start"):
+        cached.seek(-1)
+
+
+def test_source_that_shrinks_is_an_error_not_short_data() -> None:
+    source = _CountingSource(bytes(100))
+    cached = BlockCachedFile(source, block_bytes=64)
+    source.data = bytes(10)
+    with pytest.raises(OSError, match="changed under the reader"):
+        cached.read(20)
+
+
+# -- artifacts
+
+
+def test_artifact_counts_only_once_committed(store: Store) -> None:
+    artifact = Artifact(store.child("stage", "key"))
+    attempt = artifact.begin()
+    attempt.store.write_bytes("a.bin", b"aaa")
+    assert not artifact.committed and artifact.manifest() is None
+    for call in (artifact.verify, lambda: artifact.files, lambda: artifact.fetch("cache")):
+        with pytest.raises(NotFound, match="nothing is committed"):
+            call()
+    manifest = attempt.commit({"tokens": 7})
+    assert artifact.manifest() == manifest == artifact.verify()
+    assert manifest.metadata == {"tokens": 7} and [file.path for file in manifest.files] == ["a.bin"]
+    assert artifact.files.read_bytes("a.bin") == b"aaa"
+    assert artifact.fetch("never-made") == artifact.files.local_path() and not Path("never-made").exists()
+
+
+def test_first_committed_attempt_wins_and_files_never_mix(store: Store) -> None:
+    artifact = Artifact(store)
+    zombie, winner = artifact.begin(), artifact.begin()
+    entry = winner.store.write_bytes("x", b"winner")
+    zombie.store.write_bytes("x", b"zombie!")
+    zombie.store.write_bytes("y", b"zombie!")
+    won = winner.commit({"by": "winner"}, [entry])
+    assert zombie.commit({"by": "zombie"}) == won
+    assert artifact.files.list() == ["x"] and artifact.files.read_bytes("x") == b"winner"
+
+
+def test_rivals_at_the_same_moment_all_end_with_a_whole_artifact(store: Store) -> None:
+    artifact, start = Artifact(store), threading.Barrier(8)
+    answers = []
+
+    def write(number: int) -> None:
+        attempt = artifact.begin()
+        attempt.store.write_bytes("x", str(number).encode() * 1000)
+        start.wait()
+        answers.append(attempt.commit({"number": number}))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    final = artifact.verify()
+    assert len(answers) == 8
+    for answer in [*answers, final]:  # whichever manifest a rival was shown, its files are whole and its own
+        files = store.child("attempts", answer.attempt)
+        assert files.read_bytes("x") == str(answer.metadata["number"]).encode() * 1000
+
+
+def test_commit_refuses_entries_that_are_not_stored(store: Store) -> None:
+    artifact = Artifact(store)
+    attempt = artifact.begin()
+    entry = attempt.store.write_bytes("x", b"123")
+    elsewhere = attempt.store.child("rank0").write_bytes("part", b"456")
+    for entries, message in (
+        ([FileEntry("x", 4, entry.checksum)], "entry x of 4 bytes is not stored"),
+        ([entry, elsewhere], "entry part of 3 bytes is not stored"),
+        ([entry, entry], "x is entered twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attempt.commit({}, entries)
+    assert not artifact.committed
+
+
+def test_damage_is_found_and_named(store: Store) -> None:
+    artifact = Artifact(store)
+    attempt = artifact.begin()
+    for name in ("a", "b"):
+        attempt.store.write_bytes(name, b"0123456789")
+    attempt.commit({})
+    files = artifact.files
+    files.write_bytes("b", b"0123456780")
+    with pytest.raises(CorruptArtifact, match=r"b is 10 bytes, xxh3_128:\w+, the manifest says .*run its stage again"):
+        artifact.verify()
+    files.write_bytes("b", b"012345")
+    for call in (artifact.verify, lambda: artifact.fetch("cache")):
+        with pytest.raises(CorruptArtifact, match="b has 6 bytes, the manifest says 10"):
+            call()
+    files.delete("b")
+    with pytest.raises(CorruptArtifact, match="b is missing"):
+        artifact.verify()
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "",
+        "[]",
+        "{}",
+        json.dumps({"attempt": "../../x", "files": [], "metadata": {}, "created": ""}),
+        json.dumps({"attempt": "a/b", "files": [], "metadata": {}, "created": ""}),
+        json.dumps({"attempt": "a", "files": [], "metadata": [], "created": ""}),
+        json.dumps(
+            {"attempt": "a", "files": [{"path": "../x", "size": 1, "checksum": ""}], "metadata": {}, "created": ""}
+        ),
+    ],
+)
+def test_what_is_no_manifest_is_refused(store: Store, manifest: str) -> None:
+    store.write_bytes("manifest.json", manifest.encode())
+    with pytest.raises(CorruptArtifact, match="manifest.json is no manifest"):
+        Artifact(store).manifest()
+
+
+def test_delete_takes_the_manifest_first(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = Artifact(store)
+    attempt = artifact.begin()
+    attempt.store.write_bytes("x", b"1")
+    attempt.commit({})
+    deleted = []
+    delete = Store.delete
+
+    def recording_delete(self: Store, path: str) -> None:
+        deleted.append(path)
+        delete(self, path)
+
+    monkeypatch.setattr(Store, "delete", recording_delete)
+    artifact.delete()
+    assert deleted == ["manifest.json", "attempts"] and store.list() == []

@@ -1,0 +1,378 @@
+import math
+import random
+import threading
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llama.engine import (
+    Chunk,
+    Engine,
+    EngineClosed,
+    EngineConfig,
+    EngineFailed,
+    PromptTooLong,
+    QueueFull,
+    SamplingParams,
+    generation_root,
+    hash_blocks,
+)
+from tests.llama.engine.models import (
+    MAX_SEQ_LEN,
+    VOCAB_SIZE,
+    ByteTokenizer,
+    ScriptedModel,
+    plain_greedy,
+    random_model,
+)
+from tests.llama.engine.test_blocks import Replica
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+def finish(engine: Engine) -> list[Chunk]:
+    chunks = []
+    while engine.has_work:
+        chunks += engine.step()
+    return chunks
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_greedy_output_is_exact_under_every_schedule(moe):
+    """A tiny cache and budget force chunking, hits, preemptions and aborts; each request must not notice."""
+    model = random_model(moe=moe)
+    engine = Engine(model, config=EngineConfig(num_blocks=24, block_size=4, max_batched_tokens=12, max_running=6))
+    rng = random.Random(11)
+    families = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(4)]
+    prompts: dict[str, list[int]] = {}
+    limits: dict[str, int] = {}
+    outputs: dict[str, list[int]] = {}
+    cached: dict[str, int] = {}
+    reasons: dict[str, str] = {}
+    seen, replica = Counter(), Replica()
+    schedule = engine._scheduler.schedule
+
+    def recording_schedule():
+        scheduled = schedule()
+        lengths = [item.end - item.start for item in scheduled]
+        seen["chunks"] += sum(not item.samples for item in scheduled)
+        seen["mixed"] += 1 in lengths and max(lengths) > 1
+        return scheduled
+
+    engine._scheduler.schedule = recording_schedule
+    while len(prompts) < 60 or engine.has_work:
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            if len(prompts) < 60:
+                family = rng.choice(families)
+                tail = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(8))]
+                prompt = family[: rng.randrange(1, 40)] + tail
+                max_tokens = rng.randrange(1, 30)
+                name = engine.add_request(prompt, replace(GREEDY, max_tokens=max_tokens))
+                prompts[name], limits[name], outputs[name] = prompt, max_tokens, []
+        unfinished = [name for name in prompts if name not in reasons]
+        if unfinished and rng.random() < 0.06:
+            engine.abort(rng.choice(unfinished))
+        for chunk in engine.step():
+            outputs[chunk.request_id] += chunk.token_ids
+            cached[chunk.request_id] = chunk.num_cached_tokens
+            if chunk.finish_reason is not None:
+                reasons[chunk.request_id] = chunk.finish_reason
+        replica.apply(engine.drain_events())
+        snapshot = engine.snapshot()
+        assert (replica.seq, replica.hashes) == (snapshot.seq, set(snapshot.hashes))
+        engine.check_integrity()
+
+    stats = engine.stats()
+    seen["preemptions"] = stats.preemptions
+    seen["hits"] = sum(tokens > 0 for tokens in cached.values())
+    seen["aborts"] = sum(reason == "abort" for reason in reasons.values())
+    seen["aborted after output"] = sum(reasons[name] == "abort" and len(outputs[name]) > 0 for name in prompts)
+    for event in ("chunks", "mixed", "preemptions", "hits", "aborts", "aborted after output"):
+        assert seen[event] > 0, seen
+    assert stats.free_blocks == stats.num_blocks and stats.running == stats.waiting == 0
+    for name, prompt in prompts.items():
+        expected = plain_greedy(model, prompt, limits[name])
+        if reasons[name] == "abort":
+            assert outputs[name] == expected[: len(outputs[name])]
+        else:
+            assert outputs[name] == expected
+    assert len({tuple(output[:3]) for output in outputs.values()}) > 20, "the model is too dull to test anything"
+
+
+def test_the_second_turn_finds_the_first_one_in_the_cache():
+    model = random_model()
+    engine = Engine(model, config=EngineConfig(num_blocks=32, block_size=4))
+    prompt = list(range(10))
+    first = engine.generate([prompt], replace(GREEDY, max_tokens=9))[0]
+    assert first.num_cached_tokens == 0 and len(first.token_ids) == 9
+    # 10 + 9 tokens, of which the last was never fed back: 18 are in the cache, 4 full blocks of them.
+    second_prompt = prompt + first.token_ids + [1, 2, 3]
+    second = engine.generate([second_prompt], GREEDY)[0]
+    assert second.num_cached_tokens == 16
+    assert second.token_ids == plain_greedy(model, second_prompt, 8)
+    # A prompt that is in the cache entirely still computes its last token.
+    assert engine.generate([second_prompt[:16]], GREEDY)[0].num_cached_tokens == 12
+    stats = engine.stats()
+    assert (stats.cached_tokens, stats.prompt_tokens, stats.generated_tokens) == (28, 48, 25)
+
+
+def test_weights_and_salts_do_not_share_and_a_flush_forgets():
+    engine = Engine(random_model(), config=EngineConfig(num_blocks=32, block_size=4), weights_id="w")
+    prompt = list(range(17))
+
+    def cached(salt: str) -> int:
+        engine.add_request(prompt, GREEDY, salt=salt)
+        return finish(engine)[-1].num_cached_tokens
+
+    assert [cached(""), cached(""), cached("tenant"), cached("tenant")] == [0, 16, 0, 16]
+    hashes = set(engine.snapshot().hashes)
+    assert hashes >= set(hash_blocks(generation_root("w", "", "tenant"), prompt, 4))
+    engine.flush_cache()
+    assert engine.snapshot().hashes == ()
+    assert cached("") == 0
+
+
+def test_events_are_out_before_the_finishing_chunk():
+    engine = Engine(random_model(), config=EngineConfig(num_blocks=32, block_size=4))
+    replica = Replica()
+    calls = []
+
+    def on_events() -> None:
+        calls.append(threading.current_thread())
+        replica.apply(engine.drain_events())
+
+    engine.on_events = on_events
+    prompt = list(range(9))
+    output: list[int] = []
+    engine.add_request(prompt, replace(GREEDY, max_tokens=8))
+    while engine.has_work:
+        for chunk in engine.step():
+            output += chunk.token_ids
+            computed = (prompt + output)[: len(prompt) + len(output) - 1]
+            assert chunk.event_seq == replica.seq == engine.event_seq
+            assert replica.hashes == set(hash_blocks(generation_root(""), computed, 4))
+    assert len(output) == 8
+    assert len(calls) == 3, "only steps that changed the cache call"
+    engine.flush_cache()
+    assert replica.hashes == set()
+
+
+def test_flush_in_mid_request_changes_nothing_for_it():
+    model = random_model()
+    engine = Engine(model, config=EngineConfig(num_blocks=32, block_size=4))
+    prompt = list(range(14))
+    engine.add_request(prompt, replace(GREEDY, max_tokens=12))
+    output: list[int] = []
+    while engine.has_work:
+        output += [token for chunk in engine.step() for token in chunk.token_ids]
+        if len(output) == 5:
+            engine.flush_cache()
+        engine.check_integrity()
+    assert output == plain_greedy(model, prompt, 12)
+    assert engine.snapshot().hashes == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ([], ValueError, "prompt is empty"),
+        ([1, VOCAB_SIZE], ValueError, rf"prompt\[1\]={VOCAB_SIZE} is not a token id"),
+        ([-1], ValueError, r"prompt\[0\]=-1"),
+        ([1, "a"], ValueError, r"prompt\[1\]='a'"),
+        ([1.5], ValueError, r"prompt\[0\]=1.5"),
+        ("text", ValueError, "has no tokenizer"),
+        ([1] * MAX_SEQ_LEN, PromptTooLong, f"{MAX_SEQ_LEN} tokens.*context of {MAX_SEQ_LEN}"),
+        ([1] * 80, PromptTooLong, "80 tokens.*engine.num_blocks=20"),
+    ],
+)
+def test_a_bad_prompt_is_refused_and_others_go_on(prompt, error, message):
+    model = random_model()
+    engine = Engine(model, config=EngineConfig(num_blocks=20, block_size=4, max_batched_tokens=8))
+    good = [3, 1, 4, 1, 5]
+    name = engine.add_request(good, GREEDY)
+    chunks = engine.step()
+    with pytest.raises(error, match=message):
+        engine.add_request(engine.encode(prompt), GREEDY)
+    with pytest.raises(error, match=message):
+        engine.generate([good, prompt], GREEDY)
+    assert engine.stats().running == 1 and engine.stats().waiting == 0
+    chunks += finish(engine)
+    assert {chunk.request_id for chunk in chunks} == {name}
+    assert [token for chunk in chunks for token in chunk.token_ids] == plain_greedy(model, good, 8)
+
+
+def test_parameters_that_the_engine_cannot_obey_are_refused():
+    engine = Engine(random_model())
+    with pytest.raises(ValueError, match="stop=.*needs a tokenizer"):
+        engine.add_request([1], SamplingParams(stop="x"))
+    with pytest.raises(ValueError, match="logprobs=98 exceeds the vocabulary of 97"):
+        engine.add_request([1], SamplingParams(logprobs=98))
+    with pytest.raises(ValueError, match="one string"):
+        engine.generate("abc", GREEDY)
+    engine.add_request([1], GREEDY, request_id="mine")
+    with pytest.raises(ValueError, match="request_id='mine' is in use"):
+        engine.add_request([1], GREEDY, request_id="mine")
+    finish(engine)
+    engine.add_request([1], GREEDY, request_id="mine")
+
+
+@pytest.mark.parametrize("field", ["num_blocks", "block_size", "max_batched_tokens", "max_running", "max_waiting"])
+def test_a_bad_limit_is_named(field):
+    for value in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"engine.{field}={value}"):
+            EngineConfig(**{field: value})
+
+
+def test_the_context_and_the_cache_limit_the_length():
+    model = random_model()
+    prompt = [5] * (MAX_SEQ_LEN - 3)
+    completion = Engine(model).generate([prompt], replace(GREEDY, max_tokens=50))[0]
+    assert (len(completion.token_ids), completion.finish_reason) == (3, "length")
+    small = Engine(model, config=EngineConfig(num_blocks=3, block_size=4))
+    completions = small.generate([[1] * 11, [2] * 4], replace(GREEDY, max_tokens=50))
+    assert [(len(c.token_ids), c.finish_reason) for c in completions] == [(1, "length"), (8, "length")]
+
+
+def test_the_queue_limit_refuses_a_request_but_only_paces_generate():
+    model = random_model()
+    engine = Engine(model, config=EngineConfig(num_blocks=16, block_size=4, max_running=2, max_waiting=3))
+    for _ in range(3):
+        engine.add_request([1], GREEDY)
+    with pytest.raises(QueueFull):
+        engine.add_request([1], GREEDY)
+    finish(engine)
+    prompts = [[token, 2] for token in range(12)]
+    completions = engine.generate(prompts, GREEDY)
+    assert [c.prompt_token_ids for c in completions] == prompts
+    assert [c.token_ids for c in completions] == [plain_greedy(model, prompt, 8) for prompt in prompts]
+
+
+def test_seeded_samples_are_the_same_alone_and_in_a_crowd():
+    model = random_model()
+    prompt = [7, 8, 9]
+    params = SamplingParams(temperature=1.5, top_p=0.95, max_tokens=20, seed=5)
+    alone = Engine(model).generate([prompt], params)[0].token_ids
+    crowd = Engine(model, config=EngineConfig(num_blocks=14, block_size=4, max_batched_tokens=7))
+    rng = random.Random(1)
+    others = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 20))] for _ in range(6)]
+    for other in others[:3]:
+        crowd.add_request(other, SamplingParams(temperature=2.0, max_tokens=20))
+    name = crowd.add_request(prompt, params)
+    for other in others[3:]:
+        crowd.add_request(other, replace(GREEDY, max_tokens=15))
+    together = [token for chunk in finish(crowd) if chunk.request_id == name for token in chunk.token_ids]
+    assert together == alone
+    assert crowd.stats().preemptions > 0
+    seeds = [Engine(model).generate([prompt], replace(params, seed=seed))[0].token_ids for seed in (5, 6, None, None)]
+    assert seeds[0] == alone and len(set(map(tuple, seeds))) == 4
+
+
+def test_logprobs_are_those_of_the_plain_model():
+    model = random_model()
+    engine = Engine(model, config=EngineConfig(num_blocks=32, block_size=4, max_batched_tokens=3))
+    prompt = [1, 2, 3, 4, 5]
+    completion = engine.generate([prompt], SamplingParams(temperature=0.7, max_tokens=6, seed=1, logprobs=2))[0]
+    with torch.inference_mode():
+        exact_LV = model(torch.tensor([prompt + completion.token_ids]))[0].double().log_softmax(dim=-1)
+    assert completion.logprobs is not None and len(completion.logprobs) == 6
+    for position, (token_id, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+        exact_V = exact_LV[len(prompt) - 1 + position]
+        assert logprob.token_id == token_id
+        assert logprob.logprob == pytest.approx(exact_V[token_id].item(), abs=1e-3)
+        assert list(logprob.top) == exact_V.topk(2).indices.tolist()
+    assert engine.generate([prompt], GREEDY)[0].logprobs is None
+
+
+def scripted(text: str, *, eos: bool = True) -> Engine:
+    return Engine(ScriptedModel([*text.encode(), 256 if eos else 0]), ByteTokenizer())
+
+
+def test_text_stops_at_the_end_token_and_the_stop_token():
+    engine = scripted("abcdef")
+    params = SamplingParams(temperature=0, max_tokens=50)
+    end = engine.generate(["a"], params)[0]
+    assert (end.text, end.finish_reason, end.token_ids) == ("bcdef", "stop", [*b"bcdef", 256])
+    ignored = engine.generate(["a"], replace(params, ignore_eos=True))[0]
+    assert (ignored.finish_reason, ignored.token_ids) == ("length", [*b"bcdef", 256])
+    stop_token = engine.generate(["a"], replace(params, stop_token_ids=(ord("d"),)))[0]
+    assert (stop_token.text, stop_token.finish_reason, stop_token.token_ids) == ("bc", "stop", [*b"bcd"])
+    limited = engine.generate(["a"], replace(params, max_tokens=2))[0]
+    assert (limited.text, limited.finish_reason) == ("bc", "length")
+
+
+def test_a_stop_string_ends_the_text_and_is_never_handed_out():
+    engine = scripted("a one STO two STOP three")
+    name = engine.add_request(list(b"a"), SamplingParams(temperature=0, max_tokens=50, stop=("STOP", "zzz")))
+    chunks = finish(engine)
+    assert {chunk.request_id for chunk in chunks} == {name}
+    texts = [chunk.text for chunk in chunks]
+    assert "".join(texts) == " one STO two "
+    assert "S" not in texts, "a possible beginning was handed out"
+    assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert chunks[-1].completion_tokens == len(b" one STO two STOP") == len(chunks)
+
+
+def test_text_that_only_looked_like_a_stop_string_comes_at_the_end():
+    params = SamplingParams(temperature=0, max_tokens=5, stop=("STOP",))
+    assert scripted("a xSTORE").generate(["a"], params)[0].text == " xSTO"
+    assert scripted("a xST").generate(["a"], replace(params, max_tokens=50))[0].text == " xST"
+
+
+def test_characters_come_whole():
+    text = "a é日🚀!"
+    engine = scripted(text)
+    engine.add_request(list(b"a"), SamplingParams(temperature=0, max_tokens=50))
+    assert [chunk.text for chunk in finish(engine) if chunk.text] == [" ", "é", "日", "🚀", "!"]
+
+
+def test_a_failed_step_ends_the_engine_with_its_cause():
+    engine = Engine(ScriptedModel(list(b"abcdef"), fail_at=2), ByteTokenizer())
+    with pytest.raises(ArithmeticError):
+        engine.generate(["a"], GREEDY)
+    assert not engine.has_work
+    for call in (lambda: engine.add_request([1], GREEDY), engine.step, lambda: engine.generate(["a"], GREEDY)):
+        with pytest.raises(EngineFailed, match="scripted failure") as caught:
+            call()
+        assert isinstance(caught.value.__cause__, ArithmeticError)
+    engine.close()
+
+
+def test_a_closed_engine_aborts_and_refuses():
+    engine = Engine(random_model())
+    engine.add_request([1], GREEDY)
+    engine.step()
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineClosed):
+        engine.add_request([1], GREEDY)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
+
+
+def test_stats_follow_the_work():
+    engine = Engine(random_model(), config=EngineConfig(num_blocks=20, block_size=4, max_batched_tokens=8))
+    engine.add_request([1] * 6, GREEDY)
+    engine.add_request([2] * 10, GREEDY)
+    assert engine.stats().pending_prefill_tokens == 16
+    engine.step()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pending_prefill_tokens) == (2, 0, 8)
+    assert (stats.decode_context_tokens, stats.free_blocks, stats.generated_tokens) == (7, 15, 1)
+
+
+def test_a_broken_logit_spoils_only_its_own_request():
+    """One request's NaN keys lie in the shared cache; its neighbours must not read them."""
+    model = random_model()
+    with torch.no_grad():
+        model.tok_embeddings.weight[96] = math.nan
+    engine = Engine(model, config=EngineConfig(num_blocks=12, block_size=4))
+    engine.generate([[96] * 30], replace(GREEDY, max_tokens=2))
+    bad = engine.add_request([96, 96], GREEDY)
+    good = {engine.add_request([1, 2, 3 + i], replace(GREEDY, max_tokens=6 + i)): i for i in range(2)}
+    outputs: dict[str, list[int]] = {name: [] for name in (bad, *good)}
+    for chunk in finish(engine):
+        outputs[chunk.request_id] += chunk.token_ids
+    for name, i in good.items():
+        assert outputs[name] == plain_greedy(model, [1, 2, 3 + i], 6 + i)

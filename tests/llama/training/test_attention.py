@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from llama.attention import CausalAttend
+from llama.training.attention import BlockCausalAttend
+
+
+def problem(length, heads, groups, dtype):
+    generator = torch.Generator().manual_seed(length + heads)
+    shapes = [(2, length, heads, 16), (2, length, groups, 16), (2, length, groups, 16), (2, length, heads, 16)]
+    q, k, v, goal = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [x.to(dtype).requires_grad_() for x in (q, k, v)], goal
+
+
+def run(attend, length, heads, groups, dtype):
+    inputs, goal = problem(length, heads, groups, dtype)
+    out = attend(inputs)
+    (out * goal.to(dtype)).sum().backward()
+    return [out.detach(), *(x.grad for x in inputs)]
+
+
+def formula(inputs):
+    """softmax(q·kᵀ/√D)·v with the whole masked square."""
+    q, k, v = inputs
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("blhd,bmhd->bhlm", q, k) / 4
+    masked = scores.masked_fill(torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1), -torch.inf)
+    return torch.einsum("bhlm,bmhd->blhd", masked.softmax(-1), v)
+
+
+@pytest.mark.parametrize(("length", "heads", "groups"), [(1, 2, 2), (63, 4, 2), (64, 4, 4), (65, 4, 1), (200, 6, 2)])
+def test_equals_the_formula_with_its_gradients(length, heads, groups):
+    expected = run(formula, length, heads, groups, torch.float64)
+    found = run(lambda x: BlockCausalAttend()(0, *x), length, heads, groups, torch.float64)
+    for value, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_bf16_is_about_as_exact_as_torchs_own():
+    exact = run(formula, 200, 4, 2, torch.float64)
+    ours = run(lambda x: BlockCausalAttend()(0, *x), 200, 4, 2, torch.bfloat16)
+    torchs = run(lambda x: CausalAttend()(0, *x), 200, 4, 2, torch.bfloat16)
+    for value, other, reference in zip(ours, torchs, exact, strict=True):
+        errors = [((x.double() - reference).norm() / reference.norm()).item() for x in (value, other)]
+        assert errors[0] < max(1.5 * errors[1], 5e-3), errors

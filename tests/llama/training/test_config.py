@@ -1,0 +1,47 @@
+from dataclasses import asdict, replace
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from llama.training.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
+
+
+def test_accumulation_fills_the_global_batch():
+    config = TrainConfig(global_batch=48, micro_batch=4)
+    assert [config.accumulation_steps(world_size) for world_size in (1, 2, 3, 12)] == [12, 6, 4, 1]
+
+
+def test_a_global_batch_that_does_not_split_names_its_fields():
+    with pytest.raises(ValueError, match=r"train\.global_batch=16 .*train\.micro_batch=8 times 3 workers.*24"):
+        TrainConfig(global_batch=16, micro_batch=8).accumulation_steps(3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimizerConfig(lr=0), r"train\.optimizer\.lr=0"),
+        (lambda: OptimizerConfig(beta2=1.0), r"train\.optimizer\.beta2=1\.0"),
+        (lambda: OptimizerConfig(grad_clip=-1), r"train\.optimizer\.grad_clip=-1"),
+        (lambda: ScheduleConfig(warmup_steps=-1), r"train\.schedule\.warmup_steps=-1"),
+        (lambda: ScheduleConfig(min_lr_ratio=2), r"train\.schedule\.min_lr_ratio=2"),
+        (lambda: ScheduleConfig(kind="wsd"), r"train\.schedule\.kind='wsd'.*cosine"),  # type: ignore[arg-type]
+        (lambda: ParallelConfig(dp_shard=0), r"train\.parallel\.dp_shard=0"),
+        (lambda: ParallelConfig(ep=0), r"train\.parallel\.ep=0"),
+        (lambda: TrainConfig(steps=0), r"train\.steps=0"),
+        (lambda: TrainConfig(global_batch=10, micro_batch=4), r"train\.global_batch=10 .*train\.micro_batch=4"),
+        (lambda: TrainConfig(precision="fp16"), r"train\.precision='fp16'"),  # type: ignore[arg-type]
+        (lambda: TrainConfig(checkpoint_every=-1), r"train\.checkpoint_every=-1"),
+        (lambda: TrainConfig(seed=-1), r"train\.seed=-1"),
+    ],
+)
+def test_errors_name_field_and_value(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_pydantic_reads_it_back_and_refuses_unknown_keys():
+    config = replace(TrainConfig(steps=7), parallel=ParallelConfig(ep=2), optimizer=OptimizerConfig(lr=1e-4))
+    adapter = TypeAdapter(TrainConfig)
+    assert adapter.validate_python(asdict(config)) == config
+    with pytest.raises(ValidationError, match=r"optimizer\.learning_rate"):
+        adapter.validate_python({"optimizer": {"learning_rate": 1}})

@@ -1,0 +1,273 @@
+"""The distributed trainer against a plain loop over the whole batch in one process.
+
+The reference has no code of the trainer's: its losses are written out, its norm is one sum over all parameters, its
+AdamW is torch's unfused one. What both share is the definition of the batch-level balance loss: it is taken over one
+micro-step, that is one forward pass of all ranks together (`micro_batch · world_size` sequences). So the reference
+runs chunks of that size.
+
+AdamW divides a gradient by its own size, so where a gradient is next to nothing its rounding moves the weight at full
+size. At eps=1e-8 that left one entry in each of five or six matrices of the MoE model more than 1e-5 off (up to 9e-5),
+the same ones with and without expert parallelism. `eps` is 1e-5 here, above that rounding; and the gradients of all
+three steps are compared, which a wrong step could not pass.
+"""
+
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy, one_hot
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from llama.model import Transformer
+from llama.moe import RoutingRecord
+from llama.training import trainer as trainer_module
+from llama.training.config import ParallelConfig
+from llama.training.optim import local
+from llama.training.trainer import Trainer
+from tests.distributed import run_ranks
+from tests.llama.training.helpers import DENSE, MOE, Samples, difference, samples, train_config, whole
+
+LAYOUTS = {
+    2: [
+        (DENSE, ParallelConfig(), 4),
+        (DENSE, ParallelConfig(), 2),
+        (MOE, ParallelConfig(ep=1), 4),
+        (MOE, ParallelConfig(ep=2), 4),
+        (MOE, ParallelConfig(ep=2), 2),
+    ],
+    4: [(MOE, ParallelConfig(dp_replicate=1, ep=2), 2), (MOE, ParallelConfig(dp_replicate=2, ep=2), 1)],
+}
+CASES = [(world_size, index) for world_size, layouts in LAYOUTS.items() for index in range(len(layouts))]
+
+
+def reference(model_config, config, chunk):
+    """Trains in one process; `chunk` sequences share a balance loss. Returns what `train` returns."""
+    model = Transformer(model_config)
+    model.init_weights(config.seed)
+    named = dict(model.named_parameters())
+    start = {name: whole(parameter) for name, parameter in named.items()}
+    plain = {name for name in named if name.endswith("norm.weight") or name == "tok_embeddings.weight"}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [named[name] for name in named if name not in plain], "weight_decay": 0.1},
+            {"params": [named[name] for name in plain], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        eps=config.optimizer.eps,
+        foreach=False,
+    )
+    lrs = [config.optimizer.lr * share for share in (0.5, 1.0, config.schedule.min_lr_ratio)]
+    routers = {
+        block.layer: block.feed_forward.router for block in model.layers if hasattr(block.feed_forward, "router")
+    }
+    history, gradients = [], {}
+    for step, lr in enumerate(lrs):
+        tokens = samples(step * config.global_batch, config.global_batch, config, model_config.vocab_size)
+        cross, counts = 0.0, {layer: torch.zeros(4) for layer in routers}
+        for part in tokens.split(chunk):
+            routing = RoutingRecord()
+            logits = model(part[:, :-1], routing=routing)
+            loss = cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum") / tokens[:, 1:].numel()
+            cross += loss.item()
+            for layer, router in routers.items():
+                probabilities = routing.layers[layer].logits_TE.softmax(-1)
+                chosen = one_hot((probabilities + router.expert_bias).topk(2).indices, 4).sum((0, 1))
+                counts[layer] += chosen
+                balance = 4 * (chosen / chosen.sum() * probabilities.mean(0)).sum()
+                z = routing.layers[layer].logits_TE.exp().sum(-1).log().pow(2).mean()
+                loss = loss + (0.05 * balance + 0.02 * z) * len(part) / len(tokens)
+            loss.backward()
+        norm = math.sqrt(sum(parameter.grad.double().pow(2).sum().item() for parameter in named.values()))
+        for parameter in named.values():
+            parameter.grad *= min(1.0, config.optimizer.grad_clip / norm)
+        gradients |= {f"{name}, step {step}": parameter.grad.clone() for name, parameter in named.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer, router in routers.items():
+            router.expert_bias += 0.01 * torch.sign(counts[layer].mean() - counts[layer])
+        history.append((cross, norm))
+    return {
+        "start": start,
+        "gradients": gradients,
+        "end": {name: whole(tensor) for name, tensor in model.state_dict().items()},
+        "history": history,
+    }
+
+
+def train(rank, world_size, layouts):
+    """Trains every layout in turn on this group of ranks."""
+    results = []
+    for model_config, config in layouts:
+        seen, gradients, starts = [], {}, {}
+        trainer = Trainer(
+            model_config,
+            config,
+            Samples(config, model_config.vocab_size, rank, world_size),
+            on_metrics=seen.append,
+        )
+
+        def keep(*_, trainer=trainer, seen=seen, gradients=gradients, starts=starts):
+            named = dict(trainer.model.named_parameters())
+            gradients.update({f"{name}, step {len(seen)}": whole(parameter.grad) for name, parameter in named.items()})
+            if not starts:
+                starts.update({name: whole(parameter) for name, parameter in named.items()})
+
+        hook = register_optimizer_step_pre_hook(keep)
+        summary = trainer.fit()
+        hook.remove()
+        named = dict(trainer.model.named_parameters())
+        results.append(
+            {
+                "start": starts,
+                "gradients": gradients,
+                "end": {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()},
+                "history": [(metrics.loss, metrics.grad_norm) for metrics in seen],
+                "metrics": [asdict(metrics) for metrics in seen],
+                "summary": asdict(summary),
+                "expert_bytes": sum(local(p).nbytes for name, p in named.items() if ".experts." in name),
+            }
+        )
+    return results
+
+
+def config_of(parallel, micro_batch):
+    return train_config(parallel=parallel, micro_batch=micro_batch)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return {
+        world_size: run_ranks(
+            train, world_size, [(model, config_of(parallel, micro)) for model, parallel, micro in layouts]
+        )
+        for world_size, layouts in LAYOUTS.items()
+    }
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("world_size", "index"), CASES)
+def test_equals_one_process(trained, world_size, index):
+    model_config, parallel, micro_batch = LAYOUTS[world_size][index]
+    expected = reference(model_config, config_of(parallel, micro_batch), micro_batch * world_size)
+    for ranks in trained[world_size]:
+        result = ranks[index]
+        assert all(torch.equal(result["start"][name], value) for name, value in expected["start"].items())
+        for key in ("gradients", "end"):
+            assert result[key].keys() == expected[key].keys()
+            worst = {name: difference(result[key][name], value) for name, value in expected[key].items()}
+            assert max(worst.values()) <= 1e-5, (key, worst)
+        for (loss, norm), (expected_loss, expected_norm) in zip(result["history"], expected["history"], strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-6)
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
+            assert norm > config_of(parallel, micro_batch).optimizer.grad_clip
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("world_size", "index"), CASES)
+def test_experts_are_sharded_and_tokens_travel(trained, world_size, index):
+    model_config, parallel, _ = LAYOUTS[world_size][index]
+    results = [ranks[index] for ranks in trained[world_size]]
+    moe = model_config.moe
+    total = 2 * 3 * moe.num_experts * model_config.dim * moe.expert_hidden_dim * 4 if moe else 0
+    assert [result["expert_bytes"] for result in results] == [total * parallel.dp_replicate // world_size] * world_size
+    travelled = results[0]["summary"]["all_to_all_bytes"]
+    assert (travelled > 0) == (parallel.ep > 1)
+    assert travelled == sum(metrics["all_to_all_bytes"] for metrics in results[0]["metrics"])
+
+
+@pytest.mark.integration
+def test_metrics_are_global_and_the_same_on_every_rank(trained):
+    timeless = [[{**metrics, "tokens_per_second": None} for metrics in ranks[3]["metrics"]] for ranks in trained[2]]
+    assert timeless[0] == timeless[1]
+    last = timeless[0][-1]
+    assert (last["step"], last["steps"], last["tokens"]) == (3, 3, 3 * 8 * 16)
+    assert last["learning_rate"] == pytest.approx(3e-4)
+    assert sorted(last["expert_load"]) == [1, 2]
+    assert all(sum(load) == pytest.approx(1) and len(load) == 4 for load in last["expert_load"].values())
+    assert last["balance_loss"] >= 0.9 and last["z_loss"] > 0
+    dense = trained[2][0][0]["metrics"][-1]
+    assert (dense["balance_loss"], dense["expert_load"], dense["all_to_all_bytes"]) == (None, {}, 0)
+
+
+def bf16(rank, world_size):
+    config = train_config(parallel=ParallelConfig(ep=2), steps=8, precision="bf16")
+    seen = []
+    trainer = Trainer(MOE, config, Samples(config, MOE.vocab_size, rank, world_size), on_metrics=seen.append)
+    trainer.fit()
+    dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
+    dtypes |= {tensor.dtype for state in trainer.optimizer.state.values() for tensor in state.values()}
+    full = replace(config, precision="fp32")
+    exact = []
+    Trainer(MOE, full, Samples(full, MOE.vocab_size, rank, world_size), on_metrics=exact.append).fit()
+    return [m.loss for m in seen], [m.loss for m in exact], dtypes
+
+
+@pytest.mark.integration
+def test_bf16_computes_roughly_the_same_and_keeps_fp32_masters():
+    losses, exact, dtypes = run_ranks(bf16, 2)[0]
+    assert dtypes == {torch.float32}
+    assert losses != exact
+    assert losses == pytest.approx(exact, rel=5e-3)
+
+
+def mismatched(rank, world_size):
+    messages = []
+    for model, settings in [
+        (MOE, {"parallel": ParallelConfig(ep=4)}),
+        (DENSE, {"parallel": ParallelConfig(ep=2)}),
+        (replace(MOE, moe=replace(MOE.moe, num_experts=3)), {"parallel": ParallelConfig(ep=2)}),
+        (MOE, {"global_batch": 6}),
+    ]:
+        config = train_config(**settings)
+        with pytest.raises(ValueError) as raised:
+            Trainer(model, config, Samples(config, model.vocab_size)).fit()
+        messages.append(str(raised.value))
+    return messages
+
+
+@pytest.mark.integration
+def test_a_config_that_does_not_fit_names_its_fields():
+    too_wide, dense, odd, batch = run_ranks(mismatched, 2)[0]
+    assert too_wide.startswith("train.parallel.ep=4 does not divide dp_shard=2")
+    assert dense.startswith("train.parallel.ep=2 splits experts, but the model is dense")
+    assert odd.startswith("train.parallel.ep=2 does not divide model.moe.num_experts=3")
+    assert batch.startswith("train.global_batch=6 is not divisible")
+
+
+def test_a_non_finite_gradient_skips_the_step_and_is_counted(monkeypatch):
+    config, seen, calls = train_config(micro_batch=8), [], 0
+    trainer = Trainer(MOE, config, Samples(config, MOE.vocab_size), on_metrics=seen.append)
+    weights = []
+    original = trainer_module.cross_entropy_sum
+
+    def poisoned(logits, labels):
+        nonlocal calls
+        calls += 1
+        weights.append({name: whole(tensor) for name, tensor in trainer.model.state_dict().items()})
+        total, count = original(logits, labels)
+        return (total * math.inf if calls == 2 else total), count
+
+    monkeypatch.setattr(trainer_module, "cross_entropy_sum", poisoned)
+    summary = trainer.fit()
+    assert not dist.is_initialized()
+    assert [metrics.skipped_steps for metrics in seen] == [0, 1, 1]
+    assert (summary.skipped_steps, summary.step) == (1, 3)
+    assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[1])
+    assert math.isfinite(seen[2].loss)
+
+
+def test_a_batch_of_the_wrong_shape_is_refused():
+    config = train_config(micro_batch=8)
+    wrong = Samples(replace(config, seq_len=12), MOE.vocab_size)
+    with pytest.raises(ValueError, match=r"\(8, 13\) tokens, expected \(8, 17\)"):
+        Trainer(MOE, config, wrong).fit()
+
+
+def test_a_sequence_longer_than_the_model_takes_is_refused():
+    config = train_config(seq_len=64)
+    with pytest.raises(ValueError, match=r"train\.seq_len=64 is longer than model\.max_seq_len=32"):
+        Trainer(MOE, config, Samples(config, MOE.vocab_size))

@@ -1,0 +1,145 @@
+"""What the command says when it is given something wrong: one line, a non-zero exit, nothing left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import cli
+
+RECIPE = {
+    "name": "tiny",
+    "data": {"sources": [{"uri": "stdlib"}], "max_bytes": 100_000},
+    "tokenizer": {"vocab_size": 300},
+    "model": {"dim": 32, "num_layers": 1, "num_heads": 2, "max_seq_len": 64},
+    "train": {"steps": 2, "global_batch": 2, "micro_batch": 1, "seq_len": 32, "workers": 2},
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CARAVAN_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def recipe(home: Path) -> Path:
+    path = home / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["caravan", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.stepz=5"], ["train.stepz", "unknown key", "train.steps"]),
+        (["data.sources[0].uri=/no/such/folder"], ["/no/such/folder"]),
+        (["train.parallel.ep=3"], ["train.parallel.ep=3", "does not divide"]),
+        (["model.num_heads=5"], ["model.dim=32", "model.num_heads=5"]),
+        (["train.steps=many"], ["train.steps", "many"]),
+        (["train.seq_len=128"], ["train.seq_len=128", "model.max_seq_len=64"]),
+        (["serve.port=99999"], ["serve.port", "99999"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_a_bad_recipe_is_one_line(
+    recipe: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    overrides: list[str],
+    words: list[str],
+) -> None:
+    arguments = [part for override in overrides for part in ("--set", override)]
+    assert run_cli(monkeypatch, "run", recipe, *arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    assert all(word in captured.err for word in words), captured.err
+    assert not list(home.rglob("runs/*")), "a run was begun"
+
+
+def test_an_empty_source_is_one_line(
+    recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (home / "empty").mkdir()
+    assert run_cli(monkeypatch, "run", recipe, "--set", f"data.sources[0].uri={home / 'empty'}") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "empty" in error
+    assert not list(home.rglob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "missing.yaml"], ["missing.yaml"]),
+        (["resume", "20260101-000000-abcdef"], ["there is no run", "20260101-000000-abcdef"]),
+        (["resume", "../../etc"], ["malformed"]),
+        (["deploy", "20260101-000000-abcdef"], ["there is no run"]),
+        (["deploy", "/no/such/model", "--address", "127.0.0.1:1"], ["127.0.0.1:1"]),
+        (["status", "--address", "127.0.0.1:1"], ["127.0.0.1:1"]),
+        (["logs", "some-run"], ["caravan up", "--address"]),
+        (["down"], ["no cluster is up"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_is_not_there_is_one_line(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(home)
+    assert run_cli(monkeypatch, *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert all(word in error for word in words), error
+
+
+def test_an_unknown_stage_is_one_line(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_cli(monkeypatch, "run", recipe, "--until", "training") == 1
+    error = capsys.readouterr().err
+    assert "training" in error
+    assert "pretrain" in error
+
+
+def test_a_taken_run_id_is_refused(
+    recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Submit creates the run before it needs a cluster."""
+    folder = home / "home" / "store" / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text(json.dumps({"state": "done", "stages": {}}))
+    assert run_cli(monkeypatch, "submit", recipe, "--run-id", "mine", "--address", "127.0.0.1:1") == 1
+    assert "mine" in capsys.readouterr().err
+
+
+def test_an_unwritable_store_is_one_line(
+    recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (home / "file").write_text("")
+    assert run_cli(monkeypatch, "run", recipe, "--store", home / "file" / "store") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "file/store" in error
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+

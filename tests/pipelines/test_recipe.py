@@ -1,0 +1,144 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.recipe import Recipe, RecipeError
+
+RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
+TEXT = """
+name: test
+data: {sources: [{uri: stdlib}, {uri: /corpus}], max_bytes: 1000000}
+tokenizer: {vocab_size: 512}
+model: {dim: 64, num_layers: 2, num_heads: 4, max_seq_len: 128, moe: {num_experts: 4}}
+train: {steps: 10, global_batch: 8, micro_batch: 2, seq_len: 64, workers: 2, parallel: {ep: 2}, optimizer: {lr: 1e-3}}
+"""
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_round_trip(path):
+    recipe = Recipe.load(path)
+    assert recipe.name == path.stem
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_the_two_quickstarts_share_data_and_tokenizer():
+    sparse, dense = Recipe.load(RECIPES / "quickstart.yaml"), Recipe.load(RECIPES / "quickstart-dense.yaml")
+    assert (sparse.data, sparse.tokenizer, sparse.train.seq_len) == (dense.data, dense.tokenizer, dense.train.seq_len)
+    assert sparse.model.moe is not None and dense.model.moe is None
+
+
+def test_values_and_defaults():
+    recipe = Recipe.from_yaml(TEXT)
+    assert recipe.model.vocab_size == recipe.tokenizer.vocab_size == 512
+    assert recipe.train.optimizer.lr == 1e-3 and recipe.train.workers == 2
+    assert recipe.train.steps == 10 and recipe.train.log_every == 10
+    assert yaml.safe_load(recipe.to_yaml())["model"]["hidden_dim"] == recipe.model.hidden_dim
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "expected"),
+    [
+        ("train.steps=3", lambda r: r.train.steps, 3),
+        ("train.optimizer.lr=2e-4", lambda r: r.train.optimizer.lr, 2e-4),
+        ("data.sources[1].uri=s3://bucket/x?scheme=http", lambda r: r.data.sources[1].uri, "s3://bucket/x?scheme=http"),
+        ("data.sources.0.weight=2", lambda r: r.data.sources[0].weight, 2.0),
+        ("data.sources=[{uri: a}]", lambda r: [s.uri for s in r.data.sources], ["a"]),
+        ("evaluate.prompts=['a=b', c]", lambda r: r.evaluate.prompts, ("a=b", "c")),
+        ("serve.engine.num_blocks=99", lambda r: r.serve.engine.num_blocks, 99),
+        ("train.accelerator_type=null", lambda r: r.train.accelerator_type, None),
+        ("tokenizer.vocab_size=1000", lambda r: r.model.vocab_size, 1000),
+    ],
+)
+def test_overrides(override, read, expected):
+    assert read(Recipe.from_yaml(TEXT, [override])) == expected
+
+
+def test_later_overrides_win():
+    assert Recipe.from_yaml(TEXT, ["train.steps=3", "train.steps=4"]).train.steps == 4
+
+
+ERRORS = [
+    ("train.stepz=1", "train.stepz: unknown key; did you mean train.steps?"),
+    ("train.optimizer.lrr=1", "train.optimizer.lrr: unknown key; did you mean train.optimizer.lr?"),
+    ("model.moe.num_expert=3", "model.moe.num_expert: unknown key; did you mean model.moe.num_experts?"),
+    ("serve.engine.num_block=3", "serve.engine.num_block: unknown key; did you mean serve.engine.num_blocks?"),
+    ("data.sources[0].url=x", "data.sources[0].url: unknown key; did you mean data.sources[0].uri?"),
+    ("steps=3", "steps: unknown key; did you mean train.steps?"),
+    ("qqqq=1", "qqqq: unknown key; remove it"),
+    ("train.steps=abc", "train.steps='abc': input should be a valid integer"),
+    ("train.precision=fp8", "train.precision='fp8': input should be 'fp32' or 'bf16'"),
+    ("train.optimizer.lr=-1", "train.optimizer.lr=-1.0 must be positive"),
+    ("train.optimizer.lr=.inf", "train.optimizer.lr=inf is not a finite number"),
+    ("tokenizer.vocab_size=100", "tokenizer.vocab_size=100: input should be greater than or equal to 262"),
+    ("model.vocab_size=77", "model.vocab_size=77 is not tokenizer.vocab_size=512; leave model.vocab_size out"),
+    ("model.num_heads=5", "model.dim=64 is not divisible by model.num_heads=5; choose a divisor"),
+    ("train.seq_len=1000", "train.seq_len=1000 is above model.max_seq_len=128; lower it"),
+    ("train.global_batch=6", "train.global_batch=6 is not divisible by train.micro_batch=2 times 2 workers; choose"),
+    ("train.parallel.ep=3", "train.parallel.ep=3 does not divide dp_shard=2 (2 workers"),
+    ("model.moe.num_experts=3", "train.parallel.ep=2 does not divide model.moe.num_experts=3; choose a divisor"),
+    ("model.moe=null", "train.parallel.ep=2 does not divide a model without model.moe; choose a divisor"),
+    ("train.workers=0", "train.workers=0 must be at least 1"),
+    ("train.max_failures=-1", "train.max_failures=-1 must not be negative"),
+    ("train.cpus_per_worker=0", "train.cpus_per_worker=0.0 must be positive"),
+    ("train.accelerator_type=H200", "train.accelerator_type='H200' names a GPU, but train.gpus_per_worker=0; set it"),
+    ("serve.accelerator_type=H200", "serve.accelerator_type='H200' names a GPU, but serve.gpus_per_replica=0; set it"),
+    ("serve.port=99999", "serve.port=99999: input should be less than or equal to 65535"),
+    ("serve.engine.num_blocks=0", "serve.engine.num_blocks=0 is not a positive integer"),
+    ("serve.engine.num_blocks=1", "serve.engine.num_blocks=1 of serve.engine.block_size=16 tokens hold less than one"),
+    ("data.sources=[]", "data.sources is empty; name at least one"),
+    ("data.max_bytes=0", "data.max_bytes=0: input should be greater than or equal to 1"),
+    ("data={sources: [{uri: a, weight: 2}, {uri: b}]}", "data.sources: the weights [2.0, 1.0] divide data.max_bytes"),
+    ("data.sources[7].uri=a", "override 'data.sources[7].uri=a': data.sources has the items 0 to 1, not '7'"),
+    ("train.steps.x=1", "override 'train.steps.x=1': train.steps=10 has no keys below it"),
+    ("train.steps", "override 'train.steps' is not of the form key.path=value"),
+    ("train.steps={", "the value of override 'train.steps={' is not valid YAML"),
+    ("model=3", "model=3: input should be a dictionary"),
+    ("name=a/b", "name='a/b': String should match pattern"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), ERRORS, ids=[override for override, _ in ERRORS])
+def test_errors_name_the_key_the_value_and_the_remedy(override, expected):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_yaml(TEXT, [override])
+    message = str(caught.value)
+    assert message.startswith(expected)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: x", "data: missing; add it to the recipe (and 3 more)"),
+        ("[]", "the recipe is [], not a mapping"),
+        ("", "the recipe is None, not a mapping"),
+        ("a: [", "the recipe is not valid YAML, line 1"),
+        ("name: a\nname: b", "the recipe is not valid YAML, line 2: the key 'name' comes twice"),
+        ("a: !!python/object/apply:os.getcwd []", "the recipe is not valid YAML, line 1: could not determine"),
+    ],
+)
+def test_what_is_no_recipe(text, expected):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_yaml(text)
+    assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="there is no recipe .*nowhere.yaml"):
+        Recipe.load(tmp_path / "nowhere.yaml")
+
+
+def test_credentials_in_a_source_are_refused_and_not_shown():
+    with pytest.raises(RecipeError, match="carries credentials") as caught:
+        Recipe.from_yaml(TEXT, ["data.sources[0].uri=s3://key:secret@bucket/x"])
+    assert "secret" not in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_import_starts_no_cluster_library():
+    code = "import pipelines.recipe, sys; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=RECIPES.parents[1], timeout=60).returncode == 0
