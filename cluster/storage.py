@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from fcntl import LOCK_EX, flock
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -434,9 +435,10 @@ class Attempt:
         if entries is None:
             entries = [self.store.entry(path) for path in sorted(stored)]
         files = tuple(sorted(entries, key=lambda entry: entry.path))
-        for before, entry in zip((None, *files), files, strict=False):
-            if before is not None and before.path == entry.path:
-                raise ValueError(f"{self.store.uri}: {entry.path} is entered twice; enter every file once")
+        for earlier_file, file in pairwise(files):
+            if earlier_file.path == file.path:
+                raise ValueError(f"{self.store.uri}: {file.path} is entered twice; enter every file once")
+        for entry in files:
             if stored.get(entry.path) != entry.size:
                 raise ValueError(
                     f"{self.store.uri}: entry {entry.path} of {entry.size} bytes is not stored (found: "

@@ -22,7 +22,25 @@ from pathlib import Path
 
 import pytest
 
-REQUIREMENTS = ("swift==2.38.3", "PyECLib==1.8.0")
+REQUIREMENTS = (
+    "swift==2.38.3",
+    "PyECLib==1.8.0",
+    # what these two need
+    "certifi==2026.10.18",
+    "cffi==2.1.1",
+    "charset-normalizer==3.5.2",
+    "cryptography==50.0.2",
+    "dnspython==2.9.2",
+    "eventlet==0.41.3",
+    "greenlet==3.5.6",
+    "idna==3.20",
+    "lxml==6.1.3",
+    "PasteDeploy==3.1.0",
+    "pycparser==3.12",
+    "requests==2.34.2",
+    "urllib3==2.8.0",
+    "xattr==1.3.0",
+)
 ACCESS_KEY, SECRET_KEY = "test:tester", "swift-test-secret"
 _DEFAULT_CACHE = Path(__file__).resolve().parent.parent / ".cache" / "swift"
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from llama.all_to_all import AllToAllDispatch
 from llama.config import ModelConfig
 from llama.losses import IGNORE_INDEX, balance_loss, cross_entropy_sum, z_loss
 from llama.model import Transformer
-from llama.moe import LayerRouting, RoutingRecord
+from llama.moe import RoutingRecord
 from llama.training.attention import MAX_LENGTH, BlockCausalAttend
 from llama.training.checkpoint import Checkpointer, training_tensors
 from llama.training.config import TrainConfig
@@ -53,14 +53,6 @@ class Loader(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class _Routing:
-    """A RoutingRecord that is no dataclass: FSDP rebuilds every dataclass it finds among a block's arguments, and the
-    layers would write into copies."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, LayerRouting] = {}
 
 
 @dataclass
@@ -247,8 +239,8 @@ class Trainer:
 
     def _micro_step(self, batch: Tensor, sums: _StepSums, counting: dist.Work, valid: Tensor) -> Tensor:
         """Forward pass of one micro-batch: its share of the step's loss, with the graph."""
-        routing = _Routing() if self._moes else None
-        logits = self.model(batch[:, :-1], attend=self._attend, routing=cast(RoutingRecord | None, routing))
+        routing = RoutingRecord() if self._moes else None
+        logits = self.model(batch[:, :-1], attend=self._attend, routing=routing)
         cross_entropy, _ = cross_entropy_sum(logits, batch[:, 1:])
         counting.wait()
         sums.cross_entropy += cross_entropy.detach()

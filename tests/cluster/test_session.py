@@ -101,6 +101,7 @@ def test_taken_port_is_refused_before_anything_starts(home: Path, monkeypatch: p
     assert not (home / "cluster.json").exists()
 
 
+@pytest.mark.integration
 def test_head_that_does_not_start_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
     with pytest.raises(ClusterError, match=r"Ray did not start: .+; see .*head\.log"):

@@ -93,6 +93,8 @@ def test_a_failure_is_recorded_and_the_next_run_goes_on_from_there(work):
     assert status.state == "failed" and status.error == "the disk caught fire"
     assert {name: stage.state for name, stage in status.stages.items()} == {"a": "done", "b": "failed", "c": "pending"}
     assert status.stages["b"].error == "the disk caught fire"
+    traceback = run.directory.read_bytes("errors/b.txt").decode()
+    assert "in broken" in traceback and "in the server room" in traceback
     assert [(event.stage, event.kind) for event in events] == [
         ("a", "running"),
         ("a", "done"),

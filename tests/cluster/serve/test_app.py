@@ -2,9 +2,9 @@
 
 import pytest
 from pydantic import ValidationError
+from ray.serve.exceptions import RayServeException
 
 from cluster.serve.app import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT, AppArgs, build
-from cluster.serve.weights import ModelNotFound
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_without_gpus_none_are_asked_for(model):
 
 
 def test_a_missing_model_is_named(tmp_path):
-    with pytest.raises(ModelNotFound, match="serve.model="):
+    with pytest.raises(RayServeException, match="serve.model="):
         build(AppArgs(model=str(tmp_path / "nowhere")))
 
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from cluster.storage import Artifact, StorageError, Store
 from llama.model import Transformer
 from llama.training.checkpoint import (
-    CheckpointError,
     Checkpointer,
+    CheckpointError,
     CorruptCheckpoint,
     load_model_weights,
     training_tensors,
