@@ -67,7 +67,8 @@ def connect(
 
     `address`: `host:port` of a cluster that this machine is a node of; `auto`, a cluster that runs on this machine,
     whoever started it; `local`, a new one of this session's own. None: RAY_ADDRESS, else the cluster of `up`, else
-    `local`. `num_cpus`, `num_gpus` and `dashboard` are for a local one.
+    `local`. `num_cpus` and `num_gpus` are what a local one has, and refused for a running one; `dashboard`: whether a
+    local one gets a dashboard.
 
     Workers import our packages as this process has them, except inside a submitted job, whose packages came with it. A
     process that is connected already shares that connection, and closing such a session leaves it open.
@@ -75,6 +76,7 @@ def connect(
     Raises ClusterError.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        _refuse_sizes(num_cpus, num_gpus, "that this process is connected to")
         return _share(address)
     recorded_address = None
     if address is None:
@@ -83,11 +85,7 @@ def connect(
         address = recorded_address = record.address
     if address is None or address == "local":
         return _start_local(num_cpus, num_gpus, dashboard)
-    for name, value in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
-        if value is not None:
-            raise ClusterError(
-                f"{name}={value} cannot change the running cluster at {address}; leave it out, or use address 'local'"
-            )
+    _refuse_sizes(num_cpus, num_gpus, f"at {address}")
     try:
         return _join(address)
     except ClusterError as error:
@@ -124,6 +122,14 @@ def ray_processes() -> list[Any]:
 
 
 # -- inside
+
+
+def _refuse_sizes(num_cpus: int | None, num_gpus: int | None, which: str) -> None:
+    for name, value in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
+        if value is not None:
+            raise ClusterError(
+                f"{name}={value} cannot change the running cluster {which}; leave it out, or use address 'local'"
+            )
 
 
 def _start_local(num_cpus: int | None, num_gpus: int | None, dashboard: bool) -> Session:

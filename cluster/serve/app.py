@@ -1,57 +1,29 @@
 """The Serve application: typed settings in, an ingress and its engine replicas out.
 
 `build` runs inside the cluster: Serve imports it by name (`cluster.serve.app:build`) and passes it the arguments of
-the declarative config. Everything in `AppArgs` is part of the application's code version: changing it restarts the
+the declarative config. Everything in `BuildArgs` is part of the application's code version: changing it restarts the
 replicas. So `replicas` is only how many there are at the start; afterwards `cluster.serve.control.scale` changes the
 number through Serve's scaling endpoint, which keeps the running processes and their caches.
 """
 
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
-from cluster.serve.cost import CostCoefficients
 from cluster.serve.ingress import Ingress, IngressConfig
 from cluster.serve.replica import EngineReplica, ReplicaConfig
+from cluster.serve.settings import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT, BuildArgs
 from cluster.serve.weights import ModelNotFound, check_model
-from llama.engine import EngineConfig
 
-APP_NAME = "caravan"
-ENGINE_DEPLOYMENT = "engine"
-INGRESS_DEPLOYMENT = "ingress"
-IMPORT_PATH = "cluster.serve.app:build"
 ROUTER = "cluster.serve.router.CacheAwareRouter"
 
 _SUBSCRIPTIONS = 64  # ingress processes that may follow a replica; each holds one of its calls open
 
 
-class ReplicaSettings(BaseModel):
-    """How replicas compute and what they ask of Ray; the same for all of an application."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    served_name: str = Field(default="caravan", min_length=1)
-    cpus_per_replica: float = Field(default=1.0, ge=0)
-    gpus_per_replica: float = Field(default=0.0, ge=0)
-    accelerator_type: str | None = None
-    threads: int = Field(default=1, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    engine: EngineConfig = EngineConfig()
-    cost: CostCoefficients = CostCoefficients()
-
-
-class AppArgs(ReplicaSettings):
-    """What `build` takes. `model`: URI of a Hugging Face directory or of a committed export."""
-
-    model: str
-    replicas: int = Field(default=1, ge=1)
-
-
-def build(args: AppArgs) -> Application:
+def build(args: BuildArgs) -> Application:
     """The application for Serve. Raises RayServeException when there is no model at `args.model`."""
     try:
         check_model(args.model)
@@ -88,7 +60,7 @@ def build(args: AppArgs) -> Application:
     return ingress.bind(IngressConfig(args.model, args.served_name, args.cost), engine.bind(replica))
 
 
-def _actor_options(args: AppArgs) -> dict[str, Any]:
+def _actor_options(args: BuildArgs) -> dict[str, Any]:
     options: dict[str, Any] = {"num_cpus": args.cpus_per_replica, "num_gpus": args.gpus_per_replica}
     if args.accelerator_type is not None:
         options["accelerator_type"] = args.accelerator_type

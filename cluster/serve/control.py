@@ -9,34 +9,23 @@ Scaling has an endpoint of its own (`external_scaler_enabled`), and leaves runni
 import socket
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import httpx
-import ray
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-from cluster.serve.app import APP_NAME, ENGINE_DEPLOYMENT, IMPORT_PATH, AppArgs
+from cluster.serve.errors import DeployFailed, NotDeployed, PortTaken, ServeError, last_line
+from cluster.serve.settings import APP_NAME, ENGINE_DEPLOYMENT, AppArgs, BuildArgs
 from cluster.serve.weights import check_model
 
+if TYPE_CHECKING:
+    from cluster.serve.rest import ServeClient
+
+IMPORT_PATH = "cluster.serve.app:build"
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _POLL_S = 0.2
 _REQUEST_TIMEOUT_S = 5.0
-
-
-class ServeError(RuntimeError):
-    """Serving cannot do what was asked; the message says why in one line."""
-
-
-class PortTaken(ServeError):
-    """Something else listens where the endpoint should."""
-
-
-class DeployFailed(ServeError):
-    """The application did not come up."""
-
-
-class NotDeployed(ServeError):
-    """There is no application to act on."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +63,21 @@ def shipped_runtime_env() -> dict[str, Any]:
 
     `ray.init(runtime_env={"py_modules": [...]})` uploads local folders and replaces them by `gcs://` URIs.
     """
+    import ray
+
     modules = ray.get_runtime_context().runtime_env.get("py_modules", [])
     return {"py_modules": list(modules)} if modules else {}
+
+
+def check_port(dashboard_url: str, port: int, *, host: str = "127.0.0.1") -> None:
+    """Raises PortTaken when `deploy` could not serve there: an early check, before long work."""
+    _check_port(_connect(dashboard_url).details(), host, port)
 
 
 def deploy(
     args: AppArgs,
     *,
+    replicas: int,
     dashboard_url: str,
     runtime_env: dict[str, Any] | None = None,
     host: str = "127.0.0.1",
@@ -101,35 +98,28 @@ def deploy(
         DeployFailed: with the reason; an application that was not there before is removed again.
         ServeError: the dashboard does not answer.
     """
-    if urlsplit(dashboard_url).hostname in ("127.0.0.1", "localhost", "::1"):
+    if urlsplit(dashboard_url).hostname in _LOOPBACK:
         # The cluster is here, so what it would find can be told at once.
         check_model(args.model)
     client = _connect(dashboard_url)
     details = client.details()
-    running = details["http_options"] if details.get("proxies") else None
-    if running is None:
-        _check_port_free(host, port)
-    elif (running["host"], running["port"]) != (host, port):
-        raise PortTaken(
-            f"Serve already listens on {running['host']}:{running['port']} in this cluster; "
-            f"deploy there, or undeploy before using {host}:{port}"
-        )
+    _check_port(details, host, port)
     app = {
         "name": APP_NAME,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
         "runtime_env": runtime_env or {},
         "external_scaler_enabled": True,
-        "args": args.model_dump(mode="json"),
+        "args": BuildArgs(**dict(args), replicas=replicas).model_dump(mode="json"),
     }
     declared = _declared(details)
     endpoint = Endpoint(f"http://{host}:{port}", args.served_name)
     try:
         if _differ_in_replicas_only(declared.get(APP_NAME), app):
-            client.scale(APP_NAME, ENGINE_DEPLOYMENT, args.replicas)
+            client.scale(APP_NAME, ENGINE_DEPLOYMENT, replicas)
         else:
             client.declare({**declared, APP_NAME: app}, {"host": host, "port": port})
-        _wait_until_serving(client, endpoint, args.replicas, timeout_s)
+        _wait_until_serving(client, endpoint, replicas, timeout_s)
     except DeployFailed:
         if APP_NAME not in details["applications"]:
             undeploy(dashboard_url=dashboard_url)
@@ -184,38 +174,16 @@ def undeploy(*, dashboard_url: str, timeout_s: float = 60.0) -> None:
         time.sleep(_POLL_S)
 
 
-class _ServeClient(ServeSubmissionClient):
-    """Ray's own client (it knows the cluster's authentication), and what it lacks."""
+def _connect(dashboard_url: str) -> "ServeClient":
+    # Here, because Ray reads its environment when it is first imported, and callers may have to set it before.
+    from cluster.serve.rest import ServeClient
 
-    def details(self) -> dict[str, Any]:
-        """What Serve says of itself and its applications. Raises ServeError when it does not answer."""
-        try:
-            return self.get_serve_details()
-        except (RuntimeError, OSError) as error:
-            raise ServeError(f"Serve does not answer: {_last_line(str(error))}") from error
-
-    def declare(self, apps: dict[str, dict[str, Any]], http_options: dict[str, Any]) -> None:
-        """States which applications run. Raises DeployFailed when Serve refuses."""
-        # HeadOnly: the endpoint is one address; proxies on other nodes would be more of them.
-        config = {"proxy_location": "HeadOnly", "http_options": http_options, "applications": list(apps.values())}
-        try:
-            self.deploy_applications(config)
-        except RuntimeError as error:
-            raise DeployFailed(f"Serve refuses the application: {_last_line(str(error))}") from error
-
-    def scale(self, app: str, deployment: str, replicas: int) -> None:
-        """Sets a deployment's number of replicas. Raises DeployFailed when Serve refuses."""
-        path = f"/api/v1/applications/{app}/deployments/{deployment}/scale"
-        response = self._do_request("POST", path, json_data={"target_num_replicas": replicas})
-        if response.status_code != 200:
-            raise DeployFailed(f"Serve refuses to scale {app} to {replicas} replicas: {response.text}")
-
-
-def _connect(dashboard_url: str) -> _ServeClient:
+    if not dashboard_url:
+        raise ServeError("the cluster has no dashboard, and Serve is controlled through it; start Ray with it")
     try:
-        return _ServeClient(dashboard_url)
-    except (RuntimeError, OSError) as error:
-        raise ServeError(f"the Ray dashboard at {dashboard_url} does not answer: {_last_line(str(error))}") from error
+        return ServeClient(dashboard_url)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ServeError(f"the Ray dashboard at {dashboard_url} does not answer: {last_line(str(error))}") from error
 
 
 def _declared(details: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -232,6 +200,17 @@ def _differ_in_replicas_only(declared: dict[str, Any] | None, app: dict[str, Any
     }
 
 
+def _check_port(details: dict[str, Any], host: str, port: int) -> None:
+    running = details["http_options"] if details.get("proxies") else None
+    if running is None:
+        _check_port_free(host, port)
+    elif (running["host"], running["port"]) != (host, port):
+        raise PortTaken(
+            f"Serve already listens on {running['host']}:{running['port']} in this cluster; "
+            f"deploy there, or undeploy before using {host}:{port}"
+        )
+
+
 def _check_port_free(host: str, port: int) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         # As the proxy binds: a socket in TIME_WAIT does not make the port taken.
@@ -242,7 +221,7 @@ def _check_port_free(host: str, port: int) -> None:
             raise PortTaken(f"port {port} on {host} is taken ({error.strerror}); choose another with --port") from error
 
 
-def _wait_until_serving(client: _ServeClient, endpoint: Endpoint, replicas: int, timeout_s: float) -> None:
+def _wait_until_serving(client: "ServeClient", endpoint: Endpoint, replicas: int, timeout_s: float) -> None:
     """Until the controller runs exactly `replicas` of them and the ingress follows every one."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -289,10 +268,4 @@ def _routing(endpoint: Endpoint) -> list[dict[str, Any]] | None:
 def _reason(app: dict[str, Any]) -> str:
     """The message nearest to the cause: a deployment's own, else the application's."""
     messages = [deployment.get("message", "") for deployment in app["deployments"].values()]
-    return _last_line(next((message for message in messages if message), app["message"])) or app["status"]
-
-
-def _last_line(message: str) -> str:
-    """The last line that says something: of a traceback, the exception."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return last_line(next((message for message in messages if message), app["message"])) or app["status"]

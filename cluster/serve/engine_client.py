@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from cluster.serve.messages import GenerateRequest, ReplicaChunk, ReplicaTarget
 from cluster.serve.protocol import ApiError
 from cluster.serve.state import RoutingState
-from llama.engine import Chunk, EngineClosed, EngineFailed, PromptTooLong, QueueFull
+from llama.engine import Chunk, EngineFailed, PromptTooLong, QueueFull
 
 logger = logging.getLogger("ray.serve")
 
@@ -154,6 +154,6 @@ def _engine_error(error: RayTaskError) -> ApiError | ReplicaLost:
         return ApiError(400, str(error.cause), param="prompt", code="context_length_exceeded")
     if isinstance(error, ValueError):
         return ApiError(400, str(error.cause), code="invalid_value")
-    if isinstance(error, EngineFailed | EngineClosed):
+    if isinstance(error, EngineFailed):
         return ReplicaLost(type(error.cause).__name__)
     return ApiError(500, "The engine failed on this request.", code="engine_failed", kind="server_error")

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import ray
 import xxhash
 
 from cluster.storage import Artifact, Store
@@ -45,6 +44,8 @@ def fetch_model(uri: str, cache_dir: Path) -> Path:
 
 def node_cache_dir() -> Path:
     """A folder of this node's Ray session, which goes when Ray's temporary folder goes."""
+    import ray
+
     node_id = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
     return Path(node["ObjectStoreSocketName"]).parent.parent / "caravan-models"

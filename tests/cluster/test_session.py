@@ -153,7 +153,7 @@ def test_runtime_env_ships_our_three_packages() -> None:
 
 _OWN_CLUSTER = """
     import json, os, sys, time
-    from cluster.session import connect, ray_processes
+    from cluster.session import ClusterError, connect, ray_processes
     from cluster import processes
     session = connect(num_cpus=1)
     import ray
@@ -166,6 +166,11 @@ _OWN_CLUSTER = """
     members = ray_processes()
     shared = connect()
     shared.close()
+    try:
+        connect(num_cpus=2)
+        sys.exit("num_cpus of a shared connection was ignored")
+    except ClusterError:
+        pass
     facts = {
         "owned": session.owned, "shared": shared.owned, "alive": ray.is_initialized(), "files": files, "cwd": folder,
         "path": path,

@@ -1,10 +1,15 @@
 """The application's settings, and what they ask of Ray."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 from ray.serve.exceptions import RayServeException
 
-from cluster.serve.app import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT, AppArgs, build
+from cluster.serve.app import build
+from cluster.serve.settings import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT, AppArgs, BuildArgs
 
 
 @pytest.fixture
@@ -13,14 +18,14 @@ def model(tmp_path):
     return str(tmp_path)
 
 
-def _deployments(args: AppArgs) -> dict:
+def _deployments(args: BuildArgs) -> dict:
     ingress = build(args)._bound_deployment
     engine = ingress.init_args[1]._bound_deployment
     return {deployment.name: deployment for deployment in (ingress, engine)}
 
 
 def test_settings_reach_the_deployments(model):
-    args = AppArgs(
+    args = BuildArgs(
         model=model,
         replicas=3,
         cpus_per_replica=0.5,
@@ -42,13 +47,13 @@ def test_settings_reach_the_deployments(model):
 
 
 def test_without_gpus_none_are_asked_for(model):
-    options = _deployments(AppArgs(model=model))[ENGINE_DEPLOYMENT].ray_actor_options
+    options = _deployments(BuildArgs(model=model, replicas=1))[ENGINE_DEPLOYMENT].ray_actor_options
     assert options["num_gpus"] == 0 and "accelerator_type" not in options
 
 
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(RayServeException, match="serve.model="):
-        build(AppArgs(model=str(tmp_path / "nowhere")))
+        build(BuildArgs(model=str(tmp_path / "nowhere"), replicas=1))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +63,6 @@ def test_a_missing_model_is_named(tmp_path):
         ({"engine": {"num_blcks": 1}}, "engine.num_blcks"),
         ({"engine": {"num_blocks": 0}}, "engine"),
         ({"cost": {"missing_weight": -1}}, "cost"),
-        ({"replicas": 0}, "replicas"),
         ({"threads": 0}, "threads"),
         ({"gpus_per_replica": -1}, "gpus_per_replica"),
         ({"dtype": "float8"}, "dtype"),
@@ -70,6 +74,16 @@ def test_bad_settings_are_named_with_their_path(fields, path):
     assert ".".join(map(str, caught.value.errors()[0]["loc"])) == path
 
 
+def test_no_replicas_are_refused():
+    with pytest.raises(ValidationError, match="replicas"):
+        BuildArgs(model="m", replicas=0)
+
+
 def test_arguments_survive_json(model):
-    args = AppArgs(model=model, engine={"num_blocks": 7}, cost={"missing_weight": 3.0})
-    assert AppArgs.model_validate(args.model_dump(mode="json")) == args
+    args = BuildArgs(model=model, replicas=2, engine={"num_blocks": 7}, cost={"missing_weight": 3.0})
+    assert BuildArgs.model_validate(args.model_dump(mode="json")) == args
+
+
+def test_settings_and_control_leave_ray_alone_until_they_are_used():
+    code = "import sys; import cluster.serve.settings, cluster.serve.control; sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])

@@ -5,6 +5,7 @@ import socket
 import pytest
 
 from cluster.serve import control
+from cluster.serve.errors import last_line
 
 
 def test_a_taken_port_is_reported(unused_port):
@@ -30,6 +31,11 @@ def test_a_dashboard_that_does_not_answer_is_reported_in_one_line(unused_port):
     assert "\n" not in str(caught.value)
 
 
+def test_a_cluster_without_a_dashboard_is_reported():
+    with pytest.raises(control.ServeError, match="no dashboard"):
+        control.check_port("", 8000)
+
+
 def test_scaling_to_nothing_is_refused():
     with pytest.raises(ValueError, match="replicas=0"):
         control.scale(0, dashboard_url="http://127.0.0.1:1")
@@ -45,4 +51,4 @@ def test_only_the_number_of_replicas_may_change_without_a_restart():
 
 def test_of_a_traceback_the_exception_is_what_the_user_sees():
     message = "Deploying failed:\nTraceback (most recent call last):\n  File x\nModelNotFound: no model at y\n\n"
-    assert control._last_line(message) == "ModelNotFound: no model at y"
+    assert last_line(message) == "ModelNotFound: no model at y"

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cluster.serve import control
-from cluster.serve.app import AppArgs
+from cluster.serve.settings import AppArgs
 from llama.config import ModelConfig
 from llama.hf import save_pretrained
 from llama.model import Transformer
@@ -98,7 +98,6 @@ def cluster(tmp_path_factory) -> Iterator[str]:
 def args(cluster, tmp_path_factory) -> AppArgs:
     return AppArgs(
         model=str(_save_model(tmp_path_factory.mktemp("model"))),
-        replicas=2,
         served_name=MODEL,
         cpus_per_replica=0.1,
         gpus_per_replica=0.5,
@@ -109,7 +108,9 @@ def args(cluster, tmp_path_factory) -> AppArgs:
 
 @pytest.fixture(scope="module")
 def endpoint(cluster, args) -> control.Endpoint:
-    return control.deploy(args, dashboard_url=cluster, runtime_env=control.shipped_runtime_env(), port=_free_port())
+    return control.deploy(
+        args, replicas=2, dashboard_url=cluster, runtime_env=control.shipped_runtime_env(), port=_free_port()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -307,10 +308,10 @@ def test_a_client_that_goes_away_aborts_its_request(http, endpoint, stream):
 def test_deploying_the_same_again_and_scaling_keep_processes_and_caches(cluster, args, endpoint, client, http):
     before, pids = _replicas(http), _pids(http)
     port = int(endpoint.url.rsplit(":", 1)[1])
-    control.deploy(args, dashboard_url=cluster, runtime_env=control.shipped_runtime_env(), port=port)
+    control.deploy(args, replicas=2, dashboard_url=cluster, runtime_env=control.shipped_runtime_env(), port=port)
     assert _pids(http) == pids
     with pytest.raises(control.PortTaken, match="Serve already listens"):
-        control.deploy(args, dashboard_url=cluster, port=_free_port())
+        control.deploy(args, replicas=2, dashboard_url=cluster, port=_free_port())
 
     control.scale(3, dashboard_url=cluster)
     after = _replicas(http)
@@ -373,18 +374,20 @@ def test_removing_the_application_leaves_nothing(cluster, endpoint, http):
 
 
 def test_what_cannot_start_is_told_in_one_line_and_removed(cluster, args, tmp_path, monkeypatch):
+    nowhere = args.model_copy(update={"model": str(tmp_path / "nowhere")})
     with pytest.raises(ValueError, match="nowhere"):
-        control.deploy(args.model_copy(update={"model": str(tmp_path / "nowhere")}), dashboard_url=cluster)
+        control.deploy(nowhere, replicas=1, dashboard_url=cluster)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(control.PortTaken):
-            control.deploy(args, dashboard_url=cluster, port=other.getsockname()[1])
+            control.deploy(args, replicas=2, dashboard_url=cluster, port=other.getsockname()[1])
     # As on a cluster elsewhere, which alone can know that the model is not there.
     monkeypatch.setattr(control, "check_model", lambda uri: None)
     with pytest.raises(control.DeployFailed, match="nowhere is neither a Hugging Face directory") as caught:
         control.deploy(
-            args.model_copy(update={"model": str(tmp_path / "nowhere")}),
+            nowhere,
+            replicas=1,
             dashboard_url=cluster,
             runtime_env=control.shipped_runtime_env(),
             port=_free_port(),
