@@ -46,6 +46,13 @@ class WorkerNeeds:
         if self.accelerator_type is not None and self.gpus == 0:
             raise ValueError(f"accelerator_type={self.accelerator_type!r} needs gpus_per_worker of at least 1")
 
+    def resources(self) -> dict[str, float]:
+        """As Ray's resource requests name them."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        if self.accelerator_type is not None:
+            wanted[_ACCELERATOR + self.accelerator_type] = 0.001  # what Ray itself asks for, to name a kind of node
+        return {name: amount for name, amount in wanted.items() if amount > 0}
+
     def slots(self, node: NodeResources) -> int:
         """How many workers `node` holds."""
         if self.accelerator_type not in (None, node.accelerator_type):

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 from cluster.serve import control
-from cluster.serve.app import AppArgs
+from cluster.serve.settings import AppArgs
 from cluster.storage import JSON, Artifact
 from pipelines.graph import Stage, StageContext
 from pipelines.recipe import RequestsConfig, ServeConfig
@@ -138,7 +139,7 @@ def _ask(
     pieces: list[str] = []
     stream = client.chat.completions.create(
         model=model,
-        messages=messages,  # type: ignore[arg-type]
+        messages=cast("list[ChatCompletionMessageParam]", messages),
         max_tokens=max_tokens,
         temperature=0.8,
         seed=conversation,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -30,6 +31,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device
 
@@ -123,16 +125,18 @@ def _train_with_restarts(
             if not retryable:
                 raise TrainingFailed(reason) from error
             if failures == train.max_failures:
-                raise TrainingFailed(f"{reason}; train.max_failures={train.max_failures} restarts are used up") from error
+                raise TrainingFailed(
+                    f"{reason}; train.max_failures={train.max_failures} restarts are used up"
+                ) from error
             emit(f"{reason}; restart {failures + 1} of {train.max_failures} from the last committed checkpoint")
 
 
 def _train_once(train: TrainRecipe, task: WorkerTask, scratch: str) -> None:
-    """One incarnation: plan, start, train to the end. Raises TrainingFailedError, or PlacementError before it starts."""
-    needs = placement.WorkerNeeds(train.cpus_per_worker, train.gpus_per_worker, train.accelerator_type)
-    plan = placement.plan(
-        placement.alive_nodes(), train.workers, plan_mesh(train.parallel, train.workers).ep, needs
-    )
+    """One incarnation: plan, start, train to the end.
+
+    Raises TrainingFailedError, or PlacementError before it starts.
+    """
+    plan = _plan(train)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
@@ -143,6 +147,31 @@ def _train_once(train: TrainRecipe, task: WorkerTask, scratch: str) -> None:
         ),
     )
     trainer.fit()
+
+
+def _plan(train: TrainRecipe) -> placement.PlacementPlan:
+    """Which node gets how many workers; asks an autoscaler for nodes where there is no room yet.
+
+    Raises PlacementError if there is still no room after `train.wait_for_nodes` seconds.
+    """
+    needs = placement.WorkerNeeds(train.cpus_per_worker, train.gpus_per_worker, train.accelerator_type)
+    ep = plan_mesh(train.parallel, train.workers).ep
+    deadline = time.monotonic() + train.wait_for_nodes
+    asked = False
+    try:
+        while True:
+            try:
+                return placement.plan(placement.alive_nodes(), train.workers, ep, needs)
+            except placement.PlacementError:
+                if time.monotonic() >= deadline:
+                    raise
+            if not asked:
+                request_resources(bundles=[needs.resources()] * train.workers)
+                asked = True
+            time.sleep(_POLL_SECONDS)
+    finally:
+        if asked:
+            request_resources(bundles=[])  # what runs keeps its nodes; a request that stays would keep idle ones
 
 
 def _diagnose(error: TrainingFailedError) -> tuple[str, bool]:

@@ -96,6 +96,8 @@ class TrainRecipe(TrainConfig):
     gpus_per_worker: float = 0.0
     accelerator_type: str | None = None
     """Ray's name of the GPU that a worker must get, such as H200."""
+    wait_for_nodes: float = 0.0
+    """Seconds to wait for an autoscaler to bring the nodes that the workers need; 0 refuses at once."""
     max_failures: int = 2
     """How often the training may be restarted from its last checkpoint after losing a worker."""
 
@@ -103,6 +105,8 @@ class TrainRecipe(TrainConfig):
         super().__post_init__()
         if self.workers < 1:
             raise ValueError(f"train.workers={self.workers} must be at least 1")
+        if self.wait_for_nodes < 0:
+            raise ValueError(f"train.wait_for_nodes={self.wait_for_nodes} must not be negative; 0 refuses at once")
         if self.max_failures < 0:
             raise ValueError(f"train.max_failures={self.max_failures} must not be negative; 0 means no second try")
         _check_resources("train", "worker", self.cpus_per_worker, self.gpus_per_worker, self.accelerator_type)

@@ -1,8 +1,8 @@
 """What a run amounts to: its figures in one place, and its pictures.
 
-    {run}/plots/loss.png            training loss over tokens, with the held-out loss and the unigram's beside it
-    {run}/plots/expert_load.png     every expert's share of the tokens over the run, a strip per layer
-    {run}/summary.json
+{run}/plots/loss.png            training loss over tokens, with the held-out loss and the unigram's beside it
+{run}/plots/expert_load.png     every expert's share of the tokens over the run, a strip per layer
+{run}/summary.json
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
         documents   List<int32>: where in the row's first seq_len tokens a document begins
 
 A shard's documents, in order, each between `<|bos|>` and `<|eos|>`, form one stream of tokens: a model learns where
-texts end, and a generation ends there. Row i holds the stream's tokens i·seq_len to (i+1)·seq_len inclusive. Neighbours share one token,
-the last target of one and the first input of the next, so over a split every token but a shard's first is a target
-exactly once. The last row of a shard is filled up with `<|pad|>`; the manifest counts full rows and tokens, so a
-reader knows what is padding without looking for it. Training reads full rows only.
+texts end, and a generation ends there. Row i holds the stream's tokens i·seq_len to (i+1)·seq_len inclusive.
+Neighbours share one token, the last target of one and the first input of the next, so over a split every token but a
+shard's first is a target exactly once. The last row of a shard is filled up with `<|pad|>`; the manifest counts full
+rows and tokens, so a reader knows what is padding without looking for it. Training reads full rows only.
 
 A shard is made of whole documents parts, grouped by their bytes: its content depends on the documents, the tokenizer
 and `seq_len`, never on the cluster.
@@ -57,7 +57,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Shard:
-    """A written shard. `tokens` counts its stream, each `<|bos|>` and `<|eos|>` included; `bytes` is its documents' text as UTF-8."""
+    """A written shard. `tokens` counts its stream, special tokens included; `bytes` is its documents' text as UTF-8."""
 
     path: str
     rows: int

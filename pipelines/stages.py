@@ -12,6 +12,7 @@ from pipelines.recipe import Recipe
 from pipelines.shards import ShardConfig, shards_stage
 from pipelines.vocabulary import tokenizer_stage
 
+
 def build_graph(recipe: Recipe, dashboard_url: str, keep: bool) -> Graph:
     """Raw text to endpoint.
 

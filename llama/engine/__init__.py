@@ -1,5 +1,8 @@
 """Continuous batching with a paged, prefix-sharing key/value cache. Needs neither Ray nor a GPU."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from llama.engine.blocks import (
     BlockEvent,
     BlocksRemoved,
@@ -12,10 +15,12 @@ from llama.engine.blocks import (
     reusable_blocks,
 )
 from llama.engine.config import EngineConfig, EngineStats
-from llama.engine.engine import Engine, EngineClosed
-from llama.engine.output import EngineFailed
 from llama.engine.request import Chunk, Completion, FinishReason, PromptTooLong, SamplingParams, TokenLogprob
 from llama.engine.scheduler import QueueFull
+
+if TYPE_CHECKING:
+    from llama.engine.engine import Engine, EngineClosed
+    from llama.engine.output import EngineFailed
 
 __all__ = [
     "BlockEvent",
@@ -40,3 +45,12 @@ __all__ = [
     "hash_blocks",
     "reusable_blocks",
 ]
+
+_NEED_TORCH = {"Engine": "engine", "EngineClosed": "engine", "EngineFailed": "output"}
+
+
+def __getattr__(name: str) -> object:
+    # A router needs the hashes and event types, not the engine, and torch takes seconds to import.
+    if name in _NEED_TORCH:
+        return getattr(import_module(f"llama.engine.{_NEED_TORCH[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,29 +7,25 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster.filesystem import BLOCK_BYTES
 from cluster.storage import Artifact, CorruptArtifact, NotFound, StorageError, Store
+from tests.swift import Swift
 
-if TYPE_CHECKING:  # the plugin below must be the first to import it
-    from tests.swift import Swift
-
-pytest_plugins = ("tests.swift",)
 pytestmark = pytest.mark.integration
 
 LONG = 20 * 2**20  # more than one block, so it travels as a multipart upload
 
 
 @pytest.fixture(scope="module")
-def bucket(swift: "Swift") -> str:
+def bucket(swift: Swift) -> str:
     return swift.make_bucket()
 
 
 @pytest.fixture
-def store(swift: "Swift", bucket: str, request: pytest.FixtureRequest) -> Store:
+def store(swift: Swift, bucket: str, request: pytest.FixtureRequest) -> Store:
     return Store(swift.uri(bucket, request.node.name))
 
 
@@ -112,7 +108,7 @@ def test_artifact_is_fetched_once_and_verified(store: Store, tmp_path: Path) -> 
 
 
 def test_missing_object_bucket_permission_and_service_are_told_apart(
-    swift: "Swift", bucket: str, store: Store, monkeypatch: pytest.MonkeyPatch
+    swift: Swift, bucket: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(NotFound, match="cannot read 'nothing': there is no such file"):
         store.read_bytes("nothing")
@@ -132,7 +128,7 @@ def test_missing_object_bucket_permission_and_service_are_told_apart(
         unreachable.write_bytes("y", b"data")
 
 
-def test_store_that_fails_during_a_write_never_yields_an_entry(swift: "Swift", store: Store) -> None:
+def test_store_that_fails_during_a_write_never_yields_an_entry(swift: Swift, store: Store) -> None:
     artifact = Artifact(store)
     attempt = artifact.begin()
     try:

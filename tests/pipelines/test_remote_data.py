@@ -16,13 +16,13 @@ from tests.pipelines.data_stages import (
     run_stages,
     write_corpus,
 )
-from tests.swift import Swift, swift  # noqa: F401  a fixture
+from tests.swift import Swift
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
-def stages(swift: Swift, tmp_path_factory):  # noqa: F811
+def stages(swift: Swift, tmp_path_factory):
     """(bucket, artifacts made from S3 on S3, artifacts of the same corpus on disk)
 
     A big file, read in pieces, and a small one: every object costs the service some time."""
@@ -70,7 +70,7 @@ def test_a_remote_shard_with_a_wrong_byte_is_named(stages, tmp_path):
         files.write_bytes(path, data)
 
 
-def test_single_and_missing_objects(stages, swift: Swift):  # noqa: F811
+def test_single_and_missing_objects(stages, swift: Swift):
     bucket, _, _ = stages
     corpus = find_corpus([SourceConfig(uri=swift.uri(bucket, "texts/small.txt"))], None)
     (document,) = read_documents(corpus.sources[0], corpus.pieces[0])
