@@ -43,6 +43,11 @@ def find(pid: int, started: float | None = None) -> Any | None:
         return None
 
 
+def gone() -> type[Exception]:
+    """What asking about a process raises once it has ended."""
+    return _psutil().NoSuchProcess
+
+
 def tree(process: Any) -> list[Any]:
     """`process` and all of its descendants, as they are now."""
     try:

@@ -70,7 +70,7 @@ def connect(
     `local`. `num_cpus` and `num_gpus` are what a local one has, and refused for a running one; `dashboard`: whether a
     local one gets a dashboard.
 
-    Workers import our packages as this process has them, except inside a submitted job, whose packages came with it. A
+    What workers print stays in Ray's own log files. Workers import our packages as this process has them, except inside a submitted job, whose packages came with it. A
     process that is connected already shares that connection, and closing such a session leaves it open.
 
     Raises ClusterError.
@@ -145,6 +145,7 @@ def _start_local(num_cpus: int | None, num_gpus: int | None, dashboard: bool) ->
             dashboard_host="127.0.0.1",
             runtime_env=runtime_env(),
             logging_level=logging.WARNING,
+            log_to_driver=False,
         )
     except (RuntimeError, ValueError, OSError) as error:
         ray.shutdown()
@@ -168,7 +169,10 @@ def _join(address: str) -> Session:
     in_job = JOB_CONFIG in os.environ
     try:
         context = ray.init(
-            address=address, runtime_env=None if in_job else runtime_env(), logging_level=logging.WARNING
+            address=address,
+            runtime_env=None if in_job else runtime_env(),
+            logging_level=logging.WARNING,
+            log_to_driver=False,
         )
     except (RuntimeError, ValueError, OSError) as error:
         ray.shutdown()

@@ -50,7 +50,7 @@ AddressOption = Annotated[
     ),
 ]
 RunIdOption = Annotated[str | None, typer.Option(help="Name of the new run [default: time and a random part]")]
-UntilOption = Annotated[str | None, typer.Option(help="Last stage to run.")]
+UntilOption = Annotated[str | None, typer.Option(help="Run this stage and what it needs, nothing more.")]
 KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the endpoint serving.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")]
 
@@ -244,8 +244,8 @@ def deploy(
     replicas: Annotated[int, typer.Option(min=1, help="Engine replicas.")] = 1,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on loopback.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name in the API.")] = None,
-    cpus_per_replica: Annotated[float, typer.Option(min=0.0)] = 1.0,
-    gpus_per_replica: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    cpus_per_replica: Annotated[float | None, typer.Option(min=0.0, help="[default: the run's, else 1]")] = None,
+    gpus_per_replica: Annotated[float | None, typer.Option(min=0.0, help="[default: the run's, else 0]")] = None,
     accelerator_type: Annotated[str | None, typer.Option(help="Ray's name of the GPU, such as H200.")] = None,
     store: StoreOption = None,
     address: AddressOption = None,
@@ -258,12 +258,13 @@ def deploy(
 
     run_recipe, model_uri = _find_model(model, store)
     base = run_recipe.serve if run_recipe else ServeConfig()
-    config = base.model_copy(
-        update={
-            "cpus_per_replica": cpus_per_replica,
-            "gpus_per_replica": gpus_per_replica,
-            "accelerator_type": accelerator_type,
-        }
+    given = {
+        "cpus_per_replica": cpus_per_replica,
+        "gpus_per_replica": gpus_per_replica,
+        "accelerator_type": accelerator_type,
+    }
+    config = ServeConfig.model_validate(
+        base.model_dump() | {name: value for name, value in given.items() if value is not None}
     )
     served_name = name or (run_recipe.name if run_recipe else Path(model).resolve().name)
     dtype = run_recipe.export.dtype if run_recipe else "float32"

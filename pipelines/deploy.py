@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
 
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
 from cluster.serve import control
@@ -22,7 +22,8 @@ from pipelines.recipe import RequestsConfig, ServeConfig
 
 REPORT = "deploy.json"
 
-_SYSTEM = "You write short answers about the Python standard library and keep to what its source says."
+# The topic comes first: conversations then differ from their first block on, and spread over the replicas.
+_SYSTEM = "{topic} is the module in question. Write short answers about it and keep to what its source says."
 _TOPICS = ("json", "asyncio", "pathlib", "logging", "threading", "socket", "email", "unittest")
 _QUESTIONS = (
     "What does the module {topic} do, and which function of it would you call first?",
@@ -115,21 +116,35 @@ def _report(context: StageContext, config: RequestsConfig, turn: Turn, done: int
 def converse(
     base_url: str, model: str, config: RequestsConfig, on_turn: Callable[[Turn, int], None] = lambda turn, done: None
 ) -> list[Turn]:
-    """Holds the recipe's conversations through the `openai` client, streaming, interleaved turn by turn."""
+    """Holds the recipe's conversations through the `openai` client, streaming, interleaved turn by turn.
+
+    A conversation that fills the model's context ends there, one turn short.
+    """
     client = OpenAI(base_url=base_url, api_key="unused", max_retries=2)
-    histories: list[list[dict[str, str]]] = [
-        [{"role": "system", "content": _SYSTEM}] for _ in range(config.conversations)
-    ]
+    histories: dict[int, list[dict[str, str]]] = {
+        number: [{"role": "system", "content": _SYSTEM.format(topic=_topic(number))}]
+        for number in range(config.conversations)
+    }
     turns: list[Turn] = []
     for number in range(config.turns):
-        for conversation, history in enumerate(histories):
-            topic = _TOPICS[conversation % len(_TOPICS)]
-            history.append({"role": "user", "content": _QUESTIONS[number % len(_QUESTIONS)].format(topic=topic)})
-            turn, answer = _ask(client, model, history, config.max_tokens, conversation, number)
+        for conversation, history in list(histories.items()):
+            question = _QUESTIONS[number % len(_QUESTIONS)].format(topic=_topic(conversation))
+            history.append({"role": "user", "content": question})
+            try:
+                turn, answer = _ask(client, model, history, config.max_tokens, conversation, number)
+            except BadRequestError as error:
+                if error.code != "context_length_exceeded":
+                    raise
+                del histories[conversation]
+                continue
             history.append({"role": "assistant", "content": answer})
             turns.append(turn)
             on_turn(turn, len(turns))
     return turns
+
+
+def _topic(conversation: int) -> str:
+    return _TOPICS[conversation % len(_TOPICS)]
 
 
 def _ask(

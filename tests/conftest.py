@@ -2,13 +2,10 @@
 
 import socket
 
-import pytest
-
 pytest_plugins = ("tests.swift",)
 
 
-@pytest.fixture
-def free_port() -> int:
+def find_free_port() -> int:
     """A TCP port on loopback that nobody listened on a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

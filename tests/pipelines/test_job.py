@@ -24,6 +24,7 @@ import yaml
 from cluster import processes
 from cluster.storage import Artifact, Store
 from llama.hf import load_pretrained
+from tests.conftest import find_free_port
 from tests.swift import Swift
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -39,7 +40,7 @@ RECIPE: dict[str, Any] = {
         "num_layers": 2,
         "num_heads": 4,
         "num_kv_heads": 2,
-        "max_seq_len": 256,
+        "max_seq_len": 384,
         "moe": {"num_experts": 4, "num_shared_experts": 1, "expert_hidden_dim": 16},
     },
     "train": {
@@ -152,15 +153,20 @@ def checked_curve(store: Store) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(workplace: Workplace) -> dict[str, Any]:
-    """A run whose driver was killed in the middle of training, and resumed. Its summary."""
+def port() -> int:
+    return find_free_port()
+
+
+@pytest.fixture(scope="module")
+def finished(workplace: Workplace, port: int) -> dict[str, Any]:
+    """A run whose driver was killed in the middle of training, and resumed until it serves. Its summary."""
     store = Store(workplace.home / "store")
-    driver = workplace.start("run", workplace.recipe, "--run-id", "killed", "--until", "export")
+    driver = workplace.start("run", workplace.recipe, "--run-id", "killed", "--set", f"serve.port={port}")
     wait_for(lambda: committed_steps(store), "the first checkpoint")
     driver.kill()
     driver.communicate()
     assert max(committed_steps(store)) < STEPS, "training ended before the kill; raise STEPS"
-    summary = json.loads(workplace.run("resume", "killed", "--until", "export", "--json"))
+    summary = json.loads(workplace.run("resume", "killed", "--keep", "--json"))
     return {"summary": summary, "store": store}
 
 
@@ -196,12 +202,11 @@ def test_the_same_recipe_again_skips_everything_that_is_committed(
 ) -> None:
     summary = json.loads(workplace.run("run", workplace.recipe, "--until", "export", "--json"))
     assert set(summary["stages"].values()) == {"skipped"}
-    assert summary["bits_per_byte"] == finished["summary"]["bits_per_byte"]
     assert summary["model"] == finished["summary"]["model"]
 
 
-def test_deploy_status_scale_undeploy(workplace: Workplace, finished: dict[str, Any], free_port: int) -> None:
-    workplace.run("deploy", "killed", "--replicas", 2, "--port", free_port, "--cpus-per-replica", 0.3)
+def test_scaling_the_kept_endpoint_keeps_processes_and_caches(workplace: Workplace, finished: dict[str, Any]) -> None:
+    assert finished["summary"]["cached_tokens"] == finished["summary"]["predicted_cached_tokens"] > 0
     before = json.loads(workplace.run("status", "--json"))
     assert before["state"] == "RUNNING"
     pids = {replica["pid"] for replica in before["replicas"]}
@@ -218,13 +223,22 @@ def test_deploy_status_scale_undeploy(workplace: Workplace, finished: dict[str, 
     assert again["caravan"]["cached_tokens"] == again["caravan"]["predicted_cached_tokens"] > 0
     assert again["choices"][0]["text"] == first["choices"][0]["text"]
 
-    taken = workplace.start("run", workplace.recipe, "--set", "serve.port=1")
-    _, error = taken.communicate(timeout=120)
-    assert taken.returncode == 1
-    assert "already listens" in error.splitlines()[-1]
+
+def test_deploy_and_undeploy_a_run(workplace: Workplace, finished: dict[str, Any], port: int) -> None:
+    endpoint = json.loads(workplace.run("deploy", "killed", "--replicas", 2, "--port", port, "--json"))
+    assert endpoint == {"url": finished["summary"]["url"], "served_name": "tiny"}
+    assert len(json.loads(workplace.run("status", "--json"))["replicas"]) == 2
+
+    elsewhere = workplace.start("run", workplace.recipe, "--set", "serve.port=1")
+    _, error = elsewhere.communicate(timeout=120)
+    assert elsewhere.returncode == 1
+    assert f"already listens on 127.0.0.1:{port}" in error.splitlines()[-1]
 
     workplace.run("undeploy")
-    assert workplace.start("status").wait(timeout=60) == 1
+    nothing = workplace.start("status")
+    _, error = nothing.communicate(timeout=60)
+    assert nothing.returncode == 1
+    assert error.splitlines()[-1].startswith("error: nothing is deployed")
 
 
 def test_a_killed_worker_of_a_submitted_run_on_s3(workplace: Workplace, swift: Swift) -> None:
