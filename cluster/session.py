@@ -70,8 +70,9 @@ def connect(
     `local`. `num_cpus` and `num_gpus` are what a local one has, and refused for a running one; `dashboard`: whether a
     local one gets a dashboard.
 
-    What workers print stays in Ray's own log files. Workers import our packages as this process has them, except inside a submitted job, whose packages came with it. A
-    process that is connected already shares that connection, and closing such a session leaves it open.
+    Workers import our packages as this process has them, except inside a submitted job, whose packages came with it.
+    What they print stays in Ray's own log files. A process that is connected already shares that connection, and
+    closing such a session leaves it open.
 
     Raises ClusterError.
     """
