@@ -30,7 +30,7 @@ from tests.swift import Swift
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = 200
+STEPS = 120
 RECIPE: dict[str, Any] = {
     "name": "tiny",
     "data": {"sources": [{"uri": ""}], "validation_fraction": 0.1, "min_document_chars": 8},
@@ -50,7 +50,7 @@ RECIPE: dict[str, Any] = {
         "global_batch": 4,
         "micro_batch": 2,
         "seq_len": 32,
-        "checkpoint_every": 10,
+        "checkpoint_every": 20,
         "log_every": 5,
     },
     "evaluate": {"prompts": ["def "], "sample_tokens": 4},
