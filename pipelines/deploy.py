@@ -82,7 +82,7 @@ def _deploy(
         port=config.port,
     )
     try:
-        turns = converse(f"{endpoint.url}/v1", name, config.requests, partial(_report, context, config.requests))
+        turns = converse(f"{endpoint.url}/v1", name, config.requests, partial(_report, context))
     except BaseException:
         if not keep:
             control.undeploy(dashboard_url=dashboard_url)
@@ -104,17 +104,16 @@ def _deploy(
     return report
 
 
-def _report(context: StageContext, config: RequestsConfig, turn: Turn, done: int) -> None:
-    total = config.conversations * config.turns
+def _report(context: StageContext, turn: Turn) -> None:
     context.emit(
-        f"conversation {turn.conversation + 1} turn {turn.turn + 1} on replica {turn.replica}: {turn.prompt_tokens} "
-        f"prompt tokens, cached {turn.predicted_cached_tokens} predicted {turn.cached_tokens} actual",
-        fraction=done / total,
+        f"conversation {turn.conversation + 1} turn {turn.turn + 1}: replica {turn.replica}, "
+        f"{turn.prompt_tokens} prompt tokens, cached {turn.predicted_cached_tokens} predicted {turn.cached_tokens} "
+        f"actual, first token after {1000 * turn.first_token_seconds:.0f} ms"
     )
 
 
 def converse(
-    base_url: str, model: str, config: RequestsConfig, on_turn: Callable[[Turn, int], None] = lambda turn, done: None
+    base_url: str, model: str, config: RequestsConfig, on_turn: Callable[[Turn], None] = lambda turn: None
 ) -> list[Turn]:
     """Holds the recipe's conversations through the `openai` client, streaming, interleaved turn by turn.
 
@@ -139,7 +138,7 @@ def converse(
                 continue
             history.append({"role": "assistant", "content": answer})
             turns.append(turn)
-            on_turn(turn, len(turns))
+            on_turn(turn)
     return turns
 
 

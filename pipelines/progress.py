@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from pipelines.graph import Event
@@ -25,7 +27,7 @@ class RunDisplay:
     def __init__(self, console: Console, run_folder: str) -> None:
         self._console = console
         self._run_folder = run_folder
-        self._last_line = 0.0
+        self._last_number = float("-inf")
         self._task: TaskID | None = None
         self._progress: Progress | None = None
         if console.is_terminal:
@@ -58,6 +60,7 @@ class RunDisplay:
             self._progress.remove_task(self._task)
             self._task = None
         if event.kind == "running":
+            self._last_number = float("-inf")
             if self._progress:
                 self._task = self._progress.add_task("", stage=event.stage, total=1.0)
             else:
@@ -76,8 +79,9 @@ class RunDisplay:
                 self._print(event.stage, event.message)
             return
         now = time.monotonic()
-        if event.fraction in (None, 1.0) or now - self._last_line >= PLAIN_INTERVAL_SECONDS:
-            self._last_line = now
+        if event.fraction in (None, 1.0) or now - self._last_number >= PLAIN_INTERVAL_SECONDS:
+            if event.fraction is not None:
+                self._last_number = now
             self._print(event.stage, event.message)
 
     def _print(self, stage: str, message: str) -> None:
@@ -106,6 +110,7 @@ def _rows(summary: RunSummary) -> list[tuple[str, str]]:
                 f" (zstd -19: {summary.zstd_bits_per_byte:.3f})",
             )
         )
+    rows += [("sample", f"{_quoted(sample['prompt'])} → {_quoted(sample['text'])}") for sample in summary.samples]
     if summary.requests:
         rows.append(
             (
@@ -120,3 +125,9 @@ def _rows(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.url:
         rows.append(("endpoint", f"{summary.url}/v1"))
     return rows
+
+
+def _quoted(text: str) -> str:
+    """A text on one line, of at most 60 characters, safe for rich's markup."""
+    line = json.dumps(text if len(text) <= 60 else text[:57] + "...", ensure_ascii=False)
+    return escape(line)

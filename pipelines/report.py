@@ -41,6 +41,8 @@ class RunSummary:
     bits_per_byte: float | None = None
     unigram_bits_per_byte: float | None = None
     zstd_bits_per_byte: float | None = None
+    samples: tuple[dict[str, str], ...] = ()
+    """Prompts and the model's continuations."""
     requests: int | None = None
     predicted_cached_tokens: int | None = None
     cached_tokens: int | None = None
@@ -66,6 +68,7 @@ def summarise(run: Run, results: Mapping[str, StageResult], seconds: float) -> R
             key: evaluation.get(key)
             for key in ("loss", "perplexity", "bits_per_byte", "unigram_bits_per_byte", "zstd_bits_per_byte")
         },
+        samples=tuple(evaluation.get("samples", ())),
         **{key: deploy.get(key) for key in ("requests", "predicted_cached_tokens", "cached_tokens")},
         url=deploy.get("url") if deploy.get("kept") else None,
         plots=tuple(_draw(run.directory.child("plots"), results, evaluation)),

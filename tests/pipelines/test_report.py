@@ -1,0 +1,98 @@
+"""Summaries and pictures of a run."""
+
+import io
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from pipelines.graph import Event
+from pipelines.progress import RunDisplay, print_summary
+from pipelines.report import RunSummary, draw_expert_load, draw_loss
+
+EVALUATION = {"loss": 2.0, "bits_per_byte": 1.0, "unigram_bits_per_byte": 1.5}
+
+
+def curve(moe: bool) -> list[dict]:
+    load = {"0": [0.7, 0.1, 0.1, 0.1], "2": [0.25] * 4} if moe else {}
+    return [
+        {"step": step, "tokens": 64 * step, "loss": 5.0 / step, "expert_load": load if moe else {}}
+        for step in (1, 10, 20)
+    ]
+
+
+def test_the_loss_picture_shows_the_curve_and_both_held_out_lines() -> None:
+    axes = draw_loss(curve(moe=False), EVALUATION).axes[0]
+    training, held_out, unigram = axes.lines
+    assert training.get_xydata().tolist() == [[64, 5.0], [640, 0.5], [1280, 0.25]]
+    assert list(held_out.get_ydata()) == [2.0, 2.0]
+    assert list(unigram.get_ydata()) == [3.0, 3.0]  # 1.5 bits per byte, at the model's 2 nats per bit per byte
+    assert len(draw_loss(curve(moe=False), {}).axes[0].lines) == 1
+
+
+def test_the_expert_picture_has_a_strip_for_each_layer(tmp_path: Path) -> None:
+    figure = draw_expert_load(curve(moe=True))
+    strips = [axes for axes in figure.axes if axes.get_ylabel().startswith("layer")]
+    assert [axes.get_ylabel() for axes in strips] == ["layer 0", "layer 2"]
+    assert strips[0].collections[0].get_array().tolist() == [[0.7] * 3, [0.1] * 3, [0.1] * 3, [0.1] * 3]
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    buffer.seek(0)
+    assert imread(buffer).std() > 0.05  # something is drawn
+
+
+def text_of(summary: RunSummary) -> str:
+    stream = io.StringIO()
+    print_summary(Console(file=stream, width=60), summary)
+    return stream.getvalue()
+
+
+def test_the_summary_prints_what_there_is_and_keeps_paths_whole() -> None:
+    path = "/a/long/path/" + "x" * 100
+    full = RunSummary(
+        run_id="r1",
+        seconds=61.2,
+        stages={},
+        parameters=1234,
+        tokens=2048,
+        tokens_per_second=512.3,
+        resumed_step=20,
+        loss=2.0,
+        perplexity=7.39,
+        bits_per_byte=1.0,
+        unigram_bits_per_byte=1.5,
+        zstd_bits_per_byte=1.25,
+        samples=({"prompt": "def [red]", "text": "x\n" * 100},),
+        requests=3,
+        predicted_cached_tokens=48,
+        cached_tokens=48,
+        plots=(path,),
+    )
+    text = text_of(full)
+    assert "1.000, 67% of the unigram's 1.500 (zstd -19: 1.250)" in text
+    assert "resumed from step 20" in text
+    assert "48 predicted, 48 actual" in text
+    assert path in text
+    assert '"def [red]" → "x\\nx\\n' in text
+    bare = text_of(RunSummary(run_id="r2", seconds=1, stages={}))
+    assert bare.split() == ["run", "r2", "time", "1", "s"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_display_shows_every_state_of_a_stage(terminal: bool) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=100)
+    with RunDisplay(console, "file:///runs/r1") as display:
+        display(Event("ingest", "skipped", "committed already"))
+        display(Event("pretrain", "running"))
+        display(Event("pretrain", "progress", "resumed from the checkpoint of step 40 on 2 workers"))
+        display(Event("pretrain", "progress", "step 10/20  loss 3.1", fraction=0.5))
+        display(Event("pretrain", "done", seconds=2.5))
+        display(Event("export", "running"))
+        display(Event("export", "failed", "the disk is full"))
+    shown = stream.getvalue()
+    for words in ("committed already", "resumed from the checkpoint of step 40", "in 2.5 s", "errors/export.txt"):
+        assert words in shown, shown
+    if not terminal:
+        assert shown.count("step 10/20") == 1
