@@ -5,8 +5,9 @@ Only `cluster.storage` uses this module. A key is a whole path: absolute on disk
     interface     what it promises
     is_file       True only for a file or object of exactly this key
     open_input    a seekable binary file
-    create        a Sink: its bytes appear under the key at commit(), whole, or never
-    sizes         {relative path: bytes} of every file below a key
+    create        a Sink: its bytes appear under the key at commit(), whole, or never; an exclusive one raises
+                  AlreadyExists, at the latest from commit(), if there is a file of this key
+    stats         {relative path: FileStat} of every file below a key
     delete        the file and everything below the key; absent is fine
 """
 
@@ -17,6 +18,7 @@ import shutil
 import uuid
 from collections import OrderedDict
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -37,6 +39,18 @@ class NotFound(StorageError, FileNotFoundError):
     """The store answered, and there is no such file in it."""
 
 
+class AlreadyExists(StorageError):
+    """An exclusive write found a file in its place, and left that as it is."""
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """What a listing tells of a file: bytes, and when it was last written, in nanoseconds since the epoch."""
+
+    size: int
+    mtime_ns: int
+
+
 class Sink(Protocol):
     """Where the bytes of one new file go. Exactly one of commit() and abort() ends it."""
 
@@ -48,8 +62,8 @@ class Sink(Protocol):
 class FileSystem(Protocol):
     def is_file(self, key: str) -> bool: ...
     def open_input(self, key: str) -> BinaryIO: ...
-    def create(self, key: str) -> Sink: ...
-    def sizes(self, key: str) -> dict[str, int]: ...
+    def create(self, key: str, exclusive: bool = False) -> Sink: ...
+    def stats(self, key: str) -> dict[str, FileStat]: ...
     def delete(self, key: str) -> None: ...
 
 
@@ -82,6 +96,9 @@ _ERRNO_REMEDIES = {
     errno.EISDIR: ("the path is a folder", "choose another store, or move that folder away"),
 }
 
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What `link` says on a file system that has none, such as FAT or a mounted bucket."""
+
 
 def explain(error: OSError) -> tuple[str, str]:
     """What went wrong and what to do about it, in a few words each."""
@@ -104,18 +121,19 @@ class LocalFiles:
     def open_input(self, key: str) -> BinaryIO:
         return open(key, "rb")
 
-    def create(self, key: str) -> "LocalSink":
-        return LocalSink(Path(key))
+    def create(self, key: str, exclusive: bool = False) -> "LocalSink":
+        return LocalSink(Path(key), exclusive)
 
-    def sizes(self, key: str) -> dict[str, int]:
-        sizes = {}
+    def stats(self, key: str) -> dict[str, FileStat]:
+        stats = {}
         for folder, _, names in os.walk(key, onerror=_raise_unless_missing):
             for name in names:
                 path = os.path.join(folder, name)
                 if not name.startswith(TEMPORARY_PREFIX):
                     with suppress(FileNotFoundError):  # deleted while we looked
-                        sizes[os.path.relpath(path, key)] = os.stat(path).st_size
-        return sizes
+                        found = os.stat(path)
+                        stats[os.path.relpath(path, key)] = FileStat(found.st_size, found.st_mtime_ns)
+        return stats
 
     def delete(self, key: str) -> None:
         try:
@@ -133,8 +151,9 @@ def _raise_unless_missing(error: OSError) -> None:
 
 
 class LocalSink:
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, exclusive: bool) -> None:
         self._target = target
+        self._exclusive = exclusive
         target.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         self._file = open(self._temporary, "xb")  # noqa: SIM115  (commit and abort close it)
@@ -146,13 +165,33 @@ class LocalSink:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._temporary, self._target)
+        if self._exclusive:
+            self._link()
+        else:
+            os.replace(self._temporary, self._target)
         # the rename itself must survive a power cut too
         folder = os.open(self._target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def _link(self) -> None:
+        try:
+            os.link(self._temporary, self._target)  # of several writers the system lets exactly one
+        except FileExistsError as error:
+            raise self._exists() from error
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if self._target.exists():
+                raise self._exists() from error
+            os.replace(self._temporary, self._target)
+        else:
+            os.unlink(self._temporary)
+
+    def _exists(self) -> AlreadyExists:
+        return AlreadyExists(f"{self._target}: there is such a file already")
 
     def abort(self) -> None:
         with suppress(OSError):  # closing flushes, and the disk may be full
@@ -173,13 +212,16 @@ class ObjectFiles:
     def open_input(self, key: str) -> BinaryIO:
         return io.BufferedReader(BlockCachedFile(self._filesystem.open_input_file(key)), buffer_size=64 * 2**10)
 
-    def create(self, key: str) -> "ObjectSink":
+    def create(self, key: str, exclusive: bool = False) -> "ObjectSink":
+        if exclusive and self.is_file(key):  # pyarrow offers no conditional put: a rival may still come in between
+            raise AlreadyExists(f"{key}: there is such an object already")
         return ObjectSink(self._filesystem, key)
 
-    def sizes(self, key: str) -> dict[str, int]:
+    def stats(self, key: str) -> dict[str, FileStat]:
         selector = pafs.FileSelector(key, recursive=True, allow_not_found=True)
         infos = self._filesystem.get_file_info(selector)
-        return {info.path[len(key) + 1 :]: info.size for info in infos if info.type == pafs.FileType.File}
+        files = (info for info in infos if info.type == pafs.FileType.File)
+        return {info.path[len(key) + 1 :]: FileStat(info.size, info.mtime_ns or 0) for info in files}
 
     def delete(self, key: str) -> None:
         # an object and a "folder" of the same name may both exist

@@ -8,10 +8,12 @@ import http.client
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -62,48 +64,45 @@ def up(
     `head.log` beside that. Raises ClusterError: a port is taken, a cluster is up already, or Ray does not start; then
     nothing is left running.
     """
-    with _locked_home() as home:
-        earlier = recorded()
-        if earlier is not None:
+    with _locked_home() as home, _sigterm_raises():
+        earlier = _read_record()
+        if earlier is not None and _is_alive(earlier):
             raise ClusterError(
                 f"a cluster is up already at {earlier.address} (pid {earlier.pid}); end it: caravan down"
             )
+        if earlier is not None:
+            logger.warning("%s; its record is removed", _had_ended(earlier))
+            Store(home).delete(_RECORD)
         ports = _choose_ports(port, dashboard_port)
         prepare_environment(loopback=True)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-        command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1"]
-        command += [f"--{name}={number}" for name, number in ports.items()]
-        command += [f"--temp-dir={_temporary_folder()}"]
-        command += [f"--num-cpus={num_cpus}"] if num_cpus is not None else []
-        command += [f"--num-gpus={num_gpus}"] if num_gpus is not None else []
+        processes.this_process()  # imports ray now, and not between the start and its record
         log_path = home / "head.log"
-        # RAY_ADDRESS would make `ray start --head` look for a cluster instead of being one
-        environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", JOB_CONFIG)}
-        # a job's `python` is this one, whether or not its environment is activated
-        environment["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment.get('PATH', os.defpath)}"
-        with open(log_path, "wb") as log:
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
-            )
-        process = processes.find(child.pid)
+        child: subprocess.Popen[bytes] | None = None
         try:
-            url = f"http://127.0.0.1:{ports['dashboard-port']}"
-            _await_dashboard(child, url, log_path)
+            child = _launch(ports, num_cpus, num_gpus, log_path)
+            process = processes.find(child.pid)
             if process is None:
                 raise _did_not_start(log_path)
+            url = f"http://127.0.0.1:{ports['dashboard-port']}"
             record = ClusterRecord(child.pid, process.create_time(), f"127.0.0.1:{ports['port']}", url)
+            # noted before it is ready: should this process be killed, `down` finds the head
             Store(home).write_json(_RECORD, asdict(record))
+            _await_dashboard(child, url, log_path)
         except BaseException:
-            if process is not None:
+            if child is not None and (process := processes.find(child.pid)) is not None:
                 processes.end_tree(process, _STOP_SECONDS)
+            Store(home).delete(_RECORD)
             raise
     return record
 
 
 def down() -> ClusterRecord:
-    """End the cluster of `up`, and return once none of its processes is left. Raises ClusterError if there is none."""
+    """End the cluster of `up`, and return once none of its processes is left.
+
+    Raises ClusterError if there is none; the record of one that had ended by itself is then removed.
+    """
     with _locked_home() as home:
-        record = recorded()
+        record = _read_record()
         if record is None:
             raise ClusterError(f"no cluster is up (nothing is noted in {home / _RECORD})")
         process = processes.find(record.pid, record.started)
@@ -111,7 +110,29 @@ def down() -> ClusterRecord:
             _end_workers(process)
             processes.end_tree(process, _STOP_SECONDS)
         Store(home).delete(_RECORD)
+        if process is None:
+            raise ClusterError(f"no cluster is up: {_had_ended(record)}; its record is removed")
     return record
+
+
+def _launch(
+    ports: dict[str, int], num_cpus: int | None, num_gpus: int | None, log_path: Path
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1"]
+    command += [f"--{name}={number}" for name, number in ports.items()]
+    command += [f"--temp-dir={temporary_folder()}"]
+    command += [f"--num-cpus={num_cpus}"] if num_cpus is not None else []
+    command += [f"--num-gpus={num_gpus}"] if num_gpus is not None else []
+    # RAY_ADDRESS would make `ray start --head` look for a cluster instead of being one
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", JOB_CONFIG)}
+    # a job's `python` is this one, whether or not its environment is activated
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    environment["TMPDIR"] = scratch_folder()
+    with open(log_path, "wb") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
+        )
 
 
 def _end_workers(head: Any) -> None:
@@ -123,19 +144,27 @@ def _end_workers(head: Any) -> None:
 
 
 def recorded() -> ClusterRecord | None:
-    """The cluster of `up`, if it is alive. A record of one that is gone is removed, and one line says so."""
+    """The cluster of `up`, if it is alive. It may still be starting."""
+    record = _read_record()
+    return record if record is not None and _is_alive(record) else None
+
+
+def _read_record() -> ClusterRecord | None:
     home = Store(caravan_home())
     try:
-        record = ClusterRecord(**home.read_json(_RECORD))
+        return ClusterRecord(**home.read_json(_RECORD))
     except NotFound:
         return None
     except (ValueError, TypeError) as error:
         raise ClusterError(f"{home}/{_RECORD} is not a record of `caravan up`; delete it ({error})") from error
-    if processes.find(record.pid, record.started) is None:
-        logger.warning("the cluster at %s (pid %d) is gone; removing its record", record.address, record.pid)
-        home.delete(_RECORD)
-        return None
-    return record
+
+
+def _is_alive(record: ClusterRecord) -> bool:
+    return processes.find(record.pid, record.started) is not None
+
+
+def _had_ended(record: ClusterRecord) -> str:
+    return f"the cluster at {record.address} (pid {record.pid}) had ended already"
 
 
 def caravan_home() -> Path:
@@ -150,6 +179,8 @@ def prepare_environment(loopback: bool) -> None:
         return
     # left unset, Ray writes ~/.ray/auth_token, and later clusters silently demand it
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # otherwise two clusters can share an endpoint's port, and answer each other's requests
+    os.environ.setdefault("SERVE_SOCKET_REUSE_PORT_ENABLED", "0")
     # otherwise Ray replaces 127.0.0.1 by the network card's address and listens on every interface
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     if "ray" in sys.modules:  # it was imported before, and read the setting then
@@ -172,6 +203,23 @@ def _locked_home() -> Iterator[Path]:
         yield home
 
 
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises SystemExit in the block, so that it cleans up. Only the main thread may handle signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def _choose_ports(port: int | None, dashboard_port: int | None) -> dict[str, int]:
     """Every port that would otherwise be a fixed one, by the name of its `ray start` option."""
     wanted = {"port": port, "dashboard-port": dashboard_port}
@@ -191,9 +239,20 @@ def _choose_ports(port: int | None, dashboard_port: int | None) -> dict[str, int
             server.close()
 
 
-def _temporary_folder() -> Path:
-    """Below Ray's own: `ray start` would otherwise note this head there as the machine's current cluster."""
+def temporary_folder() -> Path:
+    """Below Ray's own: Ray would otherwise note this cluster there as the machine's current one."""
     return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", f"caravan-{os.getuid()}")
+
+
+def scratch_folder() -> str:
+    """Where the processes of a cluster put what they would leave in the machine's temporary folder."""
+    folder = temporary_folder() / "tmp"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{folder} cannot be made ({error.strerror}); set RAY_TMPDIR to a folder of yours"
+        raise ClusterError(f"Ray did not start: {reason}") from error
+    return str(folder)
 
 
 def answers(url: str) -> bool:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 from cluster.head import ClusterError, answers, prepare_environment, recorded
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _RUN = "caravan_run"
 _API_ADDRESS = "RAY_API_SERVER_ADDRESS"
 _STOP_SECONDS = 60.0
+_SHOWN_RUNS = 10
 
 
 class JobNotFound(ClusterError):
@@ -66,9 +68,9 @@ def submit(
 ) -> Job:
     """Start the shell command `entrypoint` on the cluster's head, in a folder that holds just `files`.
 
-    The job's id is `run_id`, and `{run_id}-2` and so on when the run is submitted again. `env_vars` and `metadata` are
-    shown to everybody who can see the cluster: no secrets in them. Raises ValueError for a bad run id or file name, and
-    ClusterError if the run is still going.
+    The job's id is `run_id`, or where that is taken the first free of `{run_id}-2` and so on. `env_vars` and
+    `metadata` are shown to everybody who can see the cluster: no secrets in them. Raises ValueError for a bad run id or
+    file name, and ClusterError if the run is still going.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", run_id):
         raise ValueError(f"run_id={run_id!r} is not usable; use letters, digits, '.', '_' and '-'")
@@ -83,11 +85,17 @@ def submit(
             Store(folder).write_bytes(name, data)
         job_id = client.submit_job(
             entrypoint=entrypoint,
-            submission_id=f"{run_id}-{len(earlier) + 1}" if earlier else run_id,
+            submission_id=_free_id(client, run_id),
             runtime_env={**runtime_env(), "working_dir": folder, "env_vars": dict(env_vars or {})},
             metadata={**(metadata or {}), _RUN: run_id},
         )
         return _job(client.get_job_info(job_id))
+
+
+def check(address: str | None = None) -> None:
+    """Raises ClusterError unless a Jobs API answers there: a look before anything is written for a job."""
+    with _client(address) as client:
+        client.list_jobs()
 
 
 def list_jobs(address: str | None = None) -> list[Job]:
@@ -192,10 +200,21 @@ def _jobs_of(client: "JobSubmissionClient", run_id: str | None = None) -> list[J
 
 
 def _latest(client: "JobSubmissionClient", run_id: str) -> Job:
-    jobs = _jobs_of(client, run_id)
-    if not jobs:
-        raise JobNotFound(f"the cluster has no job of run {run_id!r}; see caravan runs")
-    return jobs[-1]
+    jobs = _jobs_of(client)
+    own = [job for job in jobs if job.run_id == run_id]
+    if not own:
+        known = list(dict.fromkeys(job.run_id for job in reversed(jobs)))
+        more = f" and {len(known) - _SHOWN_RUNS} older" if len(known) > _SHOWN_RUNS else ""
+        runs = f"its runs are {', '.join(known[:_SHOWN_RUNS])}{more}" if known else "it has none at all"
+        raise JobNotFound(f"the cluster has no job of run {run_id!r}; {runs}")
+    return own[-1]
+
+
+def _free_id(client: "JobSubmissionClient", run_id: str) -> str:
+    """Another run's second job may be called what a run is called, so every job's id counts."""
+    taken = {each.submission_id for each in client.list_jobs()}
+    candidates = (run_id if number == 1 else f"{run_id}-{number}" for number in count(1))
+    return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def _job(details: "JobDetails") -> Job:

@@ -1,6 +1,7 @@
-"""A store's URI, taken apart and checked, and the file system it names. Only `cluster.storage` uses this module."""
+"""A store's URI, taken apart and checked, and the file system it names. Others import it through `cluster.storage`."""
 
 import os
+import re
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -12,6 +13,10 @@ from cluster.filesystem import TEMPORARY_PREFIX, FileSystem, LocalFiles, ObjectF
 _OPTIONS = {"file": (), "s3": ("endpoint_override", "region", "scheme"), "gs": ("endpoint_override", "scheme")}
 _CONNECT_SECONDS = 5
 _REQUEST_SECONDS = 60
+
+
+class LocationError(ValueError):
+    """A URI that names no store, or a path that leaves one. The message shows nothing that may be a secret."""
 
 
 @dataclass(frozen=True)
@@ -30,36 +35,47 @@ class Location:
 
     @classmethod
     def parse(cls, uri: str) -> "Location":
-        """Raises ValueError, never showing what may be a secret. A bare path is made absolute."""
-        if not uri:
-            raise ValueError(
-                "a store's URI is empty; give a folder, file:///dir, s3://bucket/prefix or gs://bucket/prefix"
+        """Raises LocationError. A bare path is made absolute."""
+        if not uri or "\0" in uri:
+            raise LocationError(
+                f"a store's URI {'has a zero byte in it' if uri else 'is empty'}; give a folder, file:///dir, "
+                "s3://bucket/prefix or gs://bucket/prefix"
             )
         if "://" not in uri:
             return cls("file", "", os.path.abspath(os.path.expanduser(uri)).rstrip("/"))
-        parts = urlsplit(uri)
+        try:
+            parts = urlsplit(uri)
+        except ValueError:  # its message may show the credentials
+            raise LocationError(f"{uri.partition('://')[0]}://***: this is no URI; write s3://bucket/prefix") from None
         credentials, _, host = parts.netloc.rpartition("@")
-        shown = f"{parts.scheme}://{host}{parts.path}"
+        shown = f"{parts.scheme}://***" if ":" in host else f"{parts.scheme}://{host}{parts.path}"
         if parts.scheme not in _OPTIONS:
-            raise ValueError(f"{shown}: unknown scheme {parts.scheme!r}; use file://, s3:// or gs://")
+            raise LocationError(f"{shown}: unknown scheme {parts.scheme!r}; use file://, s3:// or gs://")
         if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
-            raise ValueError(f"{shown}: a file URI needs an absolute path: file:///dir")
+            raise LocationError(f"{shown}: a file URI needs an absolute path: file:///dir")
         if parts.scheme != "file" and not host:
-            raise ValueError(f"{shown}: the bucket is missing; write {parts.scheme}://bucket/prefix")
+            raise LocationError(f"{shown}: the bucket is missing; write {parts.scheme}://bucket/prefix")
+        if ":" in host:
+            raise LocationError(
+                f"{shown}: a bucket's name has no ':'; leave credentials out of the URI, the environment gives them "
+                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+            )
         if parts.fragment:
-            raise ValueError(f"{shown}: '#' starts a fragment, which a store has not; write %23 for a literal '#'")
+            raise LocationError(f"{shown}: '#' starts a fragment, which a store has not; write %23 for a literal '#'")
         options = tuple(parse_qsl(parts.query, keep_blank_values=True))
         known = _OPTIONS[parts.scheme]
-        for name, _ in options:
+        for name, value in options:
             if name not in known:  # its value is not shown: it might be somebody's secret_key
                 allowed = ", ".join(known) or "none"
-                raise ValueError(f"{shown}: unknown option {name!r}; {parts.scheme}:// takes {allowed}")
+                raise LocationError(f"{shown}: unknown option {name!r}; {parts.scheme}:// takes {allowed}")
+            if "@" in value:
+                raise LocationError(f"{shown}: option {name} has an '@' in it; leave credentials out of it")
         path = unquote(parts.path).rstrip("/")
         if path:
             checked(path[1:])
         user, _, password = credentials.partition(":")
         if parts.scheme == "gs" and credentials not in ("", "anonymous"):
-            raise ValueError(f"{shown}: credentials in a gs:// URI; set GOOGLE_APPLICATION_CREDENTIALS instead")
+            raise LocationError(f"{shown}: credentials in a gs:// URI; set GOOGLE_APPLICATION_CREDENTIALS instead")
         return cls(parts.scheme, host, path, options, unquote(user), unquote(password))
 
     def child(self, path: str) -> "Location":
@@ -106,11 +122,21 @@ class Location:
         )
 
 
+def has_credentials(uri: str) -> bool:
+    """Whether `uri` holds a user or a password, well-formed or not; a bare path and `gs://anonymous@` do not."""
+    scheme, separator, rest = uri.partition("://")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    if not separator or (scheme.lower(), authority.rpartition("@")[0]) == ("gs", "anonymous"):
+        return False
+    # a bucket has no port: the rest of a password with a '/' in it was taken for the path
+    return "@" in authority or (":" in authority and scheme.lower() in ("s3", "gs"))
+
+
 def checked(path: str) -> str:
-    """`path` if it is a plain relative one. Raises ValueError for anything that could leave the store."""
+    """`path` if it is a plain relative one. Raises LocationError for anything that could leave the store."""
     for part in path.split("/"):
         if part in ("", ".", "..") or "\0" in part:
-            raise ValueError(f"path {path!r} is not a plain relative path; use names separated by '/', without '..'")
+            raise LocationError(f"path {path!r} is not a plain relative path; use names separated by '/', without '..'")
         if part.startswith(TEMPORARY_PREFIX):
-            raise ValueError(f"path {path!r}: names that start with {TEMPORARY_PREFIX} are for files being written")
+            raise LocationError(f"path {path!r}: names that start with {TEMPORARY_PREFIX} are for files being written")
     return path

@@ -7,16 +7,21 @@ ranks i*ep to i*ep+ep-1. Hence every group stays inside a node exactly if every 
 The plan is made before a start, handed to Ray as labels, and verified by the workers from the node ids they gather.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor, inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
 
 NODE_ID_LABEL = "ray.io/node-id"
 _ACCELERATOR = "accelerator_type:"
+_POLL_SECONDS = 0.5
+_CANCEL_SECONDS = 5.0
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,58 @@ def alive_nodes() -> list[NodeResources]:
             kind = kinds[0] if kinds else None
             nodes.append(NodeResources(node["NodeID"], has.get("CPU", 0.0), has.get("GPU", 0.0), kind))
     return nodes
+
+
+def await_plan(workers: int, ep: int, needs: WorkerNeeds, wait_seconds: float = 0.0) -> PlacementPlan:
+    """`plan` on the nodes of this process's cluster; where there is no room yet, an autoscaler is asked for it once.
+
+    Raises PlacementError if there is still no room after `wait_seconds`, and at once if no cluster could have any.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    deadline = time.monotonic() + wait_seconds
+    asked = False
+    try:
+        while True:
+            try:
+                return plan(alive_nodes(), workers, ep, needs)
+            except PlacementError:
+                if workers % ep or time.monotonic() >= deadline:
+                    raise
+            if not asked:
+                asked = True
+                request_resources(bundles=[needs.resources()] * workers)
+            time.sleep(_POLL_SECONDS)
+    finally:
+        if asked:
+            request_resources(bundles=[])  # what runs keeps its nodes; a request that stays would keep idle ones
+
+
+def run_on_cluster(
+    needs: WorkerNeeds, function: Callable[..., Result], *args: object, wait_seconds: float = 0.0
+) -> Result:
+    """The result of `function(*args)`, run as one Ray task that gets `needs`; it queues while these are in use.
+
+    An interrupt cancels the task. Raises what the function raises, PlacementError if after `wait_seconds` no node
+    would hold such a task even when idle, and ray.exceptions.RayError if its process is lost time and again.
+    """
+    import ray
+
+    await_plan(1, 1, needs, wait_seconds)
+    remote = ray.remote(function).options(
+        num_cpus=needs.cpus, num_gpus=needs.gpus, accelerator_type=needs.accelerator_type
+    )
+    task = remote.remote(*args)
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, Exception):
+            raise error.cause from error
+        raise
+    except KeyboardInterrupt:
+        ray.cancel(task)
+        ray.wait([task], timeout=_CANCEL_SECONDS)
+        raise
 
 
 def _refusal(reason: str, nodes: Sequence[NodeResources], workers: int, ep: int, needs: WorkerNeeds) -> PlacementError:

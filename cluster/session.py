@@ -1,26 +1,54 @@
 """A connection to Ray: a running cluster, the one of `caravan up`, or an own local one that ends with the session.
 
-Everything that is started here listens on loopback only. Ray reads its settings when it is first imported, so this
-module sets them, and imports ray, inside its functions.
+Every socket of a Ray that is started here is on loopback. What runs on it opens its own: while a training runs, torch's
+rendezvous store (TCPStore, on rank 0's node) listens on every interface, without authentication. Ray reads its settings
+when it is first imported, so this module sets them, and imports ray, inside its functions.
 """
 
 import atexit
 import importlib.util
 import logging
 import os
+import shutil
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from cluster import processes
-from cluster.head import JOB_CONFIG, ClusterError, ClusterRecord, down, prepare_environment, recorded, up
+from cluster.head import (
+    JOB_CONFIG,
+    ClusterError,
+    ClusterRecord,
+    down,
+    prepare_environment,
+    recorded,
+    scratch_folder,
+    temporary_folder,
+    up,
+)
+from cluster.location import checked
 
-__all__ = ["ClusterError", "ClusterRecord", "Session", "connect", "down", "recorded", "runtime_env", "up"]
+__all__ = [
+    "ClusterError",
+    "ClusterRecord",
+    "Session",
+    "connect",
+    "down",
+    "node_folder",
+    "recorded",
+    "runtime_env",
+    "up",
+]
 
 PACKAGES = ("llama", "cluster", "pipelines")
+
+_NODE_FOLDER = "caravan"
 
 
 @dataclass
@@ -46,10 +74,14 @@ class Session:
             return
         import ray
 
-        own = ray_processes() if self.owned else []
+        if not self.owned:
+            ray.shutdown()
+            return
+        own, folder = ray_processes(), _session_folder() / _NODE_FOLDER
         ray.shutdown()
         # the dashboard's helpers outlive it for some seconds
         processes.await_end(own, grace=10)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def __enter__(self) -> "Session":
         return self
@@ -109,6 +141,19 @@ def runtime_env() -> dict[str, Any]:
     return {"py_modules": folders, "excludes": ["**/__pycache__/**", "**/*.pyc"]}
 
 
+def node_folder(name: str) -> Path:
+    """The folder `name`, for copies that all of this node's workers share; it is made if it does not exist.
+
+    It lies in the folder of this node's Ray session and goes with that: with the end of a session that owns its
+    cluster, else when Ray's temporary folder is cleared. Needs a connection to Ray. Raises ValueError for a bad name.
+    """
+    if "/" in checked(name):
+        raise ValueError(f"name={name!r} is not a plain name; leave out the '/'")
+    folder = _session_folder() / _NODE_FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def ray_processes() -> list[Any]:
     """The processes of a local cluster that this process owns (psutil.Process)."""
     import ray
@@ -125,6 +170,15 @@ def ray_processes() -> list[Any]:
 # -- inside
 
 
+def _session_folder() -> Path:
+    """This node's folder of the Ray session: `/tmp/ray/session_...`, which holds `sockets/plasma_store`."""
+    import ray
+
+    node_id = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
+    return Path(node["ObjectStoreSocketName"]).parent.parent
+
+
 def _refuse_sizes(num_cpus: int | None, num_gpus: int | None, which: str) -> None:
     for name, value in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
         if value is not None:
@@ -138,20 +192,36 @@ def _start_local(num_cpus: int | None, num_gpus: int | None, dashboard: bool) ->
     import ray
 
     try:
-        context = ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            include_dashboard=dashboard,
-            dashboard_host="127.0.0.1",
-            runtime_env=runtime_env(),
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+        with _scratch_below_ray():
+            context = ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                runtime_env=runtime_env(),
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                _temp_dir=str(temporary_folder()),
+            )
     except (RuntimeError, ValueError, OSError) as error:
         ray.shutdown()
         raise ClusterError(f"a local Ray could not be started: {error}") from error
     return _session(context.dashboard_url, owned=True)
+
+
+@contextmanager
+def _scratch_below_ray() -> Iterator[None]:
+    """What is started inside the block keeps its temporary files below Ray's folder."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = scratch_folder()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
 
 
 def _join(address: str) -> Session:

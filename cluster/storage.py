@@ -27,8 +27,17 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import xxhash
 
-from cluster.filesystem import BLOCK_BYTES, FileSystem, NotFound, Sink, StorageError, explain
-from cluster.location import Location, checked
+from cluster.filesystem import (
+    BLOCK_BYTES,
+    AlreadyExists,
+    FileStat,
+    FileSystem,
+    NotFound,
+    Sink,
+    StorageError,
+    explain,
+)
+from cluster.location import Location, LocationError, checked, has_credentials
 
 __all__ = [
     "JSON",
@@ -36,11 +45,14 @@ __all__ = [
     "Attempt",
     "CorruptArtifact",
     "FileEntry",
+    "FileStat",
+    "LocationError",
     "Manifest",
     "NotFound",
     "OutputFile",
     "StorageError",
     "Store",
+    "has_credentials",
 ]
 
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
@@ -66,14 +78,14 @@ class OutputFile(io.RawIOBase):
 
     entry: FileEntry
 
-    def __init__(self, store: "Store", path: str) -> None:
+    def __init__(self, store: "Store", path: str, exclusive: bool = False) -> None:
         super().__init__()
         self._store = store
         self._path = path
         self._hash = xxhash.xxh3_128()
         self._size = 0
         with store._guard("write", path):
-            self._sink: Sink = store._files.create(store._location.key(path))
+            self._sink: Sink = store._files.create(store._location.key(path), exclusive)
 
     def writable(self) -> bool:
         return True
@@ -107,7 +119,7 @@ class Store:
 
     Options of s3: endpoint_override, region, scheme; of gs: endpoint_override, scheme. Every path argument is relative
     to the store, parts separated by `/`. Every method raises StorageError (NotFound for an absent file) when the store
-    does not do what was asked, and ValueError for a bad URI or a path that leaves the store. Picklable.
+    does not do what was asked, and LocationError for a bad URI or a path that leaves the store. Picklable.
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
@@ -158,9 +170,9 @@ class Store:
         with self.open_input(path) as file, self._guard("read", path):
             return file.read()
 
-    def write_bytes(self, path: str, data: bytes) -> FileEntry:
-        """Write a file that is afterwards whole, or as it was before."""
-        with self.open_output(path) as output:
+    def write_bytes(self, path: str, data: bytes, *, exclusive: bool = False) -> FileEntry:
+        """Write a file that is afterwards whole, or as it was before; `exclusive` as for `open_output`."""
+        with self.open_output(path, exclusive=exclusive) as output:
             output.write(data)
         return output.entry
 
@@ -171,8 +183,13 @@ class Store:
         except ValueError as error:
             raise ValueError(f"{self.uri}: {path} is not valid JSON: {error}") from error
 
-    def write_json(self, path: str, value: Any) -> FileEntry:
-        return self.write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+    def write_json(self, path: str, value: Any, *, exclusive: bool = False) -> FileEntry:
+        """`write_bytes` of `value`. Raises ValueError if it holds a NaN or an infinity, which JSON has not."""
+        try:
+            text = json.dumps(value, indent=2, allow_nan=False)
+        except ValueError as error:
+            raise ValueError(f"{self.uri}: {path} cannot be JSON: {error}; write null, or a string") from error
+        return self.write_bytes(path, f"{text}\n".encode(), exclusive=exclusive)
 
     # -- streams
 
@@ -182,13 +199,16 @@ class Store:
             return self._files.open_input(self._location.key(path))
 
     @contextmanager
-    def open_output(self, path: str) -> Iterator[OutputFile]:
+    def open_output(self, path: str, *, exclusive: bool = False) -> Iterator[OutputFile]:
         """A binary writer for a new or replaced file, with `.entry` (size and checksum) after the block.
 
         The file counts when the block ends. If the block raises, nothing is visible on disk; on an object store a
         write of more than 8 MiB may have replaced an older object of the same name, and is deleted.
+
+        `exclusive`: raises AlreadyExists if there is such a file; on a disk with hard links exactly one of several
+        writers succeeds, elsewhere the store is only asked before the write.
         """
-        output = OutputFile(self, checked(path))
+        output = OutputFile(self, checked(path), exclusive)
         try:
             yield output
             output.commit()
@@ -221,9 +241,16 @@ class Store:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """`list`, with each file's size in bytes."""
+        return {path: stat.size for path, stat in self.stats(prefix).items()}
+
+    def stats(self, prefix: str = "") -> dict[str, FileStat]:
+        """`list`, with each file's size and time: a file that was replaced by one of its size shows by its time.
+
+        On disk times have the file system's resolution, on most object stores milliseconds or seconds.
+        """
         with self._guard("list", prefix):
-            found = self._files.sizes(self._location.key(prefix))
-        return {f"{prefix}/{path}" if prefix else path: size for path, size in found.items()}
+            found = self._files.stats(self._location.key(prefix))
+        return {f"{prefix}/{path}" if prefix else path: stat for path, stat in found.items()}
 
     def delete(self, prefix: str) -> None:
         """Remove the file `prefix`, or the folder and all below it. Absent is fine."""
@@ -424,9 +451,12 @@ class Attempt:
         `entries` are the files that count, by paths relative to `self.store`; without them everything that lies there
         is read and checksummed. Raises ValueError if an entry names no stored file of its size, or one path twice.
 
-        Check, then put: two tries may both see no manifest, and the later put then replaces the earlier. That is
-        harmless: both are whole tries at the same content key, both manifests name only files that are durable, and a
-        loser's files stay where they are, so a reader of either manifest finds what it names.
+        On disk the manifest is linked into place, so exactly one of several tries wins and all are told which. An
+        object store (or a disk without hard links) is asked first and written to then: two tries may both find no
+        manifest, both be told that they won, and the later manifest replaces the earlier. A reader still sees one whole
+        try, never a mixture: a manifest is one object, it names files of its own attempt's folder only, all of them are
+        durable before it is written, and the loser's files stay, so whoever read the earlier manifest finds what it
+        names. Both are tries at the same content key, so either is as good.
         """
         earlier = self.artifact.manifest()
         if earlier is not None:
@@ -445,5 +475,8 @@ class Attempt:
                     f"{stored.get(entry.path)}); enter what open_output or upload of this attempt's store returned"
                 )
         manifest = Manifest(self.name, files, metadata, datetime.now(UTC).isoformat(timespec="seconds"))
-        self.artifact.store.write_json(_MANIFEST, manifest.to_json())
+        try:
+            self.artifact.store.write_json(_MANIFEST, manifest.to_json(), exclusive=True)
+        except AlreadyExists:
+            return self.artifact._require()
         return self.artifact.manifest() or manifest

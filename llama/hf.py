@@ -29,10 +29,22 @@ _FEED_FORWARD = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 class UnsupportedModel(ValueError):
-    """The directory holds a model that this library cannot represent, or is incomplete."""
+    """A model that has no counterpart on the other side, or an incomplete directory."""
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
+
+
+def check_exportable(config: ModelConfig) -> None:
+    """For a check before training.
+
+    Raises:
+        UnsupportedModel: `save_pretrained` cannot write such a model; names the field.
+    """
+    if config.moe is not None and not config.moe.normalize_top_k:
+        raise UnsupportedModel(
+            "model.moe.normalize_top_k=False has no counterpart in Ernie4_5_MoeForCausalLM; train with True to export"
+        )
 
 
 def _hf_config(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -65,10 +77,6 @@ def _hf_config(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | N
             "mlp_bias": False,
             **common,
         }
-    if not moe.normalize_top_k:
-        raise UnsupportedModel(
-            "model.moe.normalize_top_k=False has no counterpart in Ernie4_5_MoeForCausalLM; train with True to export"
-        )
     return {
         "architectures": ["Ernie4_5_MoeForCausalLM"],
         "model_type": "ernie4_5_moe",
@@ -190,6 +198,7 @@ def save_pretrained(
     """
     directory = Path(directory)
     config = model.config
+    check_exportable(config)
     dtype = dtype or model.tok_embeddings.weight.dtype
     hf_config = _hf_config(config, dtype, tokenizer)
     state = model.state_dict()

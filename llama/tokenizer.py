@@ -73,6 +73,8 @@ class Tokenizer:
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder()
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
+        # Some models keep these among their ordinary tokens.
+        self._special |= {self.bos_token: self.bos_id, self.eos_token: self.eos_id, self.pad_token: self.pad_id}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         # A sandbox without access to Python: templates come with models from outside.

@@ -7,8 +7,10 @@ are imported by the command that needs them: `--help` must not wait for either.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -32,9 +35,13 @@ app = typer.Typer(
     help="A language model from raw text to an endpoint, on a Ray cluster or on this machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it would take the [default: ...] of the help texts for markup
     add_completion=False,
 )
 out, err = Console(), Console(stderr=True)
+
+_INTERRUPTED, _TERMINATED = 130, 143
+"""Exit codes after Ctrl-C (typer's own) and SIGTERM: 128 and the signal's number."""
 
 RecipeArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 RunArgument = Annotated[str, typer.Argument(help="Id of a run in the store.")]
@@ -114,6 +121,7 @@ def run(
 @app.command()
 def resume(
     run_id: RunArgument,
+    overrides: SetOption = None,
     store: StoreOption = None,
     until: UntilOption = None,
     keep: KeepOption = False,
@@ -125,7 +133,14 @@ def resume(
     from pipelines.runs import Run
 
     found = Run.open(_open_store(store), run_id)
-    _drive(Recipe.from_yaml(found.recipe_yaml), lambda: found, until, keep, address, as_json)
+    recipe = Recipe.from_yaml(found.recipe_yaml, overrides or [])
+
+    def open_run() -> Run:
+        if overrides:
+            found.replace_recipe(recipe.to_yaml())
+        return found
+
+    _drive(recipe, open_run, until, keep, address, as_json)
 
 
 @app.command()
@@ -147,16 +162,23 @@ def submit(
     from pipelines.stages import build_graph
 
     parsed = Recipe.load(recipe, overrides or [])
+    _check_keep(keep, until)
     build_graph(parsed, dashboard_url="", keep=keep).selected(until)  # what is wrong is said now, not in a job's log
-    created = Run.create(_open_store(store), parsed.to_yaml(), run_id)
+    opened = _open_store(store)
+    jobs.check(address)
+    created = Run.create(opened, parsed.to_yaml(), run_id)
     arguments = ["resume", created.id, "--store", created.store.uri]
     arguments += ["--until", until] if until else []
     arguments += ["--keep"] if keep else []
-    job = jobs.submit(shlex.join(["python", "-m", "pipelines.cli", *arguments]), created.id, address=address)
+    try:
+        job = jobs.submit(shlex.join(["python", "-m", "pipelines.cli", *arguments]), created.id, address=address)
+    except BaseException:
+        created.delete()
+        raise
     if as_json:
         _print_json({"run_id": created.id, "job_id": job.id, "store": created.store.uri})
     else:
-        out.print(f"submitted run {created.id} to {created.store.uri}", highlight=False)
+        out.print(f"submitted run {created.id} to {created.store.uri}", highlight=False, markup=False)
     if follow:
         _follow(created.id, address)
 
@@ -179,7 +201,7 @@ def logs(
 
 @app.command()
 def stop(run_id: RunArgument, address: AddressOption = None) -> None:
-    """End a submitted run; `caravan resume` or a new submit goes on with it."""
+    """End a submitted run; `caravan resume` goes on with it."""
     from cluster import jobs
 
     job = jobs.stop(run_id, address)
@@ -212,17 +234,25 @@ def _drive(
     from pipelines.stages import build_graph
 
     started = time.monotonic()
+    _check_keep(keep, until)
     build_graph(recipe, dashboard_url="", keep=keep).selected(until)
     console = err if as_json else out
+    console.print("[dim]connecting to Ray, or starting it[/]")
     with session.connect(address) as connected:
+        signal.signal(signal.SIGTERM, _terminate)  # Ray has put a handler there that ends in a crash
         dashboard_url = connected.dashboard_url or ""
         if until in (None, "deploy"):
-            control.check_port(dashboard_url, recipe.serve.port)  # now, and not after minutes of training
+            # Now, and not after minutes of training.
+            control.check_can_deploy(dashboard_url, recipe.serve.port, replace=keep)
         graph = build_graph(recipe, dashboard_url, keep)
         run = open_run()
-        console.print(f"[bold]run[/] {run.id} in {run.store.uri}", highlight=False)
-        with RunDisplay(console, run.directory.uri) as display:
-            results = graph.run(run.store, run, until=until, on_event=display)
+        console.print(f"[bold]run[/] {run.id} in {escape(run.store.uri)}", highlight=False)
+        try:
+            with RunDisplay(console, run.directory.uri) as display:
+                results = graph.run(run.store, run, until=until, on_event=display)
+        except BaseException:
+            console.print(f"go on with it: caravan resume {run.id}", highlight=False)
+            raise
         summary = summarise(run, results, time.monotonic() - started)
         if as_json:
             _print_json(asdict(summary))
@@ -235,14 +265,25 @@ def _drive(
                     time.sleep(3600)
 
 
+def _check_keep(keep: bool, until: str | None) -> None:
+    if keep and until not in (None, "deploy"):
+        _fail(f"--keep leaves an endpoint running, but --until={until} starts none; leave one of them out")
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise SystemExit(_TERMINATED)
+
+
 # --- serving --------------------------------------------------------------------------------------------------------
 
 
 @app.command()
 def deploy(
     model: Annotated[str, typer.Argument(help="Id of a run with an export, or a Hugging Face directory.")],
-    replicas: Annotated[int, typer.Option(min=1, help="Engine replicas.")] = 1,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on loopback.")] = 8000,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Engine replicas [default: the run's, else 1]")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="On loopback [default: the run's, else 8000]")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in the API.")] = None,
     cpus_per_replica: Annotated[float | None, typer.Option(min=0.0, help="[default: the run's, else 1]")] = None,
     gpus_per_replica: Annotated[float | None, typer.Option(min=0.0, help="[default: the run's, else 0]")] = None,
@@ -254,27 +295,29 @@ def deploy(
     """Serve a run's exported model, or a Hugging Face directory, on a running cluster."""
     from cluster.serve import control
     from pipelines.deploy import app_args
-    from pipelines.recipe import ServeConfig
+    from pipelines.recipe import ServeConfig, validated
 
     run_recipe, model_uri = _find_model(model, store)
     base = run_recipe.serve if run_recipe else ServeConfig()
     given = {
+        "replicas": replicas,
+        "port": port,
         "cpus_per_replica": cpus_per_replica,
         "gpus_per_replica": gpus_per_replica,
         "accelerator_type": accelerator_type,
     }
-    config = ServeConfig.model_validate(
-        base.model_dump() | {name: value for name, value in given.items() if value is not None}
+    config = validated(
+        ServeConfig, base.model_dump() | {key: value for key, value in given.items() if value is not None}
     )
     served_name = name or (run_recipe.name if run_recipe else Path(model).resolve().name)
     dtype = run_recipe.export.dtype if run_recipe else "float32"
     with _join(address) as connected:
         endpoint = control.deploy(
             app_args(served_name, config, model_uri, dtype),
-            replicas=replicas,
+            replicas=config.replicas,
             dashboard_url=connected.dashboard_url or "",
             runtime_env=control.shipped_runtime_env(),
-            port=port,
+            port=config.port,
         )
     if as_json:
         _print_json(asdict(endpoint))
@@ -286,17 +329,16 @@ def _find_model(model: str, store: str | None) -> tuple[Any, str]:
     """The run's recipe (None for a directory) and the model's URI."""
     if "/" in model or Path(model).is_dir():
         return None, str(Path(model).resolve()) if "://" not in model else model
+    from cluster.storage import Artifact
     from pipelines.recipe import Recipe
     from pipelines.runs import Run, RunError
-    from pipelines.stages import build_graph
 
     run = Run.open(_open_store(store), model)
-    recipe = Recipe.from_yaml(run.recipe_yaml)
     stage = run.status.stages.get("export")
-    if stage is None or stage.state not in ("done", "skipped"):
+    artifact = Artifact(run.store.child("artifacts", "export", stage.key)) if stage else None
+    if artifact is None or not artifact.committed:
         raise RunError(f"run {model!r} has no exported model yet; go on with it: caravan resume {model}")
-    artifact = build_graph(recipe, dashboard_url="", keep=True).artifact(run.store, "export")
-    return recipe, artifact.store.uri
+    return Recipe.from_yaml(run.recipe_yaml), artifact.store.uri
 
 
 @app.command()
@@ -319,8 +361,11 @@ def status(address: AddressOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         _print_json(asdict(found))
         return
-    out.print(f"{found.endpoint.served_name} at {found.endpoint.url}/v1: {found.state} {found.message}".rstrip())
+    state = f"{found.endpoint.served_name} at {found.endpoint.url}/v1: {found.state} {found.message}".rstrip()
+    out.print(state, markup=False)
     routing = {entry["replica"]: entry for entry in found.routing or []}
+    if found.routing is None:
+        out.print("[red]the endpoint does not answer[/]")
     table = Table("replica", "state", "pid", "active", "cached blocks", "events")
     for replica in found.replicas:
         view = routing.get(replica.replica, {})
@@ -348,8 +393,8 @@ def _join(address: str | None) -> Session:
     """A connection to a cluster that is running already."""
     from cluster import head, session
 
-    if address is None and not os.environ.get("RAY_ADDRESS") and head.recorded() is None:
-        address = "auto"
+    if address in (None, "local") and not os.environ.get("RAY_ADDRESS") and head.recorded() is None:
+        _fail("no cluster is up here; start one with caravan up, or name a running one: --address auto")
     return session.connect(address)
 
 
@@ -358,7 +403,7 @@ def _dashboard_url(address: str | None) -> str:
 
     record = head.recorded()
     if address is None and not os.environ.get("RAY_ADDRESS") and record is not None:
-        return record.dashboard_url
+        return record.dashboard_url  # without joining, which takes seconds
     with _join(address) as connected:
         return connected.dashboard_url or ""
 
@@ -368,8 +413,10 @@ def _dashboard_url(address: str | None) -> str:
 
 def _open_store(uri: str | None) -> Store:
     from cluster.head import caravan_home
-    from cluster.storage import Store
+    from cluster.storage import Store, has_credentials
 
+    if uri is not None and has_credentials(uri):
+        _fail("--store carries credentials; put them in the environment of the cluster's nodes")
     store = Store(uri or caravan_home() / "store")
     store.check_writable()
     return store
@@ -401,11 +448,13 @@ def _explanation(error: BaseException) -> str | None:
 
 def main() -> None:
     """Entry point: runs the command and turns an expected error into one line and exit code 1."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         app()
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        raise SystemExit(130) from None
+    except SystemExit as ended:
+        if ended.code in (_INTERRUPTED, _TERMINATED):
+            err.print("interrupted" if ended.code == _INTERRUPTED else "terminated")
+        raise
     except Exception as error:
         explanation = _explanation(error)
         if explanation is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
@@ -73,19 +74,21 @@ def _deploy(
     name: str, config: ServeConfig, dtype: str, dashboard_url: str, keep: bool, context: StageContext
 ) -> dict[str, JSON]:
     export: Artifact = context.inputs["export"]
+    control.check_can_deploy(dashboard_url, config.port, replace=keep)
     context.emit(f"starting {config.replicas} replicas")
-    endpoint = control.deploy(
-        app_args(name, config, export.store.uri, dtype),
-        replicas=config.replicas,
-        dashboard_url=dashboard_url,
-        runtime_env=control.shipped_runtime_env(),
-        port=config.port,
-    )
     try:
+        endpoint = control.deploy(
+            app_args(name, config, export.store.uri, dtype),
+            replicas=config.replicas,
+            dashboard_url=dashboard_url,
+            runtime_env=control.shipped_runtime_env(),
+            port=config.port,
+        )
         turns = converse(f"{endpoint.url}/v1", name, config.requests, partial(_report, context))
     except BaseException:
-        if not keep:
-            control.undeploy(dashboard_url=dashboard_url)
+        if not keep:  # so there was no endpoint before: what is there now is ours
+            with suppress(control.ServeError):
+                control.undeploy(dashboard_url=dashboard_url)
         raise
     if not keep:
         context.emit("removing the replicas")

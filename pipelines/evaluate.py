@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import ray
 import torch
 
+from cluster.placement import WorkerNeeds, run_on_cluster
 from cluster.storage import JSON, Artifact
 from llama.config import ModelConfig
 from llama.engine import Engine, EngineConfig, SamplingParams
@@ -42,19 +42,19 @@ class EvaluateTask:
     threads: int
 
 
-def evaluate_stage(model: ModelConfig, config: EvaluateConfig, cpus: float, gpus: float) -> Stage:
-    """The stage `evaluate`, downstream of `shards`, `tokenizer` and `pretrain`; one process of `cpus` and `gpus`."""
+def evaluate_stage(model: ModelConfig, config: EvaluateConfig, needs: WorkerNeeds, wait_for_nodes: float) -> Stage:
+    """The stage `evaluate`, downstream of `shards`, `tokenizer` and `pretrain`; one process of these needs."""
     return Stage(
         "evaluate",
         1,
         {"model": model, "evaluate": config},
-        partial(_evaluate, model, config, cpus, gpus),
+        partial(_evaluate, model, config, needs, wait_for_nodes),
         ("shards", "tokenizer", "pretrain"),
     )
 
 
 def _evaluate(
-    model: ModelConfig, config: EvaluateConfig, cpus: float, gpus: float, context: StageContext
+    model: ModelConfig, config: EvaluateConfig, needs: WorkerNeeds, wait_for_nodes: float, context: StageContext
 ) -> dict[str, JSON]:
     task = EvaluateTask(
         model,
@@ -62,11 +62,11 @@ def _evaluate(
         context.inputs["shards"],
         context.inputs["tokenizer"],
         final_checkpoint(context.inputs["pretrain"]),
-        device="cuda" if gpus else "cpu",
-        threads=max(1, int(cpus)),
+        device="cuda" if needs.gpus else "cpu",
+        threads=max(1, int(needs.cpus)),
     )
     context.emit("scoring the held-out text")
-    result = ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus)(evaluate_checkpoint).remote(task))
+    result = run_on_cluster(needs, evaluate_checkpoint, task, wait_seconds=wait_for_nodes)
     context.record(context.attempt.store.write_json("evaluation.json", result))
     return result
 
@@ -94,7 +94,7 @@ def evaluate_checkpoint(task: EvaluateTask) -> dict[str, Any]:
     tokenizer = load_tokenizer(task.tokenizer)
     with tempfile.TemporaryDirectory() as cache:
         shards = ShardSet(task.shards, cache)
-        rows = -(-task.config.max_tokens // shards.seq_len) if task.config.max_tokens else None
+        rows = max(1, task.config.max_tokens // shards.seq_len) if task.config.max_tokens else None
         nats, tokens = score(model, shards, task.config.batch_size, rows)
         baselines = measure_baselines(shards, tokenizer, rows)
     return {
@@ -118,13 +118,14 @@ def score(model: Transformer, shards: ShardSet, batch_size: int, max_rows: int |
 
 
 def samples(model: Transformer, tokenizer: Tokenizer, config: EvaluateConfig) -> list[dict[str, str]]:
-    """The model's own continuations of the recipe's prompts."""
+    """The model's own continuations of the recipe's prompts; of a prompt beyond the context, its end."""
     if not config.prompts:
         return []
     blocks = -(-model.config.max_seq_len // EngineConfig().block_size) * len(config.prompts)
     engine = Engine(model, tokenizer, EngineConfig(num_blocks=blocks))
     params = SamplingParams(max_tokens=config.sample_tokens, temperature=config.temperature, seed=0)
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in config.prompts]
+    room = model.config.max_seq_len - 1
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)][-room:] for prompt in config.prompts]
     completions = engine.generate(prompts, params)
     engine.close()
     return [

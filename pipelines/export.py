@@ -6,12 +6,12 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import ray
 import torch
 
+from cluster.placement import WorkerNeeds, run_on_cluster
 from cluster.storage import JSON, Artifact, FileEntry, Store
 from llama.config import ModelConfig
-from llama.hf import save_pretrained
+from llama.hf import check_exportable, save_pretrained
 from pipelines.evaluate import final_checkpoint, load_checkpoint
 from pipelines.graph import Stage, StageContext
 from pipelines.recipe import ExportConfig
@@ -19,7 +19,11 @@ from pipelines.vocabulary import load_tokenizer
 
 
 def export_stage(model: ModelConfig, config: ExportConfig) -> Stage:
-    """The stage `export`, downstream of `tokenizer` and `pretrain`."""
+    """The stage `export`, downstream of `tokenizer` and `pretrain`.
+
+    Raises UnsupportedModel for a model that has no Hugging Face form: now, and not after its training.
+    """
+    check_exportable(model)
     return Stage(
         "export", 1, {"model": model, "export": config}, partial(_export, model, config), ("tokenizer", "pretrain")
     )
@@ -27,15 +31,14 @@ def export_stage(model: ModelConfig, config: ExportConfig) -> Stage:
 
 def _export(model: ModelConfig, config: ExportConfig, context: StageContext) -> dict[str, JSON]:
     context.emit("writing the Hugging Face directory")
-    write = ray.remote(num_cpus=1)(write_export)
-    entries = ray.get(
-        write.remote(
-            model,
-            final_checkpoint(context.inputs["pretrain"]),
-            context.inputs["tokenizer"],
-            config.dtype,
-            context.attempt.store,
-        )
+    entries = run_on_cluster(
+        WorkerNeeds(cpus=1),
+        write_export,
+        model,
+        final_checkpoint(context.inputs["pretrain"]),
+        context.inputs["tokenizer"],
+        config.dtype,
+        context.attempt.store,
     )
     context.record(*entries)
     return {"architecture": "Ernie4_5_MoeForCausalLM" if model.moe else "LlamaForCausalLM", "dtype": config.dtype}

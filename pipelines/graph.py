@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,8 @@ from pydantic import BaseModel
 
 from cluster.storage import JSON, Artifact, Attempt, FileEntry, Manifest, StorageError, Store
 from pipelines.runs import Run, StageStatus, one_line
+
+_log = logging.getLogger(__name__)
 
 
 class GraphError(ValueError):
@@ -154,7 +157,13 @@ class Graph:
         whose manifest cannot be read. `on_event` is called from the thread of whoever emits.
         """
         selected = self.selected(until)
-        run.status.stages = {stage.name: StageStatus(key=self.keys[stage.name]) for stage in selected}
+        on_event = _harmless(on_event)
+        fresh = {stage.name: StageStatus(key=self.keys[stage.name]) for stage in selected}
+        run.status.stages = {  # what an earlier turn of the run has to say of the other stages stays
+            name: fresh.get(name) or run.status.stages[name]
+            for name in self.stages
+            if name in fresh or name in run.status.stages
+        }
         results: dict[str, StageResult] = {}
         with run.driving():
             for stage in selected:
@@ -208,6 +217,18 @@ class Graph:
             return metadata
         manifest: Manifest = attempt.commit(metadata, context.entries or None)
         return manifest.metadata
+
+
+def _harmless(on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+    """A watcher that fails must not take the run with it."""
+
+    def call(event: Event) -> None:
+        try:
+            on_event(event)
+        except Exception:
+            _log.warning("an event of stage %s could not be shown", event.stage, exc_info=True)
+
+    return call
 
 
 def stage_key(stage: Stage, upstream_keys: Mapping[str, str]) -> str:

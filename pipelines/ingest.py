@@ -91,6 +91,8 @@ def _ingest(config: DataConfig, corpus: Corpus, context: StageContext) -> dict[s
     results = map_on_cluster(write_part, tasks, on_result)
     files, duplicates = _drop_duplicates(results, output)
     quarantined = [item for result in results for item in result.quarantined]
+    if quarantined:
+        context.emit(f"{len(quarantined)} documents could not be read and are left out: see quarantine.json")
     metadata: dict[str, Any] = {
         "splits": {split: _totals(split, files) for split in SPLITS},
         "sources": [{"uri": source.uri} | _read_from(index, corpus) for index, source in enumerate(corpus.sources)],

@@ -7,6 +7,7 @@ time it began, so that where a resumed run repeats steps the later writer's line
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,15 +34,18 @@ class MetricsWriter:
         self._last_flush = float("-inf")
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Takes one step's metrics; they are in the store after `flush`, or once the interval has passed."""
-        self._pending.append(metrics)
+        """Takes one step's metrics; they are in the store after `flush`, or once the interval has passed.
+
+        What is not finite is written as null: JSON has no word for it.
+        """
+        self._pending.append({key: value if _is_json(value) else None for key, value in metrics.items()})
         if self._clock() - self._last_flush >= FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         if self._pending:
             name = f"{self._writer}-{self._pending[0]['step']:08d}.jsonl"
-            lines = "".join(json.dumps(metrics) + "\n" for metrics in self._pending)
+            lines = "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in self._pending)
             self._store.write_bytes(name, lines.encode())
             self._pending = []
         self._last_flush = self._clock()
@@ -78,3 +82,7 @@ class MetricsReader:
             curve = {step: line for step, line in curve.items() if step < first}
             curve.update((line["step"], line) for line in lines)
         return [curve[step] for step in sorted(curve)]
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

@@ -7,8 +7,9 @@
 
 The driver runs an outer loop. Each turn is one incarnation: a plan of workers on the nodes that are there, one
 `TorchTrainer` of fixed size, and training from the latest committed checkpoint. When workers are lost the next turn
-begins; when the code or the configuration is at fault, the loop ends at once. Checkpoints belong to the artifact's
-key, not to a run: whoever trains the same thing next, after a killed driver for instance, goes on from them.
+begins; when the code or the configuration is at fault, the loop ends at once, and so it does when a failure of unclear
+origin comes back before the next checkpoint. Checkpoints belong to the artifact's key, not to a run: whoever trains the
+same thing next, after a killed driver for instance, goes on from them.
 
 The key leaves out how the work is laid out over ranks (workers, parallelism, micro-batches) and when it is reported or
 saved, so that a run may be resumed on a smaller cluster. The layout changes results by rounding, and through the
@@ -17,9 +18,9 @@ micro-step over which the balance loss takes its averages.
 
 from __future__ import annotations
 
-import tempfile
+import logging
+import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -31,12 +32,13 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device
 
 from cluster import placement
-from cluster.storage import JSON, Artifact, Store
+from cluster.session import node_folder
+from cluster.storage import JSON, Artifact, StorageError, Store
 from llama.config import ModelConfig
 from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
@@ -59,6 +61,8 @@ _OWN_FAULT = (ValueError, TypeError, AttributeError, KeyError, ImportError, Asse
 
 _POLL_SECONDS = 0.5
 
+_log = logging.getLogger(__name__)
+
 
 class TrainingFailed(RuntimeError):
     """Training ended with an error that no restart could help, or too often; the message is one line."""
@@ -76,7 +80,6 @@ class WorkerTask:
     """The artifact's folder: checkpoints, metrics, incarnations."""
     attempt: Store
     incarnation: str
-    cache_dir: str
 
 
 def pretrain_stage(model: ModelConfig, train: TrainRecipe) -> Stage:
@@ -87,22 +90,20 @@ def pretrain_stage(model: ModelConfig, train: TrainRecipe) -> Stage:
 
 def _pretrain(model: ModelConfig, train: TrainRecipe, context: StageContext) -> dict[str, JSON]:
     settings = TrainConfig(**{item.name: getattr(train, item.name) for item in fields(TrainConfig)})
-    with tempfile.TemporaryDirectory(prefix="caravan-train-") as scratch:
 
-        def task(incarnation: str) -> WorkerTask:
-            return WorkerTask(
-                model=model,
-                train=settings,
-                threads=max(1, int(train.cpus_per_worker)),
-                shards=context.inputs["shards"],
-                output=context.artifact_store,
-                attempt=context.attempt.store,
-                incarnation=incarnation,
-                cache_dir=f"{scratch}/shards",
-            )
+    def task(incarnation: str) -> WorkerTask:
+        return WorkerTask(
+            model=model,
+            train=settings,
+            threads=max(1, int(train.cpus_per_worker)),
+            shards=context.inputs["shards"],
+            output=context.artifact_store,
+            attempt=context.attempt.store,
+            incarnation=incarnation,
+        )
 
-        with _followed(context):
-            _train_with_restarts(train, task, scratch, context.emit)
+    with _followed(context):
+        _train_with_restarts(train, task, partial(_latest_step, context), context.emit)
     summary: dict[str, Any] = context.attempt.store.read_json(SUMMARY)
     return {
         **summary,
@@ -112,70 +113,82 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, context: StageContext) -> 
     }
 
 
+def _latest_step(context: StageContext) -> int:
+    """Step of the last whole checkpoint; 0 without one."""
+    return Checkpointer(context.artifact_store.child(CHECKPOINTS), Artifact).latest() or 0
+
+
 def _train_with_restarts(
-    train: TrainRecipe, task: Callable[[str], WorkerTask], scratch: str, emit: Callable[[str], None]
+    train: TrainRecipe,
+    task: Callable[[str], WorkerTask],
+    latest_step: Callable[[], int],
+    emit: Callable[[str], None],
 ) -> None:
     """Starts incarnations until one finishes. Raises TrainingFailed."""
     for failures in range(train.max_failures + 1):
+        step_before = latest_step()
         try:
-            _train_once(train, task(f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"), scratch)
+            emit(f"starting {train.workers} workers")
+            _train_once(train, task(f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"))
             return
         except TrainingFailedError as error:
             reason, retryable = _diagnose(error)
-            if not retryable:
+            if not (retryable if retryable is not None else latest_step() > step_before):
                 raise TrainingFailed(reason) from error
             if failures == train.max_failures:
-                raise TrainingFailed(
-                    f"{reason}; train.max_failures={train.max_failures} restarts are used up"
-                ) from error
+                used_up = f"train.max_failures={train.max_failures} restarts are used up"
+                raise TrainingFailed(f"{reason}; {used_up}") from error
             emit(f"{reason}; restart {failures + 1} of {train.max_failures} from the last committed checkpoint")
 
 
-def _train_once(train: TrainRecipe, task: WorkerTask, scratch: str) -> None:
+def _train_once(train: TrainRecipe, task: WorkerTask) -> None:
     """One incarnation: plan, start, train to the end.
 
     Raises TrainingFailedError, or PlacementError before it starts.
     """
-    plan = _plan(train)
+    ep = plan_mesh(train.parallel, train.workers).ep
+    plan = placement.await_plan(train.workers, ep, worker_needs(train), train.wait_for_nodes)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
         scaling_config=plan.to_scaling(),
         # Ray's own record of the run; our checkpoints, metrics and summary lie in the store.
         run_config=RunConfig(
-            name=task.incarnation, storage_path=f"{scratch}/ray_train", failure_config=FailureConfig(max_failures=0)
+            name=task.incarnation,
+            storage_path=str(node_folder("train")),
+            failure_config=FailureConfig(max_failures=0),
         ),
     )
-    trainer.fit()
+    with _interruptible():
+        trainer.fit()
 
 
-def _plan(train: TrainRecipe) -> placement.PlacementPlan:
-    """Which node gets how many workers; asks an autoscaler for nodes where there is no room yet.
-
-    Raises PlacementError if there is still no room after `train.wait_for_nodes` seconds.
-    """
-    needs = placement.WorkerNeeds(train.cpus_per_worker, train.gpus_per_worker, train.accelerator_type)
-    ep = plan_mesh(train.parallel, train.workers).ep
-    deadline = time.monotonic() + train.wait_for_nodes
-    asked = False
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train takes over Ctrl-C, keeps it, and ends the process with a number; here it stays an interruption."""
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if on_main_thread else None
     try:
-        while True:
-            try:
-                return placement.plan(placement.alive_nodes(), train.workers, ep, needs)
-            except placement.PlacementError:
-                if time.monotonic() >= deadline:
-                    raise
-            if not asked:
-                request_resources(bundles=[needs.resources()] * train.workers)
-                asked = True
-            time.sleep(_POLL_SECONDS)
+        yield
+    except SystemExit as error:
+        if error.code in (0, 1):  # Ray's; a signal of our own has another number
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        if asked:
-            request_resources(bundles=[])  # what runs keeps its nodes; a request that stays would keep idle ones
+        if on_main_thread:
+            signal.signal(signal.SIGINT, before)
 
 
-def _diagnose(error: TrainingFailedError) -> tuple[str, bool]:
-    """One line that says what failed on which rank, and whether another try makes sense."""
+def worker_needs(train: TrainRecipe) -> placement.WorkerNeeds:
+    """What one process of this training asks of Ray."""
+    return placement.WorkerNeeds(train.cpus_per_worker, train.gpus_per_worker, train.accelerator_type)
+
+
+def _diagnose(error: TrainingFailedError) -> tuple[str, bool | None]:
+    """One line that says what failed on which rank, and whether another try makes sense.
+
+    None means that the error alone does not tell: another try makes sense if this one had got on.
+    """
     if not isinstance(error, WorkerGroupError) or not error.worker_failures:
         return one_line(error), True
     causes = {rank: _root_cause(failure) for rank, failure in error.worker_failures.items()}
@@ -183,9 +196,13 @@ def _diagnose(error: TrainingFailedError) -> tuple[str, bool]:
         if isinstance(cause, _OWN_FAULT):
             return f"training failed on rank {rank}: {one_line(cause)}", False
     # When one worker dies its neighbours fail on the broken connection: name a death rather than its echo.
-    deaths = {rank: cause for rank, cause in causes.items() if isinstance(cause, ray.exceptions.RayError)}
-    rank, cause = min((deaths or causes).items())
-    return f"worker of rank {rank} was lost: {one_line(cause)}", True
+    deaths = {rank: cause for rank, cause in causes.items() if isinstance(cause, RayError)}
+    if deaths:
+        rank, cause = min(deaths.items())
+        return f"worker of rank {rank} was lost: {one_line(cause)}", True
+    outside = {rank: cause for rank, cause in causes.items() if isinstance(cause, OSError | dist.DistError)}
+    rank, cause = min((outside or causes).items())
+    return f"training failed on rank {rank}: {one_line(cause)}", True if outside else None
 
 
 def _root_cause(failure: BaseException) -> BaseException:
@@ -205,15 +222,18 @@ def train_worker(config: Mapping[str, WorkerTask]) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     train = task.train
     checkpointer = Checkpointer(task.output.child(CHECKPOINTS), Artifact, keep_last=train.keep_last)
-    resumed_step = checkpointer.latest() or 0
     metrics = MetricsWriter(task.output.child(METRICS), task.incarnation)
-    if rank == 0:
-        record = {"resumed_step": resumed_step, "world_size": world_size, "nodes": nodes}
-        task.output.child(INCARNATIONS).write_json(f"{task.incarnation}.json", record)
+
+    def on_resume(step: int) -> None:
+        if rank == 0:
+            record = {"resumed_step": step, "world_size": world_size, "nodes": nodes}
+            task.output.child(INCARNATIONS).write_json(f"{task.incarnation}.json", record)
 
     def on_metrics(step: StepMetrics) -> None:
         if rank == 0:
             metrics.write(asdict(step))
+            if train.checkpoint_every and step.step % train.checkpoint_every == 0:
+                metrics.flush()  # a run resumed from this step's checkpoint will not repeat these lines
 
     loader = ShardLoader(
         task.shards,
@@ -223,11 +243,13 @@ def train_worker(config: Mapping[str, WorkerTask]) -> None:
         rank=rank,
         world_size=world_size,
         seed=train.seed,
-        cache_dir=task.cache_dir,
+        cache_dir=node_folder("shards"),
     )
     device = get_device()
     assert isinstance(device, torch.device)
-    trainer = Trainer(task.model, train, loader, checkpointer, on_metrics=on_metrics, device=device)
+    trainer = Trainer(
+        task.model, train, loader, checkpointer, on_metrics=on_metrics, on_resume=on_resume, device=device
+    )
     summary: TrainSummary = trainer.fit()
     if rank == 0:
         metrics.flush()
@@ -262,9 +284,15 @@ def _followed(context: StageContext) -> Iterator[None]:
         for step in reader.poll():
             _report_step(step, context)
 
+    def try_report() -> None:
+        try:
+            report()
+        except StorageError as error:  # it is only the view that suffers
+            _log.warning("the training's progress could not be read: %s", error)
+
     def follow() -> None:
         while not stop.wait(_POLL_SECONDS):
-            report()
+            try_report()
 
     thread = threading.Thread(target=follow, name="training-progress", daemon=True)
     thread.start()
@@ -273,7 +301,7 @@ def _followed(context: StageContext) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-    report()
+    try_report()
 
 
 def _report_start(incarnation: Mapping[str, Any], context: StageContext) -> None:
@@ -284,9 +312,12 @@ def _report_start(incarnation: Mapping[str, Any], context: StageContext) -> None
 
 def _report_step(step: Mapping[str, Any], context: StageContext) -> None:
     left = (step["steps"] - step["step"]) * (step["tokens"] / step["step"]) / max(step["tokens_per_second"], 1e-9)
+    loss = "not finite" if step["loss"] is None else f"{step['loss']:.3f}"
+    rate = f"{step['tokens_per_second']:,.0f} tokens/s"
     context.emit(
-        f"step {step['step']}/{step['steps']}  loss {step['loss']:.3f}  {step['tokens_per_second']:,.0f} tokens/s"
-        f"  {left:.0f} s left",
+        f"step {step['step']}/{step['steps']}  loss {loss}  {rate}  {left:.0f} s left",
         fraction=step["step"] / step["steps"],
-        values={key: step[key] for key in ("step", "loss", "tokens_per_second", "learning_rate", "grad_norm")},
+        values={
+            key: step[key] for key in ("step", "loss", "tokens_per_second", "learning_rate") if step[key] is not None
+        },
     )

@@ -35,7 +35,7 @@ class RunDisplay:
                 SpinnerColumn(),
                 TextColumn("[bold]{task.fields[stage]:<10}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 TimeElapsedColumn(),
                 console=console,
                 transient=True,
@@ -68,30 +68,31 @@ class RunDisplay:
         elif event.kind == "done":
             self._print(event.stage, f"[green]done[/] in {event.seconds:.1f} s")
         elif event.kind == "skipped":
-            self._print(event.stage, f"[dim]skipped, {event.message}[/]")
+            self._print(event.stage, f"[dim]skipped, {escape(event.message)}[/]")
         else:
-            self._print(event.stage, f"[red]failed[/], see {self._run_folder}/errors/{event.stage}.txt")
+            self._print(event.stage, f"[red]failed[/], see {escape(self._run_folder)}/errors/{event.stage}.txt")
 
     def _show_progress(self, event: Event) -> None:
         if self._progress and self._task is not None:
             self._progress.update(self._task, description=event.message, completed=event.fraction)
             if event.fraction is None:  # news rather than a number: worth keeping
-                self._print(event.stage, event.message)
+                self._print(event.stage, escape(event.message))
             return
         now = time.monotonic()
         if event.fraction in (None, 1.0) or now - self._last_number >= PLAIN_INTERVAL_SECONDS:
             if event.fraction is not None:
                 self._last_number = now
-            self._print(event.stage, event.message)
+            self._print(event.stage, escape(event.message))
 
     def _print(self, stage: str, message: str) -> None:
+        """Prints a line; `message` is rich markup, so what comes from elsewhere must be escaped."""
         self._console.print(f"[bold]{stage:<10}[/] {message}", highlight=False, soft_wrap=True)
 
 
 def print_summary(console: Console, summary: RunSummary) -> None:
     """The run's figures, a line each; what was not part of it is left out. Paths stay in one piece, to be copied."""
     for name, value in _rows(summary):
-        console.print(f"[bold]{name:<14}[/] {value}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{name:<14}[/] {escape(value)}", highlight=False, soft_wrap=True)
 
 
 def _rows(summary: RunSummary) -> list[tuple[str, str]]:
@@ -128,6 +129,5 @@ def _rows(summary: RunSummary) -> list[tuple[str, str]]:
 
 
 def _quoted(text: str) -> str:
-    """A text on one line, of at most 60 characters, safe for rich's markup."""
-    line = json.dumps(text if len(text) <= 60 else text[:57] + "...", ensure_ascii=False)
-    return escape(line)
+    """A text on one line, of at most 60 characters."""
+    return json.dumps(text if len(text) <= 60 else text[:57] + "...", ensure_ascii=False)

@@ -15,18 +15,19 @@ import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from cluster.location import has_credentials
 from llama.config import ModelConfig
 from llama.engine.engine import EngineConfig
 from llama.tokenizer import SPECIAL_TOKENS
 from llama.training.config import TrainConfig
 from llama.training.mesh import plan_mesh
+from pipelines.sources import STDLIB
 
 _SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 _PORTS = (1, 65535)
@@ -42,6 +43,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+SectionT = TypeVar("SectionT", bound=_Section)
+
+
 class SourceConfig(_Section):
     """A source of text: `stdlib`, or the path or URI of a plain-text file or a folder of them."""
 
@@ -52,10 +56,11 @@ class SourceConfig(_Section):
 
     @field_validator("uri")
     @classmethod
-    def _no_credentials(cls, uri: str) -> str:
-        if "://" in uri and "@" in urlsplit(uri).netloc:
+    def _means_the_same_everywhere(cls, uri: str) -> str:
+        """A recipe is stored with its run and may be read in another folder, by other people."""
+        if has_credentials(uri):
             raise ValueError("carries credentials; put them in the environment, a recipe is stored with its run")
-        return uri
+        return uri if uri == STDLIB or "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
 
 class DataConfig(_Section):
@@ -116,7 +121,7 @@ class EvaluateConfig(_Section):
     batch_size: Positive = 16
     """Rows in one forward pass."""
     max_tokens: Positive | None = None
-    """Held-out tokens to score at most; None scores the whole validation split."""
+    """Held-out tokens to score at most, but one row; None scores the whole validation split."""
     prompts: tuple[str, ...] = ()
     """Texts for the model to continue."""
     sample_tokens: Positive = 48
@@ -236,6 +241,14 @@ class Recipe(_Section):
             )
         _check_finite(self.model_dump())
         return self
+
+
+def validated(section: type[SectionT], values: object) -> SectionT:
+    """`values` as a section of a recipe. Raises RecipeError, one line."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error.errors())) from error
 
 
 def _check_resources(section: str, unit: str, cpus: float, gpus: float, accelerator_type: str | None) -> None:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -107,7 +108,8 @@ def draw_loss(curve: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any])
     """Training loss in nats per token, with horizontal lines for what was measured on held-out text."""
     figure = _figure(8, 4.5)
     axes = figure.add_subplot()
-    axes.plot([step["tokens"] for step in curve], [step["loss"] for step in curve], label="training")
+    losses = [math.nan if step["loss"] is None else step["loss"] for step in curve]  # a gap where it was not finite
+    axes.plot([step["tokens"] for step in curve], losses, label="training")
     if evaluation.get("loss"):
         axes.axhline(evaluation["loss"], color="tab:green", linestyle="--", label=f"held out {evaluation['loss']:.2f}")
         nats_per_bit_per_byte = evaluation["loss"] / evaluation["bits_per_byte"]

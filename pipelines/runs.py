@@ -141,6 +141,15 @@ class Run:
         with self._lock:
             self.directory.write_json("status.json", asdict(self.status))
 
+    def replace_recipe(self, recipe_yaml: str) -> None:
+        """The run goes on with another recipe than it began with."""
+        self.recipe_yaml = recipe_yaml
+        self.directory.write_bytes("recipe.yaml", recipe_yaml.encode())
+
+    def delete(self) -> None:
+        """Remove the run's folder; its artifacts stay."""
+        self.store.delete(f"runs/{self.id}")
+
     def keep_traceback(self, stage: str, error: BaseException) -> None:
         """Write what failed, at length, to `errors/{stage}.txt`; the status has the one line."""
         text = "".join(traceback.format_exception(error))
@@ -204,7 +213,7 @@ def list_runs(store: Store) -> list[str]:
 
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line: of an error that carries a remote traceback, its last line."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | SystemExit):
         return "interrupted"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:

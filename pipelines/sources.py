@@ -27,7 +27,7 @@ from urllib.parse import unquote
 
 import xxhash
 
-from cluster.storage import Store
+from cluster.storage import FileStat, Store
 
 if TYPE_CHECKING:
     from pipelines.recipe import SourceConfig
@@ -46,11 +46,15 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of source number `source`; `size` in bytes; `path` relative to the source's folder."""
+    """A file of source number `source`; `size` in bytes; `path` relative to the source's folder.
+
+    `modified` is the time of its last change in ns; 0 where a Python version says it, or for a single remote object.
+    """
 
     source: int
     path: str
     size: int
+    modified: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,41 +154,44 @@ def find_corpus(configs: Sequence[SourceConfig], max_bytes: int | None) -> Corpu
             raise DataError(f"data.sources[{index}].uri={config.uri!r} yields no text{limit}; point it at text files")
         sources.append(source)
         pieces.extend(taken)
-        listing.append([source.uri, *([piece.file.path, piece.size, _modified(source, piece)] for piece in taken)])
+        listing.append([source.uri, *([piece.file.path, piece.size, piece.file.modified] for piece in taken)])
     return Corpus(tuple(sources), tuple(pieces), xxhash.xxh3_128_hexdigest(json.dumps(listing).encode()))
 
 
 def _find_files(index: int, uri: str) -> tuple[Source, list[SourceFile]]:
     """Raises DataError if there is nothing at `uri`."""
     try:
-        source, sizes = _stdlib() if uri == STDLIB else _single_file(uri) or _folder(uri)
+        source, files = _stdlib() if uri == STDLIB else _single_file(uri) or _folder(uri)
     except ValueError as error:
         raise DataError(f"data.sources[{index}].uri={uri!r}: {error}") from error
-    if not sizes:
+    if not files:
+        local = source.store().local_path()
+        if local is not None and not local.exists():
+            raise DataError(f"data.sources[{index}].uri={uri!r} does not exist; give a text file, a folder or 'stdlib'")
         raise DataError(f"data.sources[{index}].uri={uri!r} has no files; give a text file, a folder or 'stdlib'")
-    ordered = sorted(sizes, key=lambda path: (xxhash.xxh3_64_intdigest(os.fsencode(path)), path))
-    return source, [SourceFile(index, path, sizes[path]) for path in ordered]
+    ordered = sorted(files, key=lambda path: (xxhash.xxh3_64_intdigest(os.fsencode(path)), path))
+    return source, [SourceFile(index, path, files[path].size, files[path].mtime_ns) for path in ordered]
 
 
-def _stdlib() -> tuple[Source, dict[str, int]]:
+def _stdlib() -> tuple[Source, dict[str, FileStat]]:
     root = sysconfig.get_paths()["stdlib"]
-    sizes = {}
+    files = {}
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _STDLIB_LEFT_OUT]  # site-packages may be huge
         for path in (os.path.join(folder, name) for name in names if name.endswith(".py")):
-            sizes[os.path.relpath(path, root)] = os.path.getsize(path)
-    return Source(None), sizes
+            files[os.path.relpath(path, root)] = FileStat(os.path.getsize(path), 0)
+    return Source(None), files
 
 
-def _folder(uri: str) -> tuple[Source, dict[str, int]]:
+def _folder(uri: str) -> tuple[Source, dict[str, FileStat]]:
     source = Source(Store(uri))
-    sizes = source.store().sizes()
+    files = source.store().stats()
     return source, {
-        path: size for path, size in sizes.items() if not any(part.startswith(".") for part in path.split("/"))
+        path: stat for path, stat in files.items() if not any(part.startswith(".") for part in path.split("/"))
     }
 
 
-def _single_file(uri: str) -> tuple[Source, dict[str, int]] | None:
+def _single_file(uri: str) -> tuple[Source, dict[str, FileStat]] | None:
     """`uri` as one file of its folder, or None if it is no file."""
     location, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
     folder, slash, name = location.rstrip("/").rpartition("/")
@@ -195,8 +202,9 @@ def _single_file(uri: str) -> tuple[Source, dict[str, int]] | None:
     store = Store(f"{folder}/{mark}{options}" if slash else ".")
     if not store.exists(name):
         return None
+    local = store.local_path(name)
     with store.open_input(name) as file:
-        return Source(store), {name: file.seek(0, 2)}
+        return Source(store), {name: FileStat(file.seek(0, 2), local.stat().st_mtime_ns if local else 0)}
 
 
 def _take(files: Sequence[SourceFile], budget: int | None, split: bool) -> Iterator[Piece]:
@@ -213,12 +221,6 @@ def _take(files: Sequence[SourceFile], budget: int | None, split: bool) -> Itera
         if not whole and stretches:
             yield Piece(file, 0, stretches * DOCUMENT_BYTES, False)
         return
-
-
-def _modified(source: Source, piece: Piece) -> int:
-    """Time of last change in ns of a local file; 0 where there is none to be had, or a Python version says it."""
-    path = source.folder.local_path(piece.file.path) if source.folder is not None else None
-    return path.stat().st_mtime_ns if path is not None else 0
 
 
 def read_documents(source: Source, piece: Piece) -> Iterator[Document | Quarantined]:

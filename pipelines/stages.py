@@ -7,7 +7,7 @@ from pipelines.evaluate import evaluate_stage
 from pipelines.export import export_stage
 from pipelines.graph import Graph
 from pipelines.ingest import ingest_stage
-from pipelines.pretrain import pretrain_stage
+from pipelines.pretrain import pretrain_stage, worker_needs
 from pipelines.recipe import Recipe
 from pipelines.shards import ShardConfig, shards_stage
 from pipelines.vocabulary import tokenizer_stage
@@ -22,6 +22,7 @@ def build_graph(recipe: Recipe, dashboard_url: str, keep: bool) -> Graph:
 
     Raises:
         DataError: a source does not exist.
+        UnsupportedModel: the model could be trained but not exported.
     """
     return Graph(
         [
@@ -29,7 +30,7 @@ def build_graph(recipe: Recipe, dashboard_url: str, keep: bool) -> Graph:
             tokenizer_stage(recipe.tokenizer),
             shards_stage(ShardConfig(seq_len=recipe.train.seq_len, part_bytes=recipe.data.part_bytes)),
             pretrain_stage(recipe.model, recipe.train),
-            evaluate_stage(recipe.model, recipe.evaluate, recipe.train.cpus_per_worker, recipe.train.gpus_per_worker),
+            evaluate_stage(recipe.model, recipe.evaluate, worker_needs(recipe.train), recipe.train.wait_for_nodes),
             export_stage(recipe.model, recipe.export),
             deploy_stage(recipe.name, recipe.serve, recipe.export.dtype, dashboard_url, keep),
         ]

@@ -1,8 +1,13 @@
 """Fixtures that several folders share."""
 
+import os
 import socket
+from pathlib import Path
 
 pytest_plugins = ("tests.swift",)
+
+# Matplotlib keeps its font cache in the home folder unless told otherwise.
+os.environ.setdefault("MPLCONFIGDIR", str(Path(__file__).parent.parent / ".cache" / "matplotlib"))
 
 
 def find_free_port() -> int:

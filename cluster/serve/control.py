@@ -6,6 +6,7 @@ to apply such a change, Serve's controller imports the router's module, and its 
 Scaling has an endpoint of its own (`external_scaler_enabled`), and leaves running replicas alone.
 """
 
+import contextlib
 import socket
 import time
 from dataclasses import dataclass
@@ -69,9 +70,18 @@ def shipped_runtime_env() -> dict[str, Any]:
     return {"py_modules": list(modules)} if modules else {}
 
 
-def check_port(dashboard_url: str, port: int, *, host: str = "127.0.0.1") -> None:
-    """Raises PortTaken when `deploy` could not serve there: an early check, before long work."""
-    _check_port(_connect(dashboard_url).details(), host, port)
+def check_can_deploy(dashboard_url: str, port: int, *, replace: bool) -> None:
+    """An early check, before long work, that `deploy` on this machine's `port` would do what its caller wants.
+
+    Raises ServeError when an endpoint is there already and may not be replaced, PortTaken when the port is.
+    """
+    details = _connect(dashboard_url).details()
+    if APP_NAME in details["applications"] and not replace:
+        raise ServeError(
+            f"an endpoint is deployed at {_endpoint(details).url} already; caravan undeploy it first, or use --keep to "
+            "replace it"
+        )
+    _check_port(details, "127.0.0.1", port)
 
 
 def deploy(
@@ -95,8 +105,10 @@ def deploy(
 
     Raises:
         ModelNotFound, PortTaken: before anything is started.
-        DeployFailed: with the reason; an application that was not there before is removed again.
+        DeployFailed: with the reason.
         ServeError: the dashboard does not answer.
+
+    However it is left other than by returning, an application that was not there before is removed again.
     """
     if urlsplit(dashboard_url).hostname in _LOOPBACK:
         # The cluster is here, so what it would find can be told at once.
@@ -120,9 +132,11 @@ def deploy(
         else:
             client.declare({**declared, APP_NAME: app}, {"host": host, "port": port})
         _wait_until_serving(client, endpoint, replicas, timeout_s)
-    except DeployFailed:
+    except BaseException:
         if APP_NAME not in details["applications"]:
-            undeploy(dashboard_url=dashboard_url)
+            # What ended the deployment is what the caller must hear of, not that the removal failed as well.
+            with contextlib.suppress(Exception):
+                undeploy(dashboard_url=dashboard_url)
         raise
     return endpoint
 
@@ -218,7 +232,9 @@ def _check_port_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise PortTaken(f"port {port} on {host} is taken ({error.strerror}); choose another with --port") from error
+            raise PortTaken(
+                f"port {port} on {host} is taken ({error.strerror}); choose another: --port, or serve.port in the recipe"
+            ) from error
 
 
 def _wait_until_serving(client: "ServeClient", endpoint: Endpoint, replicas: int, timeout_s: float) -> None:
@@ -230,9 +246,11 @@ def _wait_until_serving(client: "ServeClient", endpoint: Endpoint, replicas: int
             raise DeployFailed("the application was removed while it was starting")
         if app["status"] == "DEPLOY_FAILED":
             raise DeployFailed(f"the application does not start: {_reason(app)}")
-        states = [replica.state for replica in _replicas(app)]
+        listed = _replicas(app)
+        states = [replica.state for replica in listed]
         routing = _routing(endpoint) if app["status"] == "RUNNING" and states == ["RUNNING"] * replicas else None
-        if routing is not None and sum(entry["fresh"] for entry in routing) == len(routing) == replicas:
+        # By name: whoever answers on that port must be this application's ingress.
+        if routing is not None and {e["replica"] for e in routing if e["fresh"]} == {r.replica for r in listed}:
             return
         if time.monotonic() > deadline:
             raise DeployFailed(

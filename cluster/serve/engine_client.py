@@ -10,7 +10,7 @@ from typing import cast
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from cluster.serve.messages import GenerateRequest, ReplicaChunk, ReplicaTarget
+from cluster.serve.messages import GenerateRequest, ReplicaChunk, ReplicaTarget, WrongModel
 from cluster.serve.protocol import ApiError
 from cluster.serve.state import RoutingState
 from llama.engine import Chunk, EngineFailed, PromptTooLong, QueueFull
@@ -24,6 +24,10 @@ MAX_ATTEMPTS = 3
 
 class ReplicaLost(Exception):
     """A replica went away while it served a request."""
+
+
+class ReplicaFull(Exception):
+    """A replica has as many waiting requests as it may have."""
 
 
 @dataclass(frozen=True)
@@ -51,37 +55,42 @@ class EngineClient:
         """A request's chunks as they come; a replica that dies before the first of them is replaced by another.
 
         Raises:
-            ApiError: 400 when the engine refuses the request, 429 when the replica's queue is full, 503 when the
+            ApiError: 400 when the engine refuses the request, 429 when every replica's queue is full, 503 when the
                 replica went away, 500 when its engine failed.
         """
-        attempt = 0
+        losses = 0
         self._state.begin(request.request_id)
         try:
             while True:
-                attempt, started = attempt + 1, False
+                started = False
                 try:
                     async with aclosing(self._attempt(request)) as items:
                         async for item in items:
                             started = True
                             yield item
                     return
+                except ReplicaFull as error:
+                    request = self._elsewhere(request, error)
                 except ReplicaLost as error:
-                    request = self._next_try(request, attempt if not started else MAX_ATTEMPTS, error)
+                    losses += 1
+                    request = self._next_try(request, losses if not started else MAX_ATTEMPTS, error)
         finally:
             self._state.finish(request.request_id)
 
     async def complete(self, request: GenerateRequest) -> list[RoutedChunk]:
         """All of a request's chunks; a replica that dies at any time is replaced by another. Raises as `stream`."""
-        attempt = 0
+        losses = 0
         self._state.begin(request.request_id)
         try:
             while True:
-                attempt += 1
                 try:
                     async with aclosing(self._attempt(request)) as items:
                         return [item async for item in items]
+                except ReplicaFull as error:
+                    request = self._elsewhere(request, error)
                 except ReplicaLost as error:
-                    request = self._next_try(request, attempt, error)
+                    losses += 1
+                    request = self._next_try(request, losses, error)
         finally:
             self._state.finish(request.request_id)
 
@@ -91,6 +100,16 @@ class EngineClient:
             return await self._flush.remote(ReplicaTarget(replica))
         except (RayActorError, RayTaskError) as error:
             raise ReplicaLost(type(error).__name__) from error
+
+    def _elsewhere(self, request: GenerateRequest, error: ReplicaFull) -> GenerateRequest:
+        """The request again, for replicas that have not refused it; raises ApiError when there is none."""
+        full = self._state.booked_on(request.request_id)
+        avoid = request.avoid | {full} if full else request.avoid
+        # One that is avoided already is chosen again only when nobody else can serve this model.
+        if full is None or full in request.avoid or avoid.issuperset(self._state.replicas):
+            message = "The server is at its limit of waiting requests; try again later."
+            raise ApiError(429, message, code="rate_limit_exceeded", kind="rate_limit_error") from error
+        return replace(request, avoid=avoid)
 
     def _next_try(self, request: GenerateRequest, attempt: int, error: ReplicaLost) -> GenerateRequest:
         """The request again, for other replicas; raises ApiError after the last attempt."""
@@ -126,7 +145,7 @@ class EngineClient:
 
 
 async def _replica_errors(responses: DeploymentResponseGenerator) -> AsyncIterator[ReplicaChunk]:
-    """The responses, with what Ray raises turned into ReplicaLost or ApiError."""
+    """The responses, with what Ray raises turned into ReplicaLost, ReplicaFull or ApiError."""
     while True:
         try:
             item = await anext(responses)
@@ -145,11 +164,12 @@ async def _replica_errors(responses: DeploymentResponseGenerator) -> AsyncIterat
         yield item
 
 
-def _engine_error(error: RayTaskError) -> ApiError | ReplicaLost:
+def _engine_error(error: RayTaskError) -> ApiError | ReplicaLost | ReplicaFull:
     # Ray raises an exception that is an instance of the original's class as well.
     if isinstance(error, QueueFull):
-        message = "The server is at its limit of waiting requests; try again later."
-        return ApiError(429, message, code="rate_limit_exceeded", kind="rate_limit_error")
+        return ReplicaFull(str(error.cause))
+    if isinstance(error, WrongModel):
+        return ReplicaLost("it has another model")
     if isinstance(error, PromptTooLong):
         return ApiError(400, str(error.cause), param="prompt", code="context_length_exceeded")
     if isinstance(error, ValueError):

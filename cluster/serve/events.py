@@ -59,7 +59,13 @@ class Subscriptions:
 
     async def _follow(self, replica: str) -> None:
         while True:
-            if not await self._follow_once(replica):
+            try:
+                kept = await self._follow_once(replica)
+            except Exception:
+                # Nobody awaits this task: what ended it would go unseen, and the replica unfollowed.
+                logger.exception(f"Subscription to replica {replica} failed.")
+                kept = False
+            if not kept:
                 self._state.lost_subscription(replica)
                 await asyncio.sleep(RESUBSCRIBE_S)
 

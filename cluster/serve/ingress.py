@@ -3,6 +3,8 @@
 Each request is templated and tokenised here, once; its block hashes go with it to the router, which runs in this
 process and knows every replica's cache. A request's last chunk is not sent before this process's index has applied
 the events of that request, so that whoever reads an answer and asks the next question finds the router informed.
+
+Every POST, the one without a body as well, must say `Content-Type: application/json`: see `require_json`.
 """
 
 import asyncio
@@ -23,11 +25,14 @@ from starlette.exceptions import HTTPException
 from cluster.serve.cost import CostCoefficients
 from cluster.serve.engine_client import EngineClient, ReplicaLost, RoutedChunk
 from cluster.serve.events import Subscriptions
+from cluster.serve.loopback import NodeOnlyServer
 from cluster.serve.messages import GenerateRequest, ReplicaInfo
 from cluster.serve.protocol import ApiError, ChatRequest, CompletionRequest, parse_chat, parse_completion
+from cluster.serve.request_body import read_json_body, require_json
 from cluster.serve.responses import ChatReply, CompletionReply, Reply, RouteReport, with_report
 from cluster.serve.state import routing_state
-from cluster.serve.weights import fetch_model, node_cache_dir
+from cluster.serve.weights import fetch_model, weights_id
+from cluster.session import node_folder
 from llama.engine import SamplingParams, generation_root, hash_blocks
 from llama.tokenizer import ChatTemplateError, Tokenizer
 
@@ -47,9 +52,14 @@ class Ingress:
     """The ingress deployment. Deploy it with `cluster.serve.app.build`."""
 
     def __init__(self, config: IngressConfig, engines: DeploymentHandle) -> None:
+        self._server = NodeOnlyServer()
         self._served_name = config.served_name
         self._created = int(time.time())
-        self._tokenizer = Tokenizer.load(fetch_model(config.model, node_cache_dir()))
+        directory = fetch_model(config.model, node_folder("models"))
+        self._weights_id = weights_id(directory)
+        self._tokenizer = Tokenizer.load(directory)
+        # A token's entry in the vocabulary is never shorter than the text it stands for.
+        self._longest_token = max(map(len, self._tokenizer.backend.get_vocab()))
         self._state = routing_state(serve.get_replica_context().app_name)
         self._state.coefficients = config.cost
         self._client = EngineClient(engines, self._state)
@@ -59,6 +69,10 @@ class Ingress:
     async def __del__(self) -> None:
         """Serve's shutdown hook: the replicas, which drain after us, must not wait for our subscriptions."""
         await self._subscriptions.stop()
+
+    def check_health(self) -> None:
+        """Serve's probe."""
+        self._server.check()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         api = FastAPI(title="Caravan", docs_url=None, redoc_url=None)
@@ -86,8 +100,9 @@ class Ingress:
         """Every replica as this ingress sees it: process, load, cached blocks, freshness of its event feed."""
         return JSONResponse({"replicas": [asdict(status) for status in self._state.status()]})
 
-    async def flush(self, replica_id: str) -> Response:
+    async def flush(self, replica_id: str, http: Request) -> Response:
         """Empties one replica's prefix cache and waits until this ingress has heard of it."""
+        require_json(http)
         if replica_id not in self._state.replicas:
             message = f"There is no replica {replica_id!r}; see /caravan/replicas."
             raise ApiError(404, message, param="replica_id", code="replica_not_found")
@@ -108,11 +123,15 @@ class Ingress:
 
     async def completions(self, http: Request) -> Response:
         """One prompt, text or token ids, continued. No token is added before a text."""
-        request = parse_completion(await http.body())
+        request = parse_completion(await read_json_body(http))
         self._check_model(request.model)
-        prompt = request.prompt
-        token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         info = await self._model_info()
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            self._check_length(len(prompt), info, "prompt")
+            token_ids = await asyncio.to_thread(self._tokenizer.encode, prompt)
+        else:
+            token_ids = prompt
         self._check_prompt(token_ids, info, "prompt")
         params = _sampling(request, request.max_tokens, request.logprobs)
         generate = _generate_request(token_ids, params, info)
@@ -123,14 +142,15 @@ class Ingress:
 
     async def chat_completions(self, http: Request) -> Response:
         """A conversation, put through the model's chat template, and the assistant's next message."""
-        request = parse_chat(await http.body())
+        request = parse_chat(await read_json_body(http))
         self._check_model(request.model)
+        info = await self._model_info()
+        self._check_length(sum(len(message.content) for message in request.messages), info, "messages")
         messages = [{"role": message.role, "content": message.content} for message in request.messages]
         try:
-            token_ids = self._tokenizer.apply_chat_template(messages)
+            token_ids = await asyncio.to_thread(self._tokenizer.apply_chat_template, messages)
         except ChatTemplateError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_value") from error
-        info = await self._model_info()
         self._check_prompt(token_ids, info, "messages")
         limit = request.token_limit or info.max_seq_len - len(token_ids)
         params = _sampling(request, limit, (request.top_logprobs or 0) if request.logprobs else None)
@@ -146,13 +166,23 @@ class Ingress:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def _model_info(self) -> ReplicaInfo:
-        """What the replicas say of the model; waits for the first replica."""
+        """What the replicas of our model say of it; waits for the first of them."""
         deadline = time.monotonic() + FIRST_REPLICA_TIMEOUT_S
-        while (info := self._state.info()) is None:
+        while (info := self._state.info(self._weights_id)) is None:
             if time.monotonic() > deadline:
                 raise ApiError(503, "No replica is ready; try again later.", code="no_replica", kind="server_error")
             await asyncio.sleep(0.05)
         return info
+
+    def _check_length(self, num_characters: int, info: ReplicaInfo, param: str) -> None:
+        """Refuses a text that cannot fit however it is tokenised, before it costs the time to do so."""
+        most = info.max_seq_len * self._longest_token
+        if num_characters > most:
+            message = (
+                f"This model's maximum context length is {info.max_seq_len} tokens, which are at most {most} "
+                f"characters, and your {param} has {num_characters}; shorten it."
+            )
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
 
     @staticmethod
     def _check_prompt(token_ids: list[int], info: ReplicaInfo, param: str) -> None:
@@ -188,7 +218,7 @@ class Ingress:
 
 def _generate_request(token_ids: list[int], params: SamplingParams, info: ReplicaInfo) -> GenerateRequest:
     hashes = hash_blocks(generation_root(info.weights_id), token_ids, info.block_size)
-    return GenerateRequest(uuid.uuid4().hex, tuple(token_ids), tuple(hashes), params)
+    return GenerateRequest(uuid.uuid4().hex, tuple(token_ids), tuple(hashes), params, info.weights_id)
 
 
 def _report(first: RoutedChunk) -> RouteReport:
@@ -197,7 +227,7 @@ def _report(first: RoutedChunk) -> RouteReport:
 
 
 def _headers(report: RouteReport) -> dict[str, str]:
-    return {"X-Caravan-Replica": report.replica, "X-Request-Id": report.request_id}
+    return {"X-Caravan-Replica": report.replica}
 
 
 def _sampling(request: CompletionRequest | ChatRequest, max_tokens: int, logprobs: int | None) -> SamplingParams:
@@ -255,6 +285,6 @@ async def _answer_http_error(http: Request, error: Exception) -> Response:
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
 
 
-async def _answer_server_error(_: Request, error: Exception) -> Response:
-    body = ApiError(500, "The server failed on this request.", kind="server_error", code=type(error).__name__).body()
-    return JSONResponse(body, 500)
+async def _answer_server_error(_: Request, __: Exception) -> Response:
+    error = ApiError(500, "The server failed on this request.", kind="server_error", code="internal_error")
+    return JSONResponse(error.body(), 500)

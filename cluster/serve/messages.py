@@ -9,14 +9,16 @@ from llama.engine import BlockEvent, CacheSnapshot, Chunk, SamplingParams
 class GenerateRequest:
     """A tokenised prompt on its way to a replica of the router's choice.
 
-    `hashes` are the prompt's block hashes (one per full block), computed once by the ingress. `avoid` names
-    replicas to use only if no other is left: those on which this request has already failed.
+    `hashes` are the prompt's block hashes (one per full block), computed once by the ingress. `weights_id` names the
+    model that the prompt is for: during a redeployment replicas of two models run. `avoid` names replicas to use only
+    if no other is left: those on which this request has already failed.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     hashes: tuple[bytes, ...]
     params: SamplingParams
+    weights_id: str
     avoid: frozenset[str] = frozenset()
 
 
@@ -73,6 +75,10 @@ class ReplicaChunk:
 
     replica: str
     chunk: Chunk
+
+
+class WrongModel(RuntimeError):
+    """A request reached a replica of another model than it is for."""
 
 
 class WrongReplica(RuntimeError):

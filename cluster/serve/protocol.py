@@ -64,6 +64,9 @@ TokenId = Annotated[int, Field(ge=0)]
 
 
 class _Request(BaseModel):
+    """What both kinds of request have. `user` is OpenAI's label of the caller's end user: accepted, because its
+    clients send it, and by definition without effect on the answer."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     model: str
@@ -158,6 +161,7 @@ def parse_chat(body: bytes) -> ChatRequest:
 def _json_object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # fails on half of a surrogate pair, which is no text
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"We could not parse the JSON body of your request: {error}", code="invalid_json") from None
     if not isinstance(value, dict):

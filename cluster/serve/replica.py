@@ -4,7 +4,7 @@
     subscribe   the prefix cache from a snapshot onwards, and the load; a stream for each ingress process
     flush_cache drops every reusable block
 
-Calls that are meant for one replica carry its name and are refused elsewhere.
+Calls that are meant for one replica carry its name and are refused elsewhere, as are requests for another model.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ import torch
 from ray import serve
 
 from cluster.serve.broadcast import Broadcast
+from cluster.serve.loopback import NodeOnlyServer
 from cluster.serve.messages import (
     GenerateRequest,
     ReplicaChunk,
@@ -28,9 +29,12 @@ from cluster.serve.messages import (
     ReplicaLoad,
     ReplicaTarget,
     ReplicaUpdate,
+    WrongModel,
     WrongReplica,
 )
-from cluster.serve.weights import fetch_model, node_cache_dir, weights_id
+from cluster.serve.weights import fetch_model, weights_id
+from cluster.session import node_folder
+from cluster.storage import Store
 from llama.engine import Chunk, Engine, EngineConfig, EngineFailed
 from llama.hf import load_pretrained
 from llama.tokenizer import Tokenizer
@@ -57,9 +61,10 @@ class EngineReplica:
     """One engine behind Serve. Deploy it with `cluster.serve.app.build`."""
 
     def __init__(self, config: ReplicaConfig) -> None:
+        self._server = NodeOnlyServer()
         torch.set_num_threads(config.threads)
         started = time.monotonic()
-        directory = fetch_model(config.model, node_cache_dir())
+        directory = fetch_model(config.model, node_folder("models"))
         device = _device(config.use_gpu)
         model = load_pretrained(directory, dtype=getattr(torch, config.dtype)).to(device)
         self._engine = Engine(model, Tokenizer.load(directory), config.engine, weights_id=weights_id(directory))
@@ -77,10 +82,15 @@ class EngineReplica:
             block_size=config.engine.block_size,
             num_blocks=config.engine.num_blocks,
         )
-        logger.info(f"Engine of {config.model} ready in {time.monotonic() - started:.1f} s on {device}.")
+        logger.info(f"Engine of {Store(config.model)} ready in {time.monotonic() - started:.1f} s on {device}.")
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[ReplicaChunk]:
-        """Streams a request's chunks. Raises what `Engine.stream` raises; closing it aborts the request."""
+        """Streams a request's chunks; closing it aborts the request.
+
+        Raises WrongModel, and what `Engine.stream` raises.
+        """
+        if request.weights_id != self._info.weights_id:
+            raise WrongModel(f"this is a replica of model {self._info.weights_id}, not {request.weights_id}")
         stream = self._engine.stream(request.token_ids, request.params, request_id=request.request_id)
         try:
             async with aclosing(cast(AsyncGenerator[Chunk, None], stream)) as chunks:
@@ -116,6 +126,7 @@ class EngineReplica:
 
     def check_health(self) -> None:
         """Serve's probe. Raises once the engine's step loop has died; Serve then replaces the replica."""
+        self._server.check()
         if self._failure is not None:
             raise self._failure
 

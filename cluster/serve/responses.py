@@ -21,6 +21,7 @@ from openai.types.completion_choice import Logprobs
 from openai.types.completion_usage import PromptTokensDetails
 from pydantic import BaseModel
 
+from cluster.serve.token_text import TextOffsets, token_bytes, token_name
 from llama.engine import Chunk, TokenLogprob
 from llama.tokenizer import Tokenizer
 
@@ -79,8 +80,8 @@ class Reply(ABC):
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         )
 
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+    def _name(self, token_id: int) -> str:
+        return token_name(self._tokenizer, token_id)
 
     @property
     def _whole_text(self) -> str:
@@ -99,10 +100,13 @@ def with_report(body: BaseModel, report: RouteReport) -> BaseModel:
 class CompletionReply(Reply):
     """`/v1/completions`."""
 
+    def __init__(self, request_id: str, model: str, tokenizer: Tokenizer, *, want_logprobs: bool) -> None:
+        super().__init__(request_id, model, tokenizer, want_logprobs=want_logprobs)
+        self._offsets = TextOffsets(tokenizer)  # of the pieces; text lags behind its tokens
+
     def piece(self, chunk: Chunk) -> BaseModel:
-        offset = len(self._whole_text)
         self.add(chunk)
-        return self._completion(self._choice(chunk.text, chunk.finish_reason, chunk.logprobs, offset))
+        return self._completion(self._choice(chunk.text, chunk.finish_reason, chunk.logprobs, self._offsets))
 
     def usage_piece(self, report: RouteReport) -> BaseModel:
         body = self._completion()
@@ -110,7 +114,8 @@ class CompletionReply(Reply):
         return with_report(body, report)
 
     def whole(self, report: RouteReport) -> BaseModel:
-        body = self._completion(self._choice(self._whole_text, self._finish_reason, self._logprobs, 0))
+        offsets = TextOffsets(self._tokenizer)
+        body = self._completion(self._choice(self._whole_text, self._finish_reason, self._logprobs, offsets))
         body.usage = self.usage()
         return with_report(body, report)
 
@@ -124,26 +129,21 @@ class CompletionReply(Reply):
         )
 
     def _choice(
-        self, text: str, finish_reason: str | None, logprobs: list[TokenLogprob] | None, offset: int
+        self, text: str, finish_reason: str | None, logprobs: list[TokenLogprob] | None, offsets: TextOffsets
     ) -> CompletionChoice:
         # construct: a streamed choice has no finish_reason yet, which the package's type for whole ones does not allow.
         return CompletionChoice.model_construct(
-            index=0, text=text, finish_reason=finish_reason, logprobs=self._format(logprobs or [], offset)
+            index=0, text=text, finish_reason=finish_reason, logprobs=self._format(logprobs or [], offsets)
         )
 
-    def _format(self, logprobs: list[TokenLogprob], offset: int) -> Logprobs | None:
+    def _format(self, logprobs: list[TokenLogprob], offsets: TextOffsets) -> Logprobs | None:
         if not self._want_logprobs:
             return None
-        tokens = [self._text(entry.token_id) for entry in logprobs]
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
         return Logprobs(
-            tokens=tokens,
+            tokens=[self._name(entry.token_id) for entry in logprobs],
             token_logprobs=[entry.logprob for entry in logprobs],
-            top_logprobs=[{self._text(token_id): value for token_id, value in entry.top.items()} for entry in logprobs],
-            text_offset=offsets,
+            top_logprobs=[{self._name(token_id): value for token_id, value in entry.top.items()} for entry in logprobs],
+            text_offset=[offsets.next(entry.token_id) for entry in logprobs],
         )
 
 
@@ -196,11 +196,11 @@ class ChatReply(Reply):
     def _format(self, logprobs: list[TokenLogprob]) -> list[ChatCompletionTokenLogprob]:
         return [
             ChatCompletionTokenLogprob(
-                token=self._text(entry.token_id),
+                token=self._name(entry.token_id),
                 bytes=self._bytes(entry.token_id),
                 logprob=entry.logprob,
                 top_logprobs=[
-                    TopLogprob(token=self._text(token_id), bytes=self._bytes(token_id), logprob=value)
+                    TopLogprob(token=self._name(token_id), bytes=self._bytes(token_id), logprob=value)
                     for token_id, value in entry.top.items()
                 ],
             )
@@ -208,6 +208,5 @@ class ChatReply(Reply):
         ]
 
     def _bytes(self, token_id: int) -> list[int] | None:
-        """UTF-8 of a token; None for a token that is part of a character, whose text is a replacement mark."""
-        text = self._text(token_id)
-        return None if "\ufffd" in text else list(text.encode())
+        raw = token_bytes(self._tokenizer, token_id)
+        return None if raw is None else list(raw)

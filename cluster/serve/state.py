@@ -19,6 +19,7 @@ from cluster.serve.ledger import Ledger, LedgerLoad, Reservation
 from cluster.serve.messages import GenerateRequest, ReplicaInfo, ReplicaLoad, ReplicaUpdate
 
 RESERVATION_TIMEOUT_S = 600.0
+SILENCE_S = 3.0  # updates come every half second; a replica that sends none for so long is frozen or cut off
 _UNKNOWN_FREE_BLOCKS = 1 << 30
 _DEFAULT_BLOCK_SIZE = 16
 
@@ -33,7 +34,11 @@ class _Replica:
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """One replica as this process sees it. `age_s`: seconds since its last update (None: never heard)."""
+    """One replica as this process sees it.
+
+    `fresh`: its cache is known here and its updates keep coming. `age_s`: seconds since the last one (None: never
+    heard).
+    """
 
     replica: str
     info: ReplicaInfo | None
@@ -91,21 +96,21 @@ class RoutingState:
         if self._on_replicas is not None:
             self._on_replicas()
 
-    def info(self) -> ReplicaInfo | None:
-        """What the replicas say of their model; None until the first has been heard."""
+    def info(self, weights_id: str) -> ReplicaInfo | None:
+        """What the replicas of a model say of it; None until the first of them has been heard."""
         with self._lock:
-            return next((known.info for known in self._replicas.values() if known.info), None)
+            return self._info(weights_id)
 
     def status(self) -> list[ReplicaStatus]:
         """Every replica, in the order Serve lists them."""
-        now = self._clock()
         with self._lock:
+            now = self._clock()
             return [
                 ReplicaStatus(
                     replica,
                     known.info,
                     known.load,
-                    self._index.is_fresh(replica),
+                    self._is_fresh(replica),
                     self._index.num_blocks(replica),
                     self._ledger.load(replica).active_requests,
                     now - known.updated_at if known.load else None,
@@ -148,7 +153,7 @@ class RoutingState:
         loop = asyncio.get_running_loop()
         waiter = _Waiter(replica, seq, loop, loop.create_future())
         with self._lock:
-            if not self._index.is_fresh(replica) or self._has_applied(waiter):
+            if not self._is_fresh(replica) or self._has_applied(waiter):
                 return self._has_applied(waiter)
             self._waiters.append(waiter)
         try:
@@ -171,6 +176,7 @@ class RoutingState:
     def select(self, request: GenerateRequest, candidates: Sequence[str]) -> list[str]:
         """Ranks the candidates for a request, best first, and books it on the first of them.
 
+        Replicas known to have another model are left out, unless there is no other: then they are to refuse it.
         Serve may still ask about a request that its client has just left, and other handles about requests whose end
         we would never hear of: neither is booked.
         """
@@ -179,11 +185,13 @@ class RoutingState:
                 self._scores.pop(request_id, None)
             self._ledger.release(request.request_id)
             matches = self._index.match(request.hashes)
+            info = self._info(request.weights_id)
+            suitable = [name for name in candidates if self._may_have(name, request.weights_id)] or candidates
             scores = choose(
                 request.hashes,
                 len(request.token_ids),
-                self._block_size(),
-                [self._candidate(replica, matches.get(replica, 0)) for replica in candidates],
+                info.block_size if info else _DEFAULT_BLOCK_SIZE,
+                [self._candidate(name, matches.get(name, 0) if self._is_fresh(name) else 0) for name in suitable],
                 self.coefficients,
             )
             scores.sort(key=lambda score: score.replica in request.avoid)
@@ -229,8 +237,18 @@ class RoutingState:
 
     # -- with the lock held --------------------------------------------------------------------------------
 
-    def _block_size(self) -> int:
-        return next((known.info.block_size for known in self._replicas.values() if known.info), _DEFAULT_BLOCK_SIZE)
+    def _info(self, weights_id: str) -> ReplicaInfo | None:
+        infos = (known.info for known in self._replicas.values())
+        return next((info for info in infos if info and info.weights_id == weights_id), None)
+
+    def _may_have(self, replica: str, weights_id: str) -> bool:
+        known = self._replicas.get(replica)
+        return known is None or known.info is None or known.info.weights_id == weights_id
+
+    def _is_fresh(self, replica: str) -> bool:
+        known = self._replicas.get(replica)
+        heard = known is not None and self._clock() - known.updated_at <= SILENCE_S
+        return heard and self._index.is_fresh(replica)
 
     def _book(self, request_id: str, num_tokens: int, score: Score) -> None:
         deadline = self._clock() + RESERVATION_TIMEOUT_S

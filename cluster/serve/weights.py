@@ -42,19 +42,13 @@ def fetch_model(uri: str, cache_dir: Path) -> Path:
     return local
 
 
-def node_cache_dir() -> Path:
-    """A folder of this node's Ray session, which goes when Ray's temporary folder goes."""
-    import ray
-
-    node_id = ray.get_runtime_context().get_node_id()
-    node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
-    return Path(node["ObjectStoreSocketName"]).parent.parent / "caravan-models"
-
-
 def weights_id(directory: Path) -> str:
-    """Names the weights by content: xxh3_128 over the names and bytes of the safetensors files."""
+    """Names the weights, and the tokenizer that gives their input its meaning, by content.
+
+    It is xxh3_128 over the names, sizes and bytes of the safetensors files and of tokenizer.json.
+    """
     checksum = xxhash.xxh3_128()
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("tokenizer.json")]):
         checksum.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))
         for block in _blocks(path):
             checksum.update(block)

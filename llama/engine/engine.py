@@ -81,6 +81,8 @@ class Engine:
         self._names = count()
         self._failure: BaseException | None = None
         self._closed = False
+        self._interruptible = False
+        """The model runs: the books are whole, and say that this step is not done."""
         self._thread: threading.Thread | None = None
         self._step_lock = threading.Lock()
         self._lock = threading.RLock()
@@ -199,6 +201,7 @@ class Engine:
 
         Raises:
             EngineFailed: an earlier step raised. What this step raises itself goes through as it is.
+            KeyboardInterrupt: likewise; the engine goes on if it came while the model ran, as it nearly always does.
         """
         self._step()
         with self._lock:
@@ -209,10 +212,15 @@ class Engine:
         with self._step_lock:
             with self._lock:
                 self._check_open()
+            self._interruptible = False
             try:
                 self._compute_step()
             except BaseException as error:
-                self._fail(error)
+                # An interrupted model run is done again. An interrupt elsewhere may leave books half written, and one
+                # in the step thread leaves nobody to go on.
+                in_thread = threading.current_thread() is self._thread
+                if isinstance(error, Exception) or in_thread or not self._interruptible:
+                    self._fail(error)
                 raise
 
     def _compute_step(self) -> None:
@@ -224,7 +232,9 @@ class Engine:
                     raise RuntimeError("requests wait and none can be scheduled: a defect of the scheduler")
                 return
             inputs = self._runner.prepare(scheduled)
+        self._interruptible = True
         tokens = self._runner.run(inputs)
+        self._interruptible = False
         with self._lock:
             outputs = self._commit(scheduled, tokens)
             produced_events = self._blocks.event_seq != first_seq
@@ -361,7 +371,7 @@ class Engine:
                     return
             try:
                 self._step()
-            except Exception:
+            except BaseException:
                 return  # `_fail` has told every stream, and the log
 
     # The cache and its events.

@@ -155,10 +155,22 @@ class Request:
     status: Status = Status.WAITING
     random: random.Random = field(init=False)
     """One draw per sampled token: the samples depend on the seed and on nothing else in the batch."""
+    _draw: tuple[int, float] = (0, 0.0)
+    """Where the last draw samples a token, and the draw."""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
-        self.random = random.Random(self.params.seed)
+        seed = self.params.seed
+        # Of a negative integer `random.Random` takes the absolute value: 0, -1, 1, -2, ... become 0, 1, 2, 3, ...
+        self.random = random.Random(None if seed is None else 2 * seed if seed >= 0 else -2 * seed - 1)
+
+    def uniform(self) -> float:
+        """The number in [0, 1) that samples the next token; the same again if a step has to be done again."""
+        position, number = self._draw
+        if position != len(self.token_ids):
+            number = self.random.random()
+            self._draw = (len(self.token_ids), number)
+        return number
 
     @property
     def num_missing(self) -> int:

@@ -48,7 +48,7 @@ class ModelRunner:
         )
 
     def prepare(self, scheduled: Sequence[ScheduledTokens]) -> StepInputs:
-        """The inputs of a step; draws one random number for each request that will sample."""
+        """The inputs of a step, with a random number for each request that will sample."""
         token_ids: list[int] = []
         positions: list[int] = []
         output_index: list[int] = []
@@ -66,7 +66,7 @@ class ModelRunner:
             plan=plan_attention(spans, self.cache.block_size, self.device),
             output_index_N=torch.tensor(output_index, dtype=torch.int64, device=self.device),
             params=tuple(request.params for request in sampling),
-            uniforms=tuple(0.0 if request.params.greedy else request.random.random() for request in sampling),
+            uniforms=tuple(0.0 if request.params.greedy else request.uniform() for request in sampling),
         )
 
     @torch.inference_mode()

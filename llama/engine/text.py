@@ -23,35 +23,52 @@ class TextTokenizer(Protocol):
 class IncrementalDecoder:
     """Decodes token by token; the pieces joined are `decode` of all tokens.
 
-    A token may hold a part of a character. Only the last replacement character of a text can still turn into
-    something else, so that one alone is held back. Each call decodes the tokens since the last whole character, behind
-    the ones before them: some decoders treat the first token of a text in a special way.
+    Each call decodes the new tokens behind some earlier ones, because the first token of a text may lose its space, and
+    hands out what lies behind the earlier ones' text. Replacement characters at the end are held back: they may be the
+    beginning of a character, one of them for all its bytes or one for each, as decoders differ. After `PATIENCE`
+    tokens they are no beginning, and only the last can still turn into something else.
+
+    A byte-fallback decoder makes replacement characters of a whole run of bytes once one of them is wrong. Text that
+    was handed out stays as it is then, and the wrong bytes are decoded by themselves.
     """
+
+    PATIENCE = 8
+    """More than the four bytes of a character, since tokens without text may lie between them."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._context: list[int] = []
+        self._prefix = tokenizer.decode([])
+        """Text of `_context`."""
         self._pending: list[int] = []
-        self._emitted = ""
-        """Text of `_context`, and what has been handed out of `_pending`'s."""
+        self._emitted = 0
+        """Characters handed out of `_pending`'s text."""
 
     def push(self, token_id: int) -> str:
         """The text that is certain now and was not before."""
         self._pending.append(token_id)
-        text = self._tokenizer.decode(self._context + self._pending)
-        if not text.endswith(REPLACEMENT):
-            new = text[len(self._emitted) :]
-            self._context, self._pending = self._pending, []
-            self._emitted = self._tokenizer.decode(self._context)
-            return new
-        new = text[len(self._emitted) : -1]
-        self._emitted += new
+        text = self._pending_text()
+        if not text and token_id in self._pending[:-1]:
+            self._pending.pop()  # a special token, again: nothing to come depends on it
+        held = len(text) - len(text.rstrip(REPLACEMENT))
+        if held and len(self._pending) >= self.PATIENCE:
+            held = 1
+        new = text[self._emitted : len(text) - held]
+        self._emitted += len(new)
+        if text and not held:
+            self._context, self._pending, self._emitted = self._pending, [], 0
+            self._prefix = self._tokenizer.decode(self._context)
         return new
 
     def finish(self) -> str:
-        """What was held back: the replacement character of an unfinished one, as `decode` gives it."""
+        """What was held back: the replacement characters of an unfinished one, as `decode` gives them."""
+        return self._pending_text()[self._emitted :]
+
+    def _pending_text(self) -> str:
         text = self._tokenizer.decode(self._context + self._pending)
-        return text[len(self._emitted) :]
+        if text.startswith(self._prefix):
+            return text[len(self._prefix) :]
+        return self._tokenizer.decode(self._pending)
 
 
 class StopMatcher:

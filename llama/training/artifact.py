@@ -11,13 +11,16 @@ from typing import Any, BinaryIO, Protocol, Self
 
 
 class Entry(Protocol):
-    """A stored file: path relative to its attempt, size in bytes."""
+    """A stored file: path relative to its attempt, size in bytes, `xxh3_128:<hex>`."""
 
     @property
     def path(self) -> str: ...
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def checksum(self) -> str: ...
 
 
 class Output(Protocol):
@@ -69,7 +72,9 @@ class Attempt(Protocol):
 class Artifact(Protocol):
     """A folder that counts only once its manifest exists."""
 
-    def manifest(self) -> Manifest | None: ...
+    def manifest(self) -> Manifest | None:
+        """None if nothing is committed. Raises OSError if the store fails, or what it holds there is no manifest."""
+        ...
 
     @property
     def files(self) -> Files:

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
-from llama.training.artifact import Artifact, Files
+from llama.training.artifact import Artifact, Files, Manifest
 from llama.training.optim import optimizer_tensors
 from llama.training.tensor_files import (
     ArtifactReader,
     ArtifactWriter,
     CorruptCheckpoint,
+    StoredTensor,
     read_index,
     read_tensors,
 )
@@ -36,6 +37,10 @@ __all__ = ["CheckpointError", "Checkpointer", "CorruptCheckpoint", "load_model_w
 log = logging.getLogger(__name__)
 
 FilesT = TypeVar("FilesT", bound=Files)
+ResultT = TypeVar("ResultT")
+
+MANIFEST = "manifest.json"
+"""What makes an artifact count, in its folder."""
 
 _MODEL = "model."
 _OPTIMIZER = "optimizer."
@@ -65,7 +70,9 @@ def load_model_weights(artifact: Artifact, model: nn.Module) -> dict[str, Any]:
     if manifest is None:
         raise FileNotFoundError(f"{artifact}: no committed checkpoint here")
     files = artifact.files
-    read_tensors(files, read_index(files), {_MODEL + name: tensor for name, tensor in model.state_dict().items()})
+    read_tensors(
+        files, read_index(files, manifest), {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    )
     return manifest.metadata
 
 
@@ -93,14 +100,19 @@ class Checkpointer:
         return self._open(f"step-{step:08d}")
 
     def latest(self) -> int | None:
-        """The last step with a whole, committed checkpoint; None if there is none. Rank 0 looks, all ranks are told."""
-        found: list[int | None] = [None]
-        if self._group is None or dist.get_rank() == 0:
+        """The last step with a whole, committed checkpoint; None if there is none. Rank 0 looks, all ranks are told.
+
+        Files are looked for, not read: `load` may still find wrong bytes.
+        """
+
+        def find() -> int | None:
             steps = sorted(self._steps(), reverse=True)
-            found = [next((step for step in steps if self._is_whole(step)), None)]
-        if self._group is not None:
-            dist.broadcast_object_list(found, src=0, group=self._group)
-        return found[0]
+            found = next((step for step in steps if self._is_whole(step)), None)
+            if steps and found is None:
+                log.warning("checkpoints of steps %s are stored, none of them whole: nothing to resume from", steps)
+            return found
+
+        return self._on_first_rank(find)
 
     def save(self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], *, wait: bool = False) -> None:
         """Copies the tensors and writes them in the background; a save still under way is awaited first.
@@ -145,15 +157,11 @@ class Checkpointer:
 
         Raises:
             FileNotFoundError: no such checkpoint is committed.
-            CheckpointError: a tensor is absent, has another shape, or its bytes are wrong.
+            CorruptCheckpoint: bytes are wrong, on whichever rank; every rank raises it. What was filled so far stays.
+            CheckpointError: a tensor is absent or has another shape, or the store failed.
         """
         group = self._require_group()
-        artifact = self.artifact(step)
-        manifest = artifact.manifest()
-        if manifest is None:
-            raise FileNotFoundError(f"{artifact}: no committed checkpoint of step {step}")
-        files = artifact.files
-        index = read_index(files)
+        files, index, progress = self._on_first_rank(lambda: self._contents(step))
         rng = {key: torch.get_rng_state() for key in (f"rng.{dist.get_rank()}",) if key in index}
         try:
             dcp.load(
@@ -163,14 +171,27 @@ class Checkpointer:
                 process_group=group,
             )
         except CheckpointException as error:
+            for cause, _ in error.failures.values():
+                if isinstance(cause, CorruptCheckpoint):
+                    raise cause from error
             raise CheckpointError(f"the checkpoint of step {step} could not be read: {error}") from error
         for state in rng.values():
             torch.set_rng_state(state)
-        return manifest.metadata
+        return progress
+
+    def discard(self, step: int, reason: Exception) -> None:
+        """Removes the checkpoint of `step`, and says so in the log; rank 0 does, for all ranks."""
+
+        def remove() -> None:
+            artifact = self.artifact(step)
+            log.warning("%s: discarding the checkpoint of step %d: %s", artifact, step, reason)
+            artifact.delete()
+
+        self._on_first_rank(remove)
 
     def discard_broken(self, step: int) -> None:
-        """Removes a committed checkpoint of `step` that has lost a part, so that it can be written again."""
-        if self.artifact(step).manifest() is not None and not self._is_whole(step):
+        """Removes what is stored of `step` and is no whole checkpoint, so that it can be written again."""
+        if step in self._steps() and not self._is_whole(step):
             self.artifact(step).delete()
 
     def retire(self) -> None:
@@ -180,6 +201,29 @@ class Checkpointer:
         for step in steps:
             if kept and step < kept[0]:
                 self.artifact(step).delete()
+
+    def _on_first_rank(self, action: Callable[[], ResultT]) -> ResultT:
+        """Acts on rank 0 alone; every rank returns what it returned, or raises what it raised."""
+        if self._group is None:
+            return action()
+        outcome: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def _contents(self, step: int) -> tuple[Files, dict[str, StoredTensor], dict[str, Any]]:
+        """The files of a checkpoint, its index and its progress."""
+        artifact = self.artifact(step)
+        manifest = artifact.manifest()
+        if manifest is None:
+            raise FileNotFoundError(f"{artifact}: no committed checkpoint of step {step}")
+        return artifact.files, read_index(artifact.files, manifest), manifest.metadata
 
     def _require_group(self) -> dist.ProcessGroup:
         if self._group is None:
@@ -194,11 +238,25 @@ class Checkpointer:
     def _is_whole(self, step: int) -> bool:
         """Committed, and every file of the manifest is there in its full size."""
         artifact = self.artifact(step)
-        manifest = artifact.manifest()
+        manifest = self._manifest(artifact, step)
         if manifest is None:
             return False
         sizes = artifact.files.sizes()
         return all(sizes.get(file.path) == file.size for file in manifest.files)
+
+    def _manifest(self, artifact: Artifact, step: int) -> Manifest | None:
+        """The manifest; None when there is none, or its bytes are there and are no manifest."""
+        try:
+            return artifact.manifest()
+        except OSError:
+            # The store's failure or the manifest's? A store that hands out the bytes is not at fault.
+            with self._folder.child(f"step-{step:08d}").open_input(MANIFEST) as source:
+                source.read()
+        try:
+            return artifact.manifest()  # again: the store may have failed for a moment only
+        except OSError as error:
+            log.warning("the checkpoint of step %d does not count: %s", step, error)
+            return None
 
 
 class _RetainingWriter(ArtifactWriter):

@@ -33,10 +33,6 @@ class MeshPlan:
         """Ranks over which one slice of the experts is sharded further."""
         return self.dp_shard // self.ep
 
-    def expert_groups(self) -> list[range]:
-        """Ranks of every expert-parallel group, in order of rank."""
-        return [range(first, first + self.ep) for first in range(0, self.world_size, self.ep)]
-
 
 def plan_mesh(parallel: ParallelConfig, world_size: int) -> MeshPlan:
     """Fits `parallel` to `world_size` ranks.

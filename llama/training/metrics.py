@@ -39,12 +39,12 @@ class TrainSummary:
     step: int
     resumed_step: int
     """Step of the checkpoint that this part went on from; 0 for a fresh start."""
-    loss: float
-    """Of the last step, nats per token; NaN when no step was left to do."""
+    loss: float | None
+    """Of the last step, nats per token, whichever part took it; None when it is not finite or not known."""
     tokens: int
     """Since step 0."""
-    tokens_per_second: float
-    """Of this part, first step and checkpoints included; 0 when no step was left to do."""
+    tokens_per_second: float | None
+    """Of this part, first step and checkpoints included; None when no step was left to do."""
     seconds: float
     """Of this part's steps."""
     checkpoint_seconds: float

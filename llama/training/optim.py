@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -100,20 +99,3 @@ def scale_gradients(gradients: Iterable[Tensor], coefficient: float) -> None:
     shards = [local(gradient) for gradient in gradients]
     if coefficient != 1.0 and shards:
         torch._foreach_mul_(shards, coefficient)
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Clips the gradients of a sharded model by their global norm over both meshes and returns that norm.
-
-    A collective over the default group when there is one; without, the model is taken as whole.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    square = torch.tensor([local_square_sum(gradients, world_size)], dtype=torch.float64)
-    if world_size > 1:
-        device = gradients[0].device
-        square = square.to(device)
-        dist.all_reduce(square)
-    norm = math.sqrt(square.item())
-    scale_gradients(gradients, clip_coefficient(norm, max_norm))
-    return norm

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from llama.training.artifact import Artifact, Attempt, Entry, Files
+from llama.training.artifact import Artifact, Attempt, Entry, Files, Manifest
 
 INDEX = "index.json"
 
@@ -188,14 +188,19 @@ class ArtifactReader(StorageReader):
         return False
 
 
-def read_index(files: Files) -> dict[str, StoredTensor]:
+def read_index(files: Files, manifest: Manifest) -> dict[str, StoredTensor]:
     """The tensors of a committed checkpoint.
 
     Raises:
-        CorruptCheckpoint: the index is not one.
+        CorruptCheckpoint: the index is not the one that was committed.
     """
     with files.open_input(INDEX) as source:
         data = source.read()
+    checksum = f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"
+    if checksum not in (entry.checksum for entry in manifest.files if entry.path == INDEX):
+        raise CorruptCheckpoint(
+            f"{INDEX} is not what was written; delete the checkpoint and resume from an earlier one"
+        )
     try:
         return {
             name: StoredTensor(

@@ -15,6 +15,7 @@ probabilities Pᵢ are a sum over tokens, to which every rank adds its own.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from llama.losses import IGNORE_INDEX, balance_loss, cross_entropy_sum, z_loss
 from llama.model import Transformer
 from llama.moe import RoutingRecord
 from llama.training.attention import MAX_LENGTH, BlockCausalAttend
-from llama.training.checkpoint import Checkpointer, training_tensors
+from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, training_tensors
 from llama.training.config import TrainConfig
 from llama.training.mesh import build_mesh
 from llama.training.metrics import StepMetrics, TrainSummary
@@ -41,6 +42,8 @@ from llama.training.optim import build_optimizer, clip_coefficient, local_square
 from llama.training.parallel import apply_parallel, init_sharded_weights, moe_layers
 from llama.training.precision import fast_cpu_matmul
 from llama.training.schedule import learning_rate
+
+log = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
@@ -73,6 +76,8 @@ class _Progress:
     step: int = 0
     tokens: int = 0
     skipped_steps: int = 0
+    loss: float | None = None
+    """Of the last step; None before the first, or when it was not finite, which JSON cannot say."""
 
 
 @dataclass
@@ -88,12 +93,14 @@ class Trainer:
     """Trains a model from its config on this rank, as one of the ranks of the default process group.
 
     Without a process group it makes one of a single rank for the time of `fit`. With a checkpointer, training goes on
-    from its latest committed checkpoint, and saves every `checkpoint_every` steps and at the end.
+    from its latest committed checkpoint, and saves every `checkpoint_every` steps and at the end. A checkpoint whose
+    bytes are wrong is discarded, and the one before it taken.
 
     Args:
         loader: this rank's data.
         checkpointer: None trains without.
         on_metrics: called on every rank with the same values, every `log_every` steps and after the first and last.
+        on_resume: called on every rank before the first step, with the step that training goes on from (0: none).
 
     Raises:
         ValueError: the config does not fit the model or the number of ranks.
@@ -107,6 +114,7 @@ class Trainer:
         checkpointer: Checkpointer | None = None,
         *,
         on_metrics: Callable[[StepMetrics], None] = lambda metrics: None,
+        on_resume: Callable[[int], None] = lambda step: None,
         device: torch.device | str = "cpu",
     ) -> None:
         if config.seq_len > model_config.max_seq_len:
@@ -119,6 +127,7 @@ class Trainer:
         self.loader = loader
         self.checkpointer = checkpointer
         self.on_metrics = on_metrics
+        self.on_resume = on_resume
         self.device = torch.device(device)
 
     def fit(self) -> TrainSummary:
@@ -126,6 +135,7 @@ class Trainer:
         with _process_group(), fast_cpu_matmul():
             self._set_up()
             resumed_step = self._resume()
+            self.on_resume(resumed_step)
             return self._train(resumed_step)
 
     def _set_up(self) -> None:
@@ -135,9 +145,7 @@ class Trainer:
         with torch.device("meta"):
             model = Transformer(self.model_config)
         self.model = apply_parallel(model, meshes, self.config.precision)
-        init_sharded_weights(self.model, self.config.seed, self.device)
-        self.optimizer = build_optimizer(self.model, self.config.optimizer)
-        self._parameters = list(self.model.parameters())
+        self._initialise()
         blocks = self.device.type == "cpu" and self.config.seq_len <= MAX_LENGTH
         self._attend = BlockCausalAttend() if blocks else None
         self._moes = moe_layers(self.model)
@@ -145,23 +153,37 @@ class Trainer:
         self._dispatches = [dispatch for dispatch in dispatches if isinstance(dispatch, AllToAllDispatch)]
         self._progress = _Progress()
 
+    def _initialise(self) -> None:
+        """The state of step 0."""
+        init_sharded_weights(self.model, self.config.seed, self.device)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        self._parameters = list(self.model.parameters())
+
     def _resume(self) -> int:
-        """Goes back to the latest checkpoint; returns its step, 0 without one."""
-        step = self.checkpointer.latest() if self.checkpointer else None
-        if self.checkpointer is None or step is None:
-            return 0
-        saved = self.checkpointer.load(step, training_tensors(self.model, self.optimizer))
-        self._progress = _Progress(saved["step"], saved["tokens"], saved["skipped_steps"])
-        self.loader.load_state_dict(saved["loader"])
-        return step
+        """Goes back to the latest checkpoint that can be read; returns its step, 0 without one."""
+        checkpointer, discarded = self.checkpointer, False
+        while checkpointer is not None and (step := checkpointer.latest()) is not None:
+            try:
+                saved = checkpointer.load(step, training_tensors(self.model, self.optimizer))
+            except CorruptCheckpoint as error:
+                checkpointer.discard(step, error)
+                self._initialise()  # part of it may have been read
+                discarded = True
+                continue
+            self._progress = _Progress(saved["step"], saved["tokens"], saved["skipped_steps"], saved.get("loss"))
+            self.loader.load_state_dict(saved["loader"])
+            return step
+        if discarded and dist.get_rank() == 0:
+            log.warning("no checkpoint is left; training starts from step 0")
+        return 0
 
     def _train(self, resumed_step: int) -> TrainSummary:
-        clock, first_tokens, last_loss, bytes_moved = _Clock(), self._progress.tokens, math.nan, 0
+        clock, first_tokens, bytes_moved = _Clock(), self._progress.tokens, 0
         reported_tokens = first_tokens
         batches = iter(self.loader)
         while self._progress.step < self.config.steps:
             metrics = self._step([self._checked(next(batches)) for _ in range(self._accumulation)])
-            last_loss, bytes_moved = metrics.loss, bytes_moved + metrics.all_to_all_bytes
+            bytes_moved += metrics.all_to_all_bytes
             if metrics.step in (resumed_step + 1, self.config.steps) or metrics.step % self.config.log_every == 0:
                 now = time.perf_counter()
                 rate = (metrics.tokens - reported_tokens) / (now - clock.reported)
@@ -175,9 +197,9 @@ class Trainer:
         return TrainSummary(
             step=self._progress.step,
             resumed_step=resumed_step,
-            loss=last_loss,
+            loss=self._progress.loss,
             tokens=self._progress.tokens,
-            tokens_per_second=trained / seconds if trained else 0.0,
+            tokens_per_second=trained / seconds if trained else None,
             seconds=seconds,
             checkpoint_seconds=clock.checkpoint,
             all_to_all_bytes=bytes_moved,
@@ -207,8 +229,7 @@ class Trainer:
         sums = _StepSums(*torch.zeros(3, dtype=torch.float64, device=self.device))
         for index, batch in enumerate(batches):
             self._last_micro_step(index == len(batches) - 1)
-            loss = self._micro_step(batch, sums, counting, valid)
-            loss.backward()
+            self._micro_step(batch, sums, counting, valid).backward()
         bytes_sent = sum(dispatch.bytes_sent for dispatch in self._dispatches) - bytes_before
 
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -222,10 +243,12 @@ class Trainer:
         lr = self._update(gradients, norm, sums)
         self._progress.step += 1
         self._progress.tokens += self.config.global_batch * self.config.seq_len
+        loss = cross_entropy / max(1, int(valid))
+        self._progress.loss = loss if math.isfinite(loss) else None
         return StepMetrics(
             step=self._progress.step,
             steps=self.config.steps,
-            loss=cross_entropy / max(1, int(valid)),
+            loss=loss,
             learning_rate=lr,
             grad_norm=norm,
             tokens=self._progress.tokens,

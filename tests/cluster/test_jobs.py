@@ -1,6 +1,8 @@
 import time
+from typing import Any
 
 import pytest
+from ray.job_submission import JobDetails, JobStatus, JobType
 
 from cluster import jobs
 from cluster.session import ClusterError
@@ -24,6 +26,7 @@ def test_bad_address_is_one_clear_error_at_once(address: str) -> None:
     begun = time.monotonic()
     for call in (
         lambda: jobs.submit("true", "run", address=address),
+        lambda: jobs.check(address),
         lambda: jobs.list_jobs(address),
         lambda: jobs.status("run", address),
         lambda: list(jobs.logs("run", address)),
@@ -48,3 +51,79 @@ def test_environment_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ClusterError, match="127.0.0.1:1"):  # the argument, not the environment
             jobs.list_jobs("http://127.0.0.1:1")
         assert os.environ.get("RAY_API_SERVER_ADDRESS") == before
+
+
+# -- with a cluster that only keeps a list
+
+
+class FakeClient:
+    """Ray's client of a cluster where every job is over at once."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, JobDetails] = {}
+        self.error: Exception | None = None
+
+    def list_jobs(self) -> list[JobDetails]:
+        if self.error is not None:
+            raise self.error
+        return list(self.jobs.values())
+
+    def submit_job(self, *, entrypoint: str, submission_id: str, metadata: dict[str, str], **_: Any) -> str:
+        assert submission_id not in self.jobs, "Ray refuses an id twice"
+        self.jobs[submission_id] = JobDetails(
+            type=JobType.SUBMISSION,
+            submission_id=submission_id,
+            status=JobStatus.SUCCEEDED,
+            entrypoint=entrypoint,
+            start_time=1000 * (len(self.jobs) + 1),
+            metadata=metadata,
+        )
+        return submission_id
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        return self.jobs[job_id]
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    fake = FakeClient()
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: fake)
+    return fake
+
+
+URL = "http://127.0.0.1:1"
+
+
+def test_job_ids_are_free_ones_and_runs_keep_their_own(client: FakeClient) -> None:
+    submitted = [(run, jobs.submit("true", run, address=URL).id) for run in ("a", "a", "a-2", "a", "a-2", "a-3")]
+    assert submitted == [
+        ("a", "a"),
+        ("a", "a-2"),
+        ("a-2", "a-2-2"),
+        ("a", "a-3"),
+        ("a-2", "a-2-3"),
+        ("a-3", "a-3-2"),
+    ]
+    latest = {run: jobs.status(run, URL).id for run in ("a", "a-2", "a-3")}
+    assert latest == {"a": "a-3", "a-2": "a-2-3", "a-3": "a-3-2"}
+
+
+def test_unknown_run_names_those_that_are_there(client: FakeClient) -> None:
+    with pytest.raises(jobs.JobNotFound, match="no job of run 'x'; it has none at all"):
+        jobs.status("x", URL)
+    for run in ("b", "a", "b"):
+        jobs.submit("true", run, address=URL)
+    for call in (jobs.status, jobs.stop, lambda run, url: list(jobs.logs(run, url))):
+        with pytest.raises(jobs.JobNotFound, match="no job of run 'x'; its runs are b, a$"):
+            call("x", URL)
+    for number in range(20):
+        jobs.submit("true", f"many-{number}", address=URL)
+    with pytest.raises(jobs.JobNotFound, match="its runs are many-19, .*many-10 and 12 older$"):
+        jobs.status("x", URL)
+
+
+def test_check_needs_a_jobs_api_and_not_only_a_dashboard(client: FakeClient) -> None:
+    jobs.check(URL)
+    client.error = RuntimeError("404 page not found")
+    with pytest.raises(ClusterError, match=f"the Jobs API at {URL} failed: 404"):
+        jobs.check(URL)

@@ -2,9 +2,11 @@ import itertools
 
 import pytest
 
-from cluster.placement import NodeResources, PlacementError, WorkerNeeds, capacity, plan, refit, verify
+from cluster import placement
+from cluster.placement import NodeResources, PlacementError, WorkerNeeds, await_plan, capacity, plan, refit, verify
 
 ONE_CPU = WorkerNeeds()
+H200 = WorkerNeeds(gpus=1, accelerator_type="H200")
 
 
 def _nodes(slots: tuple[int, ...]) -> list[NodeResources]:
@@ -112,3 +114,72 @@ def test_refit_is_the_largest_multiple() -> None:
     for available, ep in itertools.product(range(20), range(1, 6)):
         fitting = [size for size in range(available + 1) if size % ep == 0]
         assert refit(available, ep) == max(fitting)
+
+
+# -- waiting for nodes
+
+
+class FakeCluster:
+    """A node with GPUs that appears at some look; and a record of what an autoscaler was asked for."""
+
+    def __init__(self, appears_at: float) -> None:
+        self.appears_at = appears_at
+        self.looks = 0
+        self.requests: list[list[dict[str, float]]] = []
+
+    def alive_nodes(self) -> list[NodeResources]:
+        self.looks += 1
+        head, node = NodeResources("head", cpus=8), NodeResources("gpu", cpus=96, gpus=8, accelerator_type="H200")
+        return [head, node] if self.looks >= self.appears_at else [head]
+
+    def request_resources(self, bundles: list[dict[str, float]]) -> None:
+        self.requests.append(bundles)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
+    fake = FakeCluster(appears_at=4)
+    monkeypatch.setattr(placement, "alive_nodes", fake.alive_nodes)
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", fake.request_resources)
+    monkeypatch.setattr(placement, "_POLL_SECONDS", 0.001)
+    return fake
+
+
+def test_no_room_is_refused_at_once_with_the_reason(cluster: FakeCluster) -> None:
+    with pytest.raises(PlacementError, match="no node has room for even one worker of 1 CPU and 1 GPU of H200"):
+        await_plan(4, 2, H200)
+    assert cluster.requests == [] and cluster.looks == 1
+
+
+def test_an_autoscaler_is_asked_once_and_the_request_is_withdrawn(cluster: FakeCluster) -> None:
+    assert await_plan(4, 2, H200, wait_seconds=30).node_ids == ["gpu"] * 4
+    assert cluster.looks == 4
+    assert cluster.requests == [[{"CPU": 1.0, "GPU": 1, "accelerator_type:H200": 0.001}] * 4, []]
+
+
+def test_room_that_is_there_is_asked_of_nobody(cluster: FakeCluster) -> None:
+    assert await_plan(4, 2, ONE_CPU, wait_seconds=30).node_ids == ["head"] * 4
+    assert cluster.requests == []
+
+
+def test_waiting_ends_and_withdraws(cluster: FakeCluster) -> None:
+    cluster.appears_at = float("inf")
+    with pytest.raises(PlacementError):
+        await_plan(4, 2, H200, wait_seconds=0.02)
+    assert cluster.requests[1:] == [[]]
+
+
+def test_what_no_node_could_help_is_not_waited_for(cluster: FakeCluster) -> None:
+    with pytest.raises(PlacementError, match="workers=3 is not a multiple of ep=2"):
+        await_plan(3, 2, H200, wait_seconds=30)
+    assert cluster.requests == [] and cluster.looks == 1
+
+
+def test_interrupt_withdraws_the_request(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        await_plan(4, 2, H200, wait_seconds=30)
+    assert cluster.requests[1:] == [[]]

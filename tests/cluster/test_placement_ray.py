@@ -1,15 +1,20 @@
 """A plan on a real Ray of two nodes with three slots each, which declare GPUs they do not have."""
 
+import os
+import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster import processes
 from cluster.head import prepare_environment
-from cluster.placement import WorkerNeeds, alive_nodes, plan, verify
-from cluster.session import ray_processes
+from cluster.placement import PlacementError, WorkerNeeds, alive_nodes, plan, run_on_cluster, verify
+from cluster.session import node_folder, ray_processes
 
 pytestmark = pytest.mark.integration
 
@@ -87,3 +92,65 @@ def test_planned_workers_never_split_and_their_gpus_are_asked_of_ray(cluster: No
     for _, gpus, assigned in facts:
         assert gpus == 1 and assigned["GPU"] == 1 and assigned["CPU"] == 0.5
         assert assigned["accelerator_type:H200"] == 0.001
+
+
+def test_function_runs_with_what_it_needs(cluster: None) -> None:
+    def facts(word: str) -> tuple[str, int, dict]:
+        import ray
+
+        context = ray.get_runtime_context()
+        return word, os.getpid(), context.get_assigned_resources()
+
+    word, pid, assigned = run_on_cluster(WorkerNeeds(cpus=0.5, gpus=2, accelerator_type="H200"), facts, "hello")
+    assert word == "hello" and pid != os.getpid()
+    assert (assigned["CPU"], assigned["GPU"], assigned["accelerator_type:H200"]) == (0.5, 2, 0.001)
+
+
+def test_function_that_fits_nowhere_is_refused_instead_of_queued(cluster: None) -> None:
+    with pytest.raises(PlacementError, match="no node has room for even one worker of 1 CPU and 4 GPU") as refused:
+        run_on_cluster(WorkerNeeds(gpus=4), os.getpid)
+    assert "\n" not in str(refused.value)
+
+
+def test_function_raises_its_own_error(cluster: None) -> None:
+    def fail() -> None:
+        raise FileNotFoundError("the checkpoint is gone")
+
+    with pytest.raises(FileNotFoundError) as failure:
+        run_on_cluster(WorkerNeeds(), fail)
+    assert type(failure.value) is FileNotFoundError and str(failure.value) == "the checkpoint is gone"
+
+
+def test_interrupt_cancels_the_task(cluster: None, tmp_path: Path) -> None:
+    def work(begun: Path, ended: Path) -> None:
+        try:
+            begun.touch()
+            for _ in range(600):
+                time.sleep(0.1)
+        finally:
+            ended.touch()
+
+    def interrupt() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_on_cluster(WorkerNeeds(), work, tmp_path / "begun", tmp_path / "ended")
+    thread.join()
+    assert (tmp_path / "ended").exists(), "it was told before the interrupt was passed on"
+
+
+def test_folder_of_a_node_is_the_same_for_its_workers(cluster: None) -> None:
+    def look() -> tuple[str, bool]:
+        folder = node_folder("shards")
+        return str(folder), folder.is_dir()
+
+    found = {run_on_cluster(WorkerNeeds(), look) for _ in range(2)}
+    assert found == {(str(node_folder("shards")), True)}
+    assert node_folder("other") != node_folder("shards")
+    for name in ("..", "a/b", ""):
+        with pytest.raises(ValueError, match="plain"):
+            node_folder(name)

@@ -1,10 +1,13 @@
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,15 +72,26 @@ def test_what_describes_an_own_cluster_is_refused_for_a_running_one() -> None:
 @pytest.mark.parametrize(
     "change", [{"pid": 2**22 + 1}, {"started": 1.0}], ids=["no such process", "another process of that number"]
 )
-def test_stale_record_is_removed_with_one_line(home: Path, change: dict, caplog: pytest.LogCaptureFixture) -> None:
+def test_stale_record_is_removed_under_the_lock_with_one_line(
+    home: Path, change: dict, caplog: pytest.LogCaptureFixture
+) -> None:
     me = processes.this_process()
     record = {"pid": os.getpid(), "started": me.create_time(), "address": "127.0.0.1:3", "dashboard_url": "http://x"}
     home.mkdir()
-    (home / "cluster.json").write_text(json.dumps(record | change))
-    assert recorded() is None and not (home / "cluster.json").exists()
-    assert len(caplog.messages) == 1 and "127.0.0.1:3" in caplog.messages[0]
-    with pytest.raises(ClusterError, match="no cluster is up"):
+    text = json.dumps(record | change)
+    (home / "cluster.json").write_text(text)
+    assert recorded() is None and caplog.messages == []
+    assert (home / "cluster.json").read_text() == text, "without the lock it may be a newer cluster's by now"
+    with pytest.raises(ClusterError, match=r"no cluster is up: the cluster at 127\.0\.0\.1:3 .* its record is removed"):
         down()
+    assert not (home / "cluster.json").exists()
+    with pytest.raises(ClusterError, match="nothing is noted"):
+        down()
+    (home / "cluster.json").write_text(text)
+    with pytest.raises(ClusterError, match="port=99999 cannot be used"):
+        up(port=99999)
+    assert not (home / "cluster.json").exists()
+    assert len(caplog.messages) == 1 and "127.0.0.1:3" in caplog.messages[0]
 
 
 def test_record_that_is_none_names_its_file(home: Path) -> None:
@@ -103,10 +117,66 @@ def test_taken_port_is_refused_before_anything_starts(home: Path, monkeypatch: p
 
 @pytest.mark.integration
 def test_head_that_does_not_start_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
+    monkeypatch.setenv("RAY_TMPDIR", str(home / ("too-long-for-a-socket" * 8)))
     with pytest.raises(ClusterError, match=r"Ray did not start: .+; see .*head\.log"):
         up(num_cpus=1)
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
+    with pytest.raises(ClusterError, match=r"Ray did not start: /proc/nowhere/.* cannot be made .*RAY_TMPDIR"):
+        up(num_cpus=1)
     assert not (home / "cluster.json").exists() and processes.tree(processes.this_process())[1:] == []
+
+
+_SLOW_HEAD = """
+    import subprocess, sys
+    from cluster import head
+    command = [sys.executable, "-c", "import time; time.sleep(100)"]
+    head._launch = lambda *arguments: subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    head.up()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_up_leaves_no_head_that_down_cannot_find(home: Path, number: signal.Signals) -> None:
+    record = home / "cluster.json"
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(_SLOW_HEAD)], cwd=REPOSITORY, stderr=subprocess.PIPE
+    ) as starting:
+        deadline = time.monotonic() + 60
+        while not record.exists():
+            assert starting.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        pid = json.loads(record.read_text())["pid"]
+        assert processes.find(pid) is not None
+        starting.send_signal(number)
+        starting.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        noted = recorded()
+        assert noted is not None and down() == noted
+    elif number == signal.SIGTERM:
+        assert starting.returncode == 128 + number
+    assert processes.find(pid) is None and not record.exists()
+
+
+def test_signals_are_handled_as_before_after_up_and_in_other_threads() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    errors: list[BaseException | None] = []
+    for run in (_failing_up, lambda: _in_thread(_failing_up)):
+        errors.append(run())
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert all("port=99999" in str(error) for error in errors), errors
+
+
+def _failing_up() -> BaseException | None:
+    try:
+        up(port=99999)
+    except Exception as error:
+        return error
+    return None
+
+
+def _in_thread(call: Callable[[], BaseException | None]) -> BaseException | None:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
 
 
 def test_loopback_is_recognised() -> None:
@@ -153,7 +223,7 @@ def test_runtime_env_ships_our_three_packages() -> None:
 
 _OWN_CLUSTER = """
     import json, os, sys, time
-    from cluster.session import ClusterError, connect, ray_processes
+    from cluster.session import ClusterError, connect, node_folder, ray_processes
     from cluster import processes
     session = connect(num_cpus=1)
     import ray
@@ -173,7 +243,7 @@ _OWN_CLUSTER = """
         pass
     facts = {
         "owned": session.owned, "shared": shared.owned, "alive": ray.is_initialized(), "files": files, "cwd": folder,
-        "path": path,
+        "path": path, "folder": str(node_folder("shards")),
         "pids": [member.pid for member in members],
         "open": [str(found) for found in processes.listeners(members) if not found.is_loopback],
         "listening": len(processes.listeners(members)), "dashboard": session.dashboard_url,
@@ -207,9 +277,11 @@ def test_own_cluster_is_loopback_only_ships_our_packages_and_leaves_nothing(tmp_
         assert driver.stdin is not None and driver.stdout is not None
         line = driver.stdout.readline()
         facts = json.loads(line)
+        assert Path(facts["folder"]).is_dir()
         driver.communicate("\n", timeout=60)
         assert driver.returncode == 0
         assert all(processes.find(pid) is None for pid in facts["pids"]), "close() returns when all are gone"
+    assert not Path(facts["folder"]).exists(), "it goes with its cluster"
     assert facts["owned"] and not facts["shared"] and facts["alive"]
     assert facts["open"] == [] and facts["listening"] > 5, "every socket of the cluster is on loopback"
     assert all("/py_modules_files/" in file for file in facts["files"]), facts["files"]

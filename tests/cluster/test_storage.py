@@ -5,14 +5,26 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import xxhash
 
-from cluster.filesystem import BlockCachedFile, explain
-from cluster.storage import Artifact, CorruptArtifact, FileEntry, NotFound, StorageError, Store
+from cluster.filesystem import AlreadyExists, BlockCachedFile, explain
+from cluster.storage import (
+    Artifact,
+    CorruptArtifact,
+    FileEntry,
+    FileStat,
+    LocationError,
+    Manifest,
+    NotFound,
+    StorageError,
+    Store,
+    has_credentials,
+)
 
 
 @pytest.fixture
@@ -31,6 +43,9 @@ def _files_on_disk(folder: Path) -> list[str]:
     ("uri", "message"),
     [
         ("", "empty"),
+        ("a\0b", "zero byte"),
+        ("s3://[bucket", "no URI"),
+        ("s3://bucket:80/x", "no ':'"),
         ("ftp://host/dir", "unknown scheme 'ftp'"),
         ("file://relative/dir", "file:///dir"),
         ("file:///a/../b", "'..'"),
@@ -42,8 +57,41 @@ def _files_on_disk(folder: Path) -> list[str]:
     ],
 )
 def test_bad_uri_is_refused_with_the_remedy(uri: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(LocationError, match=message):
         Store(uri)
+
+
+def test_credentials_are_recognised_before_anything_is_sent_or_stored() -> None:
+    for uri in (
+        "s3://key:secret@bucket/x",
+        "s3://key@bucket",
+        "S3://key:sec/ret@bucket/x",
+        "s3://key:sec#ret@bucket/x",
+        "gs://user:secret@bucket",
+        "ftp://user:secret@host/x",
+    ):
+        assert has_credentials(uri), uri
+    for uri in ("", "some/dir", "/a:b/c@d", "file:///a@b:c", "s3://bucket/a@b:c?region=x", "gs://anonymous@bucket/x"):
+        assert not has_credentials(uri), uri
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:hun/ter2@bucket/x",
+        "s3://key:hun#ter2@bucket/x",
+        "s3://key:hun?ter2@bucket/x",
+        "s3://key:hunter2@[bucket/x",
+        "s3://key:hunter2\u2100@bucket/x",
+        "s3://bucket/x?endpoint_override=key:hunter2@host:1",
+        "s3://key:hunter2@bucket/x?bogus=1",
+        "ftp://key:hun/ter2@host/x",
+    ],
+)
+def test_refusal_shows_no_secret(uri: str) -> None:
+    with pytest.raises(LocationError) as refused:
+        Store(uri)
+    assert "hun" not in str(refused.value) and "ter2" not in str(refused.value)
 
 
 def test_bare_path_is_the_same_store_as_its_file_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +117,7 @@ def test_child_keeps_the_options_and_nothing_leaves_the_store(store: Store) -> N
             lambda path: store.upload(__file__, path),
             lambda path: store.download(path, "/dev/null"),
         ):
-            with pytest.raises(ValueError, match="not a plain relative path|files being written"):
+            with pytest.raises(LocationError, match="not a plain relative path|files being written"):
                 call(path)
     with pytest.raises(ValueError, match="not a plain relative path"):
         store.delete("")
@@ -117,6 +165,36 @@ def test_list_is_recursive_sorted_and_relative_to_the_store(store: Store) -> Non
     store.delete("b")
     store.delete("b")
     assert store.list() == ["a", "bb/3"]
+
+
+def test_stats_tell_a_replaced_file_of_the_same_size(store: Store, tmp_path: Path) -> None:
+    store.write_bytes("a/x", b"old")
+    os.utime(tmp_path / "store/a/x", ns=(1, 1_000_000_007))
+    assert store.stats() == {"a/x": FileStat(3, 1_000_000_007)} == store.stats("a")
+    store.write_bytes("a/x", b"new")
+    assert store.stats()["a/x"].size == 3 and store.stats()["a/x"].mtime_ns > 1_000_000_007
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_json_is_not_written(store: Store, value: float) -> None:
+    with pytest.raises(ValueError, match=r"store: status\.json cannot be JSON"):
+        store.write_json("status.json", {"loss": [1.0, value]})
+    assert store.list() == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_exclusive_write_leaves_the_earlier_file(
+    store: Store, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: object, target: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    store.write_bytes("x", b"first", exclusive=True)
+    with pytest.raises(AlreadyExists, match="store/x: there is such a file"):
+        store.write_bytes("x", b"second", exclusive=True)
+    assert store.read_bytes("x") == b"first" and _files_on_disk(tmp_path / "store") == ["x"]
 
 
 def test_write_that_fails_leaves_the_older_file_and_no_trace(store: Store, tmp_path: Path) -> None:
@@ -291,9 +369,23 @@ def test_rivals_at_the_same_moment_all_end_with_a_whole_artifact(store: Store) -
         thread.join()
     final = artifact.verify()
     assert len(answers) == 8
-    for answer in [*answers, final]:  # whichever manifest a rival was shown, its files are whole and its own
-        files = store.child("attempts", answer.attempt)
-        assert files.read_bytes("x") == str(answer.metadata["number"]).encode() * 1000
+    assert answers == [final] * 8, "all are told the same winner"
+    assert artifact.files.read_bytes("x") == str(final.metadata["number"]).encode() * 1000
+
+
+def test_rival_that_commits_between_look_and_write_wins(store: Store) -> None:
+    artifact = Artifact(store)
+    winner, late = artifact.begin(), artifact.begin()
+    for attempt in (winner, late):
+        attempt.store.write_bytes("x", attempt.name.encode())
+    won: list[Manifest] = []
+
+    def entries_while_the_rival_commits() -> Iterator[FileEntry]:
+        won.append(winner.commit({"by": "winner"}))
+        yield late.store.entry("x")
+
+    assert late.commit({"by": "late"}, entries_while_the_rival_commits()) == won[0] == artifact.verify()
+    assert store.list() == [f"attempts/{name}/x" for name in sorted((winner.name, late.name))] + ["manifest.json"]
 
 
 def test_commit_refuses_entries_that_are_not_stored(store: Store) -> None:

@@ -6,11 +6,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from cluster.filesystem import BLOCK_BYTES
+from cluster.filesystem import BLOCK_BYTES, AlreadyExists
 from cluster.storage import Artifact, CorruptArtifact, NotFound, StorageError, Store
 from tests.swift import Swift
 
@@ -36,6 +37,10 @@ def test_files_round_trip(store: Store, tmp_path: Path) -> None:
     assert store.sizes() == {"a/long": LONG, "a/small": 5, "empty": 0} and store.list("nowhere") == []
     assert [store.entry(entry.path) for entry in entries] == entries
     assert store.read_bytes("a/long") == long and store.read_bytes("empty") == b""
+    assert {path: stat.size for path, stat in store.stats("a").items()} == {"a/long": LONG, "a/small": 5}
+    assert all(abs(stat.mtime_ns / 1e9 - time.time()) < 600 for stat in store.stats().values())
+    with pytest.raises(AlreadyExists):
+        store.write_bytes("a/small", b"other", exclusive=True)
     assert store.exists("a/small") and not store.exists("a") and not store.exists("b")
     with store.open_input("a/long") as file:
         assert file.seek(-7, os.SEEK_END) == LONG - 7 and file.read(100) == long[-7:]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama import ModelConfig, MoEConfig, Transformer
-from llama.hf import UnsupportedModel, load_pretrained, save_pretrained
+from llama.hf import UnsupportedModel, check_exportable, load_pretrained, save_pretrained
 
 transformers = pytest.importorskip("transformers")
 
@@ -100,6 +100,13 @@ def test_unnormalised_gates_cannot_be_exported_and_leave_nothing(tmp_path: Path)
     with pytest.raises(UnsupportedModel, match="normalize_top_k=False"):
         save_pretrained(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_is_known_from_the_config() -> None:
+    for moe in MOES.values():
+        check_exportable(ModelConfig(moe=moe))
+    with pytest.raises(UnsupportedModel, match=r"model\.moe\.normalize_top_k=False"):
+        check_exportable(ModelConfig(moe=MoEConfig(num_experts=4, normalize_top_k=False)))
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

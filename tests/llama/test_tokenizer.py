@@ -85,6 +85,15 @@ def test_what_the_template_refuses_is_one_clear_error(tokenizer: Tokenizer) -> N
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
+def test_an_end_token_among_the_ordinary_ones_is_still_a_control_token() -> None:
+    vocab = {"[UNK]": 0, "</s>": 1, "hi": 2, "user": 3}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{{ bos_token }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
+    tokenizer = Tokenizer(backend, bos_token=None, eos_token="</s>", pad_token=None, chat_template=template)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi user"}]) == [1, 2, 3, 1]
+
+
 def test_missing_parts_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)

@@ -1,12 +1,12 @@
 """What the command says when it is given something wrong: one line, a non-zero exit, nothing left behind."""
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipelines import cli
+from pipelines.recipe import Recipe
 
 RECIPE = {
     "name": "tiny",
@@ -87,6 +87,10 @@ def test_an_empty_source_is_one_line(
         (["resume", "../../etc"], ["malformed"]),
         (["deploy", "20260101-000000-abcdef"], ["there is no run"]),
         (["deploy", "/no/such/model", "--address", "127.0.0.1:1"], ["127.0.0.1:1"]),
+        (["deploy", "/no/such/model", "--accelerator-type", "H200"], ["accelerator_type", "gpus_per_replica"]),
+        (["deploy", "/no/such/model", "--cpus-per-replica", "0"], ["cpus_per_replica", "greater than 0"]),
+        (["deploy", "/no/such/model"], ["no cluster is up", "caravan up"]),
+        (["status"], ["no cluster is up", "--address auto"]),
         (["status", "--address", "127.0.0.1:1"], ["127.0.0.1:1"]),
         (["logs", "some-run"], ["caravan up", "--address"]),
         (["down"], ["no cluster is up"]),
@@ -107,6 +111,61 @@ def test_what_is_not_there_is_one_line(
     assert all(word in error for word in words), error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--store", "ftp://host/x"], ["ftp"]),
+        (["--store", "s3://bucket/x?bogus=1"], ["bogus"]),
+        (["--store", "s3://key:secret@bucket/x"], ["credentials", "environment"]),
+        (["--keep", "--until", "export"], ["--keep", "--until=export"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+@pytest.mark.parametrize("command", ["run", "submit"])
+def test_bad_options_are_one_line(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    command: str,
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    assert run_cli(monkeypatch, command, recipe, *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert all(word in error for word in words), error
+    assert "secret" not in error
+
+
+def test_submitting_to_nobody_leaves_nothing(
+    recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_cli(monkeypatch, "submit", recipe, "--run-id", "mine", "--address", "127.0.0.1:1") == 1
+    assert "127.0.0.1:1" in capsys.readouterr().err
+    assert not list(home.rglob("runs/*"))
+
+
+def test_relative_sources_mean_the_same_from_any_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    changed = {**RECIPE, "data": {"sources": [{"uri": "texts"}, {"uri": "stdlib"}, {"uri": "s3://bucket/texts"}]}}
+    loaded = Recipe.from_yaml(yaml.safe_dump(changed))
+    assert [source.uri for source in loaded.data.sources] == [str(home / "texts"), "stdlib", "s3://bucket/texts"]
+
+
+def test_usage_errors_and_interruptions_have_their_own_exit_codes(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_cli(monkeypatch, "run") == 2
+    assert "Missing argument 'recipe'" in capsys.readouterr().err
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_check_keep", interrupted)
+    assert run_cli(monkeypatch, "run", recipe) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
 def test_an_unknown_stage_is_one_line(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -114,17 +173,6 @@ def test_an_unknown_stage_is_one_line(
     error = capsys.readouterr().err
     assert "training" in error
     assert "pretrain" in error
-
-
-def test_a_taken_run_id_is_refused(
-    recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """Submit creates the run before it needs a cluster."""
-    folder = home / "home" / "store" / "runs" / "mine"
-    folder.mkdir(parents=True)
-    (folder / "status.json").write_text(json.dumps({"state": "done", "stages": {}}))
-    assert run_cli(monkeypatch, "submit", recipe, "--run-id", "mine", "--address", "127.0.0.1:1") == 1
-    assert "mine" in capsys.readouterr().err
 
 
 def test_an_unwritable_store_is_one_line(

@@ -236,3 +236,12 @@ def test_canonical_form_of_a_configuration():
         canonical({"x": [1, {2}]})
     with pytest.raises(GraphError, match="only strings"):
         canonical({1: 2})
+
+
+def test_a_watcher_that_fails_does_not_take_the_run_with_it(work):
+    def watch(event):
+        raise RuntimeError("the screen broke")
+
+    run = Run.create(work.store, "name: x\n")
+    Graph([work.stage("a")]).run(work.store, run, on_event=watch)
+    assert Run.open(work.store, run.id).status.state == "done"

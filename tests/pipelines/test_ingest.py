@@ -80,7 +80,7 @@ def test_the_size_of_parts_moves_no_document_to_another_split(corpus, ingested, 
 
 
 def test_a_missing_source_is_named_before_anything_runs():
-    with pytest.raises(DataError, match="data.sources.0..uri='/nowhere/at/all' has no files"):
+    with pytest.raises(DataError, match="data.sources.0..uri='/nowhere/at/all' does not exist"):
         ingest_stage(data_config("/nowhere/at/all"))
 
 

@@ -35,3 +35,9 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     reader.skip_existing()
     assert reader.poll() == []
     assert [(line["step"], line["by"]) for line in reader.steps()] == [(1, "t1"), (2, "t1"), (3, "t2"), (4, "t2")]
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    writer = MetricsWriter(Store(tmp_path), "a")
+    writer.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "tokens": 3})
+    assert MetricsReader(Store(tmp_path)).poll() == [{"step": 1, "loss": None, "grad_norm": None, "tokens": 3}]

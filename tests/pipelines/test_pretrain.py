@@ -1,13 +1,15 @@
 """The driver's side of training without a cluster: what is retried, and how room is found. The rest is in test_job."""
 
+import signal
 from dataclasses import replace
 
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
+from torch.distributed import DistNetworkError
 
 from cluster import placement
-from cluster.placement import NodeResources, PlacementError
+from cluster.placement import NodeResources
 from cluster.storage import StorageError
 from llama.config import ModelConfig
 from llama.training.config import OptimizerConfig, ParallelConfig
@@ -23,7 +25,8 @@ TRAIN = TrainRecipe(workers=4, parallel=ParallelConfig(ep=2), gpus_per_worker=1,
     ("failures", "reason", "retryable"),
     [
         ({0: RuntimeError("Connection closed by peer"), 1: ActorDiedError()}, "worker of rank 1 was lost", True),
-        ({0: RuntimeError("Connection closed by peer")}, "Connection closed", True),
+        ({0: RuntimeError("Connection closed by peer")}, "failed on rank 0: Connection closed", None),
+        ({0: DistNetworkError("timed out")}, "failed on rank 0: timed out", True),
         ({0: StorageError("s3://x: cannot write 'y': it hangs"), 1: RuntimeError("echo")}, "it hangs", True),
         (
             {0: RuntimeError("echo"), 1: ValueError("train.x=1 is wrong\nat length")},
@@ -43,53 +46,48 @@ def test_a_failed_controller_is_tried_again() -> None:
     assert pretrain._diagnose(ControllerError(RuntimeError("placement group removed")))[1]
 
 
-class FakeCluster:
-    """Nodes that appear when an autoscaler was asked for them often enough."""
+def test_a_failure_of_unclear_origin_is_tried_again_only_after_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
 
-    def __init__(self, nodes: list[NodeResources], after_looks: int) -> None:
-        self.nodes = nodes
-        self.after_looks = after_looks
-        self.looks = 0
-        self.requests: list[list[dict[str, float]]] = []
+    def fail(train: TrainRecipe, task: str) -> None:
+        tries.append(task)
+        raise WorkerGroupError("failed", {0: RuntimeError("shapes cannot be multiplied")})
 
-    def alive_nodes(self) -> list[NodeResources]:
-        self.looks += 1
-        return self.nodes if self.looks > self.after_looks else [NodeResources("head", cpus=8)]
-
-    def request_resources(self, bundles: list[dict[str, float]]) -> None:
-        self.requests.append(bundles)
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
-    nodes = [NodeResources("head", cpus=8), NodeResources("gpu", cpus=96, gpus=8, accelerator_type="H200")]
-    fake = FakeCluster(nodes, after_looks=2)
-    monkeypatch.setattr(placement, "alive_nodes", fake.alive_nodes)
-    monkeypatch.setattr(pretrain, "request_resources", fake.request_resources)
-    monkeypatch.setattr(pretrain, "_POLL_SECONDS", 0.001)
-    return fake
+    monkeypatch.setattr(pretrain, "_train_once", fail)
+    said: list[str] = []
+    steps = iter([0, 10, 10, 10, 10, 10])  # before and after each try
+    with pytest.raises(pretrain.TrainingFailed, match="rank 0: shapes cannot be multiplied"):
+        pretrain._train_with_restarts(TRAIN, lambda name: name, lambda: next(steps), said.append)
+    assert len(tries) == 2
+    assert [line for line in said if "restart" in line] == [
+        "training failed on rank 0: shapes cannot be multiplied; restart 1 of 2 from the last committed checkpoint"
+    ]
 
 
-def test_no_room_is_refused_at_once_with_the_reason(cluster: FakeCluster) -> None:
-    with pytest.raises(PlacementError, match="no node has room"):
-        pretrain._plan(TRAIN)
-    assert cluster.requests == []
+def test_restarts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(train: TrainRecipe, task: str) -> None:
+        raise WorkerGroupError("failed", {1: ActorDiedError()})
+
+    monkeypatch.setattr(pretrain, "_train_once", lose)
+    said: list[str] = []
+    with pytest.raises(pretrain.TrainingFailed, match="train.max_failures=2 restarts are used up"):
+        pretrain._train_with_restarts(TRAIN, lambda name: name, lambda: 0, said.append)
+    assert sum("restart" in line for line in said) == 2
 
 
-def test_an_autoscaler_is_asked_once_and_the_request_is_withdrawn(cluster: FakeCluster) -> None:
-    plan = pretrain._plan(replace(TRAIN, wait_for_nodes=30))
-    assert plan.node_ids == ["gpu"] * 4
-    assert cluster.requests == [[{"CPU": 1.0, "GPU": 1, "accelerator_type:H200": 0.001}] * 4, []]
-    scaling = plan.to_scaling()
+def test_ray_trains_handling_of_ctrl_c_does_not_outlive_it() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), pretrain._interruptible():
+        signal.signal(signal.SIGINT, lambda *_: None)
+        raise SystemExit(0)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_recipes_resources_reach_rays_scaling_config() -> None:
+    nodes = [NodeResources("gpu", cpus=96, gpus=8, accelerator_type="H200")]
+    scaling = placement.plan(nodes, TRAIN.workers, 2, pretrain.worker_needs(TRAIN)).to_scaling()
     assert (scaling.num_workers, scaling.use_gpu, scaling.accelerator_type) == (4, True, "H200")
     assert scaling.resources_per_worker == {"CPU": 1.0, "GPU": 1}
-
-
-def test_waiting_ends(cluster: FakeCluster) -> None:
-    cluster.after_looks = 10**9
-    with pytest.raises(PlacementError):
-        pretrain._plan(replace(TRAIN, wait_for_nodes=0.02))
-    assert cluster.requests[-1] == []
 
 
 def test_the_key_is_of_what_is_trained_not_of_where() -> None:

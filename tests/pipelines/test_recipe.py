@@ -47,7 +47,7 @@ def test_values_and_defaults():
         ("train.optimizer.lr=2e-4", lambda r: r.train.optimizer.lr, 2e-4),
         ("data.sources[1].uri=s3://bucket/x?scheme=http", lambda r: r.data.sources[1].uri, "s3://bucket/x?scheme=http"),
         ("data.sources.0.weight=2", lambda r: r.data.sources[0].weight, 2.0),
-        ("data.sources=[{uri: a}]", lambda r: [s.uri for s in r.data.sources], ["a"]),
+        ("data.sources=[{uri: /a}]", lambda r: [s.uri for s in r.data.sources], ["/a"]),
         ("evaluate.prompts=['a=b', c]", lambda r: r.evaluate.prompts, ("a=b", "c")),
         ("serve.engine.num_blocks=99", lambda r: r.serve.engine.num_blocks, 99),
         ("train.accelerator_type=null", lambda r: r.train.accelerator_type, None),

@@ -86,13 +86,18 @@ def test_the_display_shows_every_state_of_a_stage(terminal: bool) -> None:
     with RunDisplay(console, "file:///runs/r1") as display:
         display(Event("ingest", "skipped", "committed already"))
         display(Event("pretrain", "running"))
-        display(Event("pretrain", "progress", "resumed from the checkpoint of step 40 on 2 workers"))
-        display(Event("pretrain", "progress", "step 10/20  loss 3.1", fraction=0.5))
+        display(Event("pretrain", "progress", "worker was lost: [/__w/pair.cc:537] [red]; resumed from step 40"))
+        display(Event("pretrain", "progress", "step 10/20  [/loss] 3.1", fraction=0.5))
         display(Event("pretrain", "done", seconds=2.5))
         display(Event("export", "running"))
         display(Event("export", "failed", "the disk is full"))
     shown = stream.getvalue()
-    for words in ("committed already", "resumed from the checkpoint of step 40", "in 2.5 s", "errors/export.txt"):
+    for words in (
+        "committed already",
+        "[/__w/pair.cc:537] [red]; resumed from step 40",
+        "in 2.5 s",
+        "errors/export.txt",
+    ):
         assert words in shown, shown
     if not terminal:
         assert shown.count("step 10/20") == 1

@@ -83,7 +83,7 @@ def test_relative_path(folder, monkeypatch):
 
 
 def test_missing_and_empty_sources(tmp_path):
-    with pytest.raises(DataError, match=r"data\.sources\[0\]\.uri='/nowhere/at/all' has no files; give"):
+    with pytest.raises(DataError, match=r"data\.sources\[0\]\.uri='/nowhere/at/all' does not exist; give"):
         corpus_of("/nowhere/at/all")
     with pytest.raises(DataError, match=r"data\.sources\[0\]\.uri='ftp://x/y': .*unknown scheme"):
         corpus_of("ftp://x/y")

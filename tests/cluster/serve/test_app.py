@@ -74,6 +74,15 @@ def test_bad_settings_are_named_with_their_path(fields, path):
     assert ".".join(map(str, caught.value.errors()[0]["loc"])) == path
 
 
+@pytest.mark.parametrize("uri", ["s3://KEY:hush@bucket/export", "s3://hush@bucket/export?region=x"])
+def test_credentials_in_the_models_uri_are_refused_and_not_shown(uri):
+    with pytest.raises(ValidationError, match=r"s3://\*\*\*@bucket/export carries credentials") as caught:
+        AppArgs(model=uri)
+    assert "hush" not in str(caught.value)
+    for good in ("s3://bucket/export?region=x", "gs://anonymous@bucket/export", "/folder/with@sign"):
+        AppArgs(model=good)
+
+
 def test_no_replicas_are_refused():
     with pytest.raises(ValidationError, match="replicas"):
         BuildArgs(model="m", replicas=0)

@@ -6,6 +6,7 @@ import pytest
 
 from cluster.serve import control
 from cluster.serve.errors import last_line
+from cluster.serve.settings import AppArgs
 
 
 def test_a_taken_port_is_reported(unused_port):
@@ -34,6 +35,51 @@ def test_a_dashboard_that_does_not_answer_is_reported_in_one_line(unused_port):
 def test_a_cluster_without_a_dashboard_is_reported():
     with pytest.raises(control.ServeError, match="no dashboard"):
         control.check_port("", 8000)
+
+
+class _Client:
+    """Stands for Serve's REST interface with one application, ours or none."""
+
+    def __init__(self, *apps: str) -> None:
+        self.apps = list(apps)
+
+    def details(self) -> dict:
+        http = {"host": "127.0.0.1", "port": 8123}
+        return {"http_options": http, "proxies": {"node": {}}, "applications": {name: {} for name in self.apps}}
+
+    def declare(self, apps: dict, http_options: dict) -> None:
+        self.apps = list(apps)
+
+    def delete_applications(self) -> None:
+        self.apps = []
+
+
+def test_an_endpoint_that_may_not_be_replaced_is_reported_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(control, "_connect", lambda url: _Client("caravan"))
+    with pytest.raises(control.ServeError, match=r"http://127\.0\.0\.1:8123 already; caravan undeploy"):
+        control.check_can_deploy("http://x", 8123, replace=False)
+    control.check_can_deploy("http://x", 8123, replace=True)
+    with pytest.raises(control.PortTaken):
+        control.check_can_deploy("http://x", 8124, replace=True)
+    monkeypatch.setattr(control, "_connect", lambda url: _Client("another"))
+    control.check_can_deploy("http://x", 8123, replace=False)
+
+
+@pytest.mark.parametrize("removal_fails", [False, True])
+def test_an_interrupted_deployment_of_a_new_application_is_removed(monkeypatch, removal_fails):
+    client = _Client()
+
+    def interrupt(*_) -> None:
+        assert client.apps == ["caravan"]
+        if removal_fails:
+            client.delete_applications = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(control, "_connect", lambda url: client)
+    monkeypatch.setattr(control, "_wait_until_serving", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        control.deploy(AppArgs(model="m"), replicas=1, dashboard_url="http://elsewhere:8265", port=8123)
+    assert client.apps == (["caravan"] if removal_fails else [])
 
 
 def test_scaling_to_nothing_is_refused():

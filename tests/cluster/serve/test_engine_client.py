@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from cluster.serve.engine_client import EngineClient
-from cluster.serve.messages import GenerateRequest, ReplicaChunk, ReplicaLoad, ReplicaUpdate
+from cluster.serve.messages import GenerateRequest, ReplicaChunk, ReplicaLoad, ReplicaUpdate, WrongModel
 from cluster.serve.protocol import ApiError
 from cluster.serve.state import RoutingState
 from llama.engine import (
@@ -83,7 +83,7 @@ def _setup(script: Callable[[str, int], list]) -> tuple[EngineClient, _Engines, 
 
 
 def _request() -> GenerateRequest:
-    return GenerateRequest("r", tuple(range(40)), (b"x" * 16, b"y" * 16), SamplingParams())
+    return GenerateRequest("r", tuple(range(40)), (b"x" * 16, b"y" * 16), SamplingParams(), "w")
 
 
 async def _stream(client: EngineClient) -> list:
@@ -103,7 +103,16 @@ def test_chunks_arrive_in_order_and_nothing_is_left():
 
 
 @pytest.mark.parametrize(
-    "loss", [ActorDiedError(), _task_error(EngineFailed("step")), asyncio.CancelledError(), None], ids=repr
+    "loss",
+    [
+        ActorDiedError(),
+        _task_error(EngineFailed("step")),
+        _task_error(WrongModel("another")),
+        _task_error(QueueFull("full")),
+        asyncio.CancelledError(),
+        None,
+    ],
+    ids=repr,
 )
 def test_a_replica_lost_before_the_first_chunk_is_replaced_by_one_not_tried_yet(loss):
     chosen = []
@@ -146,7 +155,6 @@ def test_a_completion_lost_after_its_first_chunk_is_begun_again():
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
-        (QueueFull("full"), 429, "rate_limit_exceeded"),
         (PromptTooLong("too long"), 400, "context_length_exceeded"),
         (ValueError("logprobs=9"), 400, "invalid_value"),
         (KeyError("bug"), 500, "engine_failed"),
@@ -158,6 +166,29 @@ def test_errors_of_the_engine_get_their_status_and_are_not_retried(error, status
         asyncio.run(_stream(client))
     assert (caught.value.status, caught.value.code) == (status, code)
     assert len(engines.responses) == 1 and _outstanding(state) == 0
+
+
+@pytest.mark.parametrize("call", ["stream", "complete"])
+def test_only_when_every_queue_is_full_is_the_client_told_to_wait(call):
+    chosen = []
+
+    def script(replica: str, n: int) -> list:
+        chosen.append(replica)
+        return [_task_error(QueueFull("full"))]
+
+    client, _, state = _setup(script)
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(_stream(client) if call == "stream" else client.complete(_request()))
+    assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
+    assert sorted(chosen) == ["a", "b", "c"] and _outstanding(state) == 0
+
+
+def test_full_queues_do_not_use_up_the_attempts_that_lost_replicas_have():
+    faults = [QueueFull("full"), EngineFailed("step"), EngineFailed("step")]
+
+    client, engines, _ = _setup(lambda replica, n: [_task_error(faults[n])] if n < 3 else _whole(replica))
+    assert len(asyncio.run(client.complete(_request()))) == 3
+    assert len(engines.responses) == 4
 
 
 def test_a_client_that_goes_away_aborts_the_request_and_frees_its_booking():

@@ -103,7 +103,9 @@ def test_a_subscription_that_ends_in_order_is_renewed_without_losing_what_is_kno
 
 
 @pytest.mark.parametrize(
-    "fault", [_stored(5), ActorDiedError(), asyncio.CancelledError()], ids=["gap", "death", "cancel"]
+    "fault",
+    [_stored(5), ActorDiedError(), asyncio.CancelledError(), RuntimeError("a bug")],
+    ids=["gap", "death", "cancel", "unforeseen"],
 )
 def test_a_broken_subscription_empties_the_copy_and_asks_again(fault, monkeypatch):
     monkeypatch.setattr(events, "RESUBSCRIBE_S", 0.01)

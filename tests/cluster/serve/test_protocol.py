@@ -90,7 +90,9 @@ def test_messages_that_are_not_plain_text_are_refused(message, param):
     assert _error(_chat, messages=[message])["param"] == param
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff", b'{"model": NaN}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"x"', b"\xff", b'{"model": NaN}', b"[" * 100_000, rb'{"user": "\ud800"}']
+)
 @pytest.mark.parametrize("parse", [parse_completion, parse_chat])
 def test_malformed_json_is_refused(body, parse):
     with pytest.raises(ApiError) as caught:

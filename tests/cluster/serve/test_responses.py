@@ -99,12 +99,32 @@ def test_chat_pieces_add_up_and_the_first_names_the_role():
     assert len({piece.id for piece in pieces}) == 1
 
 
-def test_part_of_a_character_has_no_bytes():
+def test_offsets_run_on_over_tokens_whose_text_is_held_back():
+    ids = TOKENIZER.encode("hello world")
+    chunks = [
+        Chunk("r1", ids[:1], "", None, 0, 1, 1, [TokenLogprob(ids[0], -1.0, {})], 0),
+        Chunk("r1", ids[1:], "hello world", "stop", 0, 1, 2, [TokenLogprob(ids[1], -1.0, {})], 0),
+    ]
+    reply = CompletionReply("r1", "m", TOKENIZER, want_logprobs=True)
+    choices = [_dump(reply.piece(chunk))["choices"][0] for chunk in chunks]
+    assert [choice["logprobs"]["text_offset"] for choice in choices] == [[0], [5]]
+
+
+def test_parts_of_characters_are_told_apart_among_the_likeliest_tokens():
+    one, two = TOKENIZER.encode("é")
+    reply = CompletionReply("r1", "m", TOKENIZER, want_logprobs=True)
+    reply.add(Chunk("r1", [one], "", "length", 0, 1, 1, [TokenLogprob(one, -1.0, {one: -1.0, two: -2.0})], 0))
+    logprobs = _dump(reply.whole(REPORT))["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["bytes:\\xc3"]
+    assert logprobs["top_logprobs"] == [{"bytes:\\xc3": -1.0, "bytes:\\xa9": -2.0}]
+
+
+def test_part_of_a_character_has_its_bytes():
     half = TOKENIZER.encode("é")[0]
     reply = ChatReply("r1", "m", TOKENIZER, want_logprobs=True)
     reply.add(Chunk("r1", [half], "", "length", 0, 1, 1, [TokenLogprob(half, -1.0, {})], 0))
     body = ChatCompletion.model_validate(_dump(reply.whole(REPORT)), strict=True)
-    assert body.choices[0].logprobs.content[0].bytes is None
+    assert body.choices[0].logprobs.content[0].bytes == [0xC3]
 
 
 def test_the_report_is_an_extra_member():

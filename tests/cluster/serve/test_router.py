@@ -36,7 +36,7 @@ def _choose(router: CacheAwareRouter, *args: object) -> tuple[list[list[str]], b
 
 
 def _request(hashes: tuple[bytes, ...] = ()) -> GenerateRequest:
-    return GenerateRequest("r", tuple(range(40)), hashes, SamplingParams())
+    return GenerateRequest("r", tuple(range(40)), hashes, SamplingParams(), "w")
 
 
 def test_a_request_gets_every_replica_once_alone_in_its_group_best_first(router):

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,10 +16,15 @@ import openai
 import pytest
 import ray
 import tokenizers
+from ray._private import ray_constants
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from cluster import processes
+from cluster.head import prepare_environment
 from cluster.serve import control
+from cluster.serve.request_body import MAX_BODY_BYTES
 from cluster.serve.settings import AppArgs
+from cluster.session import ray_processes
 from llama.config import ModelConfig
 from llama.hf import save_pretrained
 from llama.model import Transformer
@@ -37,7 +43,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _save_model(directory: Path) -> Path:
+def _save_model(directory: Path, seed: int = 0) -> Path:
     """A random model that answers in ordinary tokens, with a vocabulary of this file."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,7 +66,7 @@ def _save_model(directory: Path) -> Path:
         tie_embeddings=False,
     )
     model = Transformer(config)
-    model.init_weights(seed=0)
+    model.init_weights(seed=seed)
     save_pretrained(model, directory, tokenizer)
     return directory
 
@@ -74,6 +80,9 @@ def cluster(tmp_path_factory) -> Iterator[str]:
         patch.chdir(folder)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)  # put back at the end
+        prepare_environment(loopback=True)
         patch.setenv("OMP_NUM_THREADS", "1")
         port = _free_port()
         ray.init(
@@ -121,7 +130,8 @@ def client(endpoint) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def http(endpoint) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=endpoint.url, trust_env=False, timeout=30) as http:
+    headers = {"Content-Type": "application/json"}
+    with httpx.Client(base_url=endpoint.url, trust_env=False, timeout=30, headers=headers) as http:
         yield http
 
 
@@ -205,6 +215,12 @@ def test_replicas_hold_the_gpus_they_asked_for_by_name(endpoint):
     assert 0 < total["accelerator_type:T4"] - free["accelerator_type:T4"] < 0.01
 
 
+def test_nothing_listens_beyond_loopback(endpoint, http):
+    found = processes.listeners(ray_processes())
+    assert set(_pids(http).values()) <= {listener.pid for listener in found}
+    assert [listener for listener in found if not listener.is_loopback] == []
+
+
 def test_models_and_health(client, http):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert http.get("/health").json() == {"ready": True, "replicas": 2, "fresh": 2}
@@ -236,6 +252,7 @@ def test_streaming_a_completion_equals_not_streaming_it(client):
     assert pieces[-1].caravan["replica"]
     raw = client.completions.with_raw_response.create(**request)
     assert raw.headers["x-caravan-replica"] == raw.parse().caravan["replica"]
+    assert len(raw.headers.get_list("x-request-id")) == 1
 
 
 def test_seeds_and_stop_strings_are_obeyed(client):
@@ -264,14 +281,30 @@ def test_seeds_and_stop_strings_are_obeyed(client):
             "messages",
             "context_length_exceeded",
         ),
+        (
+            "/v1/completions",
+            {"model": MODEL, "prompt": "ab" * (MAX_BODY_BYTES // 3)},
+            400,
+            "prompt",
+            "context_length_exceeded",
+        ),
+        ("/v1/completions", b" " * (MAX_BODY_BYTES + 1), 413, None, "request_too_large"),
         ("/v1/nothing", {}, 404, None, None),
     ],
+    ids=lambda value: "body" if isinstance(value, bytes | dict) else None,
 )
 def test_errors_have_openais_shape(http, path, body, status, param, code):
     response = http.post(path, content=body) if isinstance(body, bytes) else http.post(path, json=body)
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
     assert (response.status_code, error["param"], error["code"]) == (status, param, code)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/caravan/replicas/{}/flush"])
+def test_what_a_web_page_could_send_is_refused(http, path):
+    replica = next(iter(_replicas(http)))
+    response = http.post(path.format(replica), content=b"{}", headers={"Content-Type": "text/plain"})
+    assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_media_type")
 
 
 def test_the_openai_client_raises_its_own_errors(client):
@@ -310,6 +343,9 @@ def test_deploying_the_same_again_and_scaling_keep_processes_and_caches(cluster,
     port = int(endpoint.url.rsplit(":", 1)[1])
     control.deploy(args, replicas=2, dashboard_url=cluster, runtime_env=control.shipped_runtime_env(), port=port)
     assert _pids(http) == pids
+    with pytest.raises(control.ServeError, match=f"deployed at {endpoint.url} already"):
+        control.check_can_deploy(cluster, port, replace=False)
+    control.check_can_deploy(cluster, port, replace=True)
     with pytest.raises(control.PortTaken, match="Serve already listens"):
         control.deploy(args, replicas=2, dashboard_url=cluster, port=_free_port())
 
@@ -358,6 +394,37 @@ def test_requests_on_a_killed_replica_are_served_by_another(client, http):
     assert outcomes["error event: replica_lost"] <= 4  # no more than were running there
     _wait_until(lambda: victim not in _replicas(http), 10, "the victim's departure")
     assert _totals(http)["active"] == 0
+
+
+def test_while_another_model_is_deployed_no_model_answers_under_the_others_name(cluster, args, endpoint, tmp_path):
+    other = args.model_copy(update={"model": str(_save_model(tmp_path / "model", seed=1)), "served_name": "other"})
+    answers: dict[str, set[str]] = {MODEL: set(), "other": set()}
+    statuses: Counter = Counter()
+    deployed = threading.Event()
+
+    def ask(name: str) -> None:
+        body = {"model": name, "prompt": [30, 31, 32], "max_tokens": 4, "temperature": 0}
+        with httpx.Client(base_url=endpoint.url, trust_env=False, timeout=30) as http:
+            while not deployed.is_set():
+                response = http.post("/v1/completions", json=body)
+                statuses[response.status_code] += 1
+                if response.status_code == 200:
+                    answers[name].add(response.json()["choices"][0]["text"])
+                time.sleep(0.1)
+
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask, name) for name in answers]
+        try:
+            port = int(endpoint.url.rsplit(":", 1)[1])
+            environment = control.shipped_runtime_env()
+            control.deploy(other, replicas=2, dashboard_url=cluster, runtime_env=environment, port=port)
+            _wait_until(lambda: answers["other"] or asking[1].done(), 5, "an answer")
+        finally:
+            deployed.set()
+        for future in asking:
+            future.result()
+    assert len(answers[MODEL]) == len(answers["other"]) == 1 and answers[MODEL] != answers["other"]
+    assert set(statuses) <= {200, 404, 503}
 
 
 def test_removing_the_application_leaves_nothing(cluster, endpoint, http):

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 from cluster.serve.messages import GenerateRequest, ReplicaInfo, ReplicaLoad, ReplicaUpdate
-from cluster.serve.state import RESERVATION_TIMEOUT_S, RoutingState, routing_state
+from cluster.serve.state import RESERVATION_TIMEOUT_S, SILENCE_S, RoutingState, routing_state
 from llama.engine import BlocksStored, CacheSnapshot, SamplingParams, generation_root, hash_blocks
 
 BLOCK = 16
@@ -21,12 +21,12 @@ def _load(running: int = 0, free: int = 100, prefill: int = 0, decode: int = 0) 
     return ReplicaLoad(running, 0, free, prefill, decode, 0, 0, 0, 0)
 
 
-def _info(replica: str) -> ReplicaInfo:
-    return ReplicaInfo(replica, 1, "node", "w", 1000, 512, BLOCK, 100)
+def _info(replica: str, weights_id: str = "w") -> ReplicaInfo:
+    return ReplicaInfo(replica, 1, "node", weights_id, 1000, 512, BLOCK, 100)
 
 
-def _snapshot(replica: str, hashes: tuple[bytes, ...] = (), load: ReplicaLoad | None = None) -> ReplicaUpdate:
-    return ReplicaUpdate("e", load or _load(), snapshot=CacheSnapshot("e", 0, hashes), info=_info(replica))
+def _snapshot(replica: str, hashes: tuple[bytes, ...] = (), weights_id: str = "w") -> ReplicaUpdate:
+    return ReplicaUpdate("e", _load(), snapshot=CacheSnapshot("e", 0, hashes), info=_info(replica, weights_id))
 
 
 def _select(state: RoutingState, request: GenerateRequest, candidates: list[str]) -> list[str]:
@@ -37,7 +37,7 @@ def _select(state: RoutingState, request: GenerateRequest, candidates: list[str]
 def _request(request_id: str, num_tokens: int = 64, first: int = 0, avoid: frozenset[str] = frozenset()):
     token_ids = tuple(range(first, first + num_tokens))
     hashes = tuple(hash_blocks(generation_root("w"), token_ids, BLOCK))
-    return GenerateRequest(request_id, token_ids, hashes, SamplingParams(), avoid)
+    return GenerateRequest(request_id, token_ids, hashes, SamplingParams(), "w", avoid)
 
 
 def _state(*replicas: str, clock: _Clock | None = None) -> RoutingState:
@@ -159,8 +159,36 @@ def test_departed_replicas_are_forgotten_and_their_late_updates_refused():
 def test_a_replica_not_heard_of_yet_can_be_chosen():
     state = RoutingState(clock=_Clock())
     state.set_replicas(["a"])
-    assert state.info() is None
+    assert state.info("w") is None
     assert _select(state, _request("r"), ["a"]) == ["a"]
+
+
+def test_replicas_of_another_model_are_used_only_if_there_is_no_other():
+    state = _state("old", "new")
+    state.set_replicas(["old", "new", "starting"])
+    state.apply_update("old", _snapshot("old", _request("r").hashes, weights_id="v"))
+    assert sorted(_select(state, _request("r"), ["old", "new", "starting"])) == ["new", "starting"]
+    assert _select(state, _request("r"), ["old"]) == ["old"]  # which refuses it
+    assert state.info("w").replica == "new" and state.info("v").replica == "old"
+    assert state.info("x") is None
+
+
+def test_a_silent_replica_is_not_fresh_and_nothing_is_predicted_there():
+    clock = _Clock()
+    state = _state("a", "b", clock=clock)
+    request = _request("r")
+    state.apply_update("b", ReplicaUpdate("e", _load(), (BlocksStored(1, request.hashes),)))
+    clock.now = SILENCE_S
+    assert [status.fresh for status in state.status()] == [True, True]
+    assert _select(state, request, ["a", "b"])[0] == "b" and state.placed(request, "b") == 48
+    clock.now = SILENCE_S + 0.1
+    assert [status.fresh for status in state.status()] == [False, False]
+    _select(state, request, ["b"])
+    assert state.placed(request, "b") == 0
+    state.apply_update("b", ReplicaUpdate("e", _load()))  # it was only slow, and nothing was lost
+    assert [status.fresh for status in state.status()] == [False, True]
+    _select(state, request, ["b"])
+    assert state.placed(request, "b") == 48
 
 
 def test_waiting_for_events_ends_when_they_are_applied_or_the_time_is_up():

@@ -38,11 +38,15 @@ def test_what_is_not_a_model_is_named(tmp_path):
         check_model(str(tmp_path / "nowhere"))
 
 
-def test_weights_are_named_by_content_not_by_place_or_time(tmp_path):
+def test_weights_and_tokenizer_are_named_by_content_not_by_place_or_time(tmp_path):
     one = weights_id(_write_model(tmp_path / "one"))
     assert weights_id(_write_model(tmp_path / "two")) == one
     assert weights_id(_write_model(tmp_path / "three", b"Weights")) != one
-    (tmp_path / "two" / "tokenizer.json").write_text("{}")
+    (tmp_path / "two" / "README.md").write_text("{}")
     assert weights_id(tmp_path / "two") == one
+    (tmp_path / "three" / "model.safetensors").write_bytes(b"weights")
+    assert weights_id(tmp_path / "three") == one
+    (tmp_path / "three" / "tokenizer.json").write_text("{}")
+    assert weights_id(tmp_path / "three") != one
     (tmp_path / "two" / "model.safetensors").rename(tmp_path / "two" / "other.safetensors")
     assert weights_id(tmp_path / "two") != one

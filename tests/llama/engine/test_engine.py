@@ -265,8 +265,9 @@ def test_seeded_samples_are_the_same_alone_and_in_a_crowd():
     together = [token for chunk in finish(crowd) if chunk.request_id == name for token in chunk.token_ids]
     assert together == alone
     assert crowd.stats().preemptions > 0
-    seeds = [Engine(model).generate([prompt], replace(params, seed=seed))[0].token_ids for seed in (5, 6, None, None)]
-    assert seeds[0] == alone and len(set(map(tuple, seeds))) == 4
+    seeds = (5, 6, -5, -6, 0, -1, None, None)
+    outputs = [Engine(model).generate([prompt], replace(params, seed=seed))[0].token_ids for seed in seeds]
+    assert outputs[0] == alone and len(set(map(tuple, outputs))) == len(seeds)
 
 
 def test_logprobs_are_those_of_the_plain_model():
@@ -337,6 +338,64 @@ def test_a_failed_step_ends_the_engine_with_its_cause():
             call()
         assert isinstance(caught.value.__cause__, ArithmeticError)
     engine.close()
+
+
+def interrupting(call):
+    """`call`, but its second time is interrupted half way, after it has done its work."""
+    times = 0
+
+    def interrupted(*args):
+        nonlocal times
+        times += 1
+        result = call(*args)
+        if times == 2:
+            raise KeyboardInterrupt
+        return result
+
+    return interrupted
+
+
+def test_an_interrupted_model_run_is_done_again(monkeypatch):
+    model = random_model()
+    prompts = [[1, 2, 3], [4, 5]]
+    seeded = SamplingParams(temperature=1.5, max_tokens=12, seed=3)
+    expected = Engine(model).generate([[7, 8]], seeded)[0].token_ids
+    engine = Engine(model, config=EngineConfig(num_blocks=32, block_size=4))
+    name = engine.add_request([7, 8], seeded)
+    monkeypatch.setattr(engine._runner, "run", interrupting(engine._runner.run))
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts, GREEDY)
+    engine.check_integrity()
+    assert (engine.stats().running, engine.stats().waiting) == (1, 0)
+    completions = engine.generate(prompts, GREEDY)
+    assert [c.token_ids for c in completions] == [plain_greedy(model, prompt, 8) for prompt in prompts]
+    chunks = finish(engine)
+    assert {chunk.request_id for chunk in chunks} == {name}
+    assert [token for chunk in chunks for token in chunk.token_ids] == expected
+    engine.check_integrity()
+
+
+def test_an_interrupt_between_the_books_ends_the_engine(monkeypatch):
+    engine = Engine(random_model())
+    monkeypatch.setattr(engine._scheduler, "commit", interrupting(engine._scheduler.commit))
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[1, 2, 3]], GREEDY)
+    with pytest.raises(EngineFailed):
+        engine.generate([[1, 2, 3]], GREEDY)
+
+
+def test_an_interrupted_model_run_excuses_no_later_interrupt(monkeypatch):
+    engine = Engine(random_model())
+    monkeypatch.setattr(engine._runner, "run", interrupting(engine._runner.run))
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[1, 2, 3]], GREEDY)
+    schedule = interrupting(engine._scheduler.schedule)
+    schedule()
+    monkeypatch.setattr(engine._scheduler, "schedule", schedule)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[1, 2, 3]], GREEDY)
+    with pytest.raises(EngineFailed):
+        engine.generate([[1, 2, 3]], GREEDY)
 
 
 def test_a_closed_engine_aborts_and_refuses():

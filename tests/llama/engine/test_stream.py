@@ -171,12 +171,22 @@ def test_a_crash_reaches_every_stream_and_later_calls():
     engine.close()
 
 
-def test_a_hook_that_raises_is_a_crash_too(engine):
+@pytest.mark.parametrize("error", [OSError, SystemExit])
+def test_a_hook_that_raises_is_a_crash_too(engine, error):
     def on_events() -> None:
-        raise OSError("no listener")
+        raise error("no listener")
 
     engine.on_events = on_events
     with pytest.raises(EngineFailed, match="no listener"):
+        asyncio.run(asyncio.wait_for(collect(engine, [1] * 8), 20))
+
+
+def test_an_interrupt_that_ends_the_step_thread_is_a_crash_too(engine, monkeypatch):
+    def run(inputs: object) -> None:
+        raise SystemExit("leaving")
+
+    monkeypatch.setattr(engine._runner, "run", run)
+    with pytest.raises(EngineFailed, match="leaving"):
         asyncio.run(asyncio.wait_for(collect(engine, [1] * 8), 20))
 
 

@@ -2,7 +2,7 @@ import random
 
 import pytest
 import tokenizers
-from tokenizers import decoders, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llama.engine.text import IncrementalDecoder, OutputText, StopMatcher
 from llama.tokenizer import Tokenizer
@@ -26,6 +26,34 @@ def bpe() -> Tokenizer:
     return Tokenizer(backend)
 
 
+@pytest.fixture(scope="module")
+def byte_fallback() -> Tokenizer:
+    """Built like Llama 2's: a space is ▁, a character outside the vocabulary its bytes."""
+    words = ["▁hello", "▁world", "▁", "he", "llo", "!", "é"]
+    tokens = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, bos_token="<s>", eos_token="</s>", pad_token=None)
+
+
+@pytest.fixture(scope="module")
+def word_piece() -> Tokenizer:
+    tokens = ["[UNK]", "[SEP]", "hello", "##ing", "world", ".", "n't", "do", "##é"]
+    backend = tokenizers.Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens(["[SEP]"])
+    return Tokenizer(backend, bos_token=None, eos_token="[SEP]", pad_token=None)
+
+
+def ids_of(tokenizer: Tokenizer, *parts: str | bytes) -> list[int]:
+    """A str is a token, bytes are byte tokens."""
+    names = [[f"<0x{byte:02X}>" for byte in part] if isinstance(part, bytes) else [part] for part in parts]
+    return [tokenizer.backend.token_to_id(name) for part in names for name in part]
+
+
 def pieces_of(decoder: IncrementalDecoder, token_ids: list[int]) -> list[str]:
     return [decoder.push(token_id) for token_id in token_ids] + [decoder.finish()]
 
@@ -42,8 +70,56 @@ def test_whole_characters_only(bpe):
 def test_text_is_not_held_back_longer_than_needed():
     decoder = IncrementalDecoder(ByteTokenizer())
     assert [decoder.push(byte) for byte in "aé!".encode()] == ["a", "", "é", "!"]
-    # An impossible byte is settled as soon as the next one is there.
-    assert [decoder.push(byte) for byte in (0x80, 0x81, 0x62)] == ["", "\ufffd", "\ufffdb"]
+    # Impossible bytes are settled by the next character, and in a long row each by the next one.
+    assert [decoder.push(byte) for byte in (0x80, 0x81, 0x62)] == ["", "", "\ufffd\ufffdb"]
+    assert [decoder.push(0x80) for _ in range(10)] == [""] * 7 + ["\ufffd" * 7, "\ufffd", "\ufffd"]
+
+
+def test_byte_fallback_gives_whole_characters(byte_fallback):
+    token_ids = ids_of(byte_fallback, "😀é".encode(), "▁hello", "日".encode(), "<s>", "▁world", "👩‍🚀".encode())
+    pieces = pieces_of(IncrementalDecoder(byte_fallback), token_ids)
+    assert "".join(pieces) == byte_fallback.decode(token_ids) == "😀é hello日 world👩‍🚀"
+    assert [piece for piece in pieces if piece] == ["😀", "é", " hello", "日", " world", "👩", "\u200d", "🚀"]
+
+
+def test_a_wrong_byte_takes_nothing_back_that_was_handed_out(byte_fallback):
+    token_ids = ids_of(byte_fallback, "😀".encode(), b"\x80", "!")
+    assert byte_fallback.decode(token_ids) == "\ufffd" * 5 + "!"
+    assert "".join(pieces_of(IncrementalDecoder(byte_fallback), token_ids)) == "😀\ufffd!"
+    cut = ids_of(byte_fallback, "😀".encode(), b"\xc3")
+    assert "".join(pieces_of(IncrementalDecoder(byte_fallback), cut)) == "😀\ufffd"
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_special_tokens_cost_no_space(byte_fallback, word_piece, count):
+    for tokenizer, names in (
+        (byte_fallback, ["▁hello", *["<s>"] * count, "▁world", "▁", "▁world"]),
+        (byte_fallback, [*["<s>"] * count, "▁", "▁world", "</s>", "▁", "</s>", "▁hello"]),
+        (word_piece, ["hello", *["[SEP]"] * count, "world", "##ing", "[SEP]", "."]),
+    ):
+        token_ids = ids_of(tokenizer, *names)
+        pieces = pieces_of(IncrementalDecoder(tokenizer), token_ids)
+        assert "".join(pieces) == tokenizer.decode(token_ids)
+
+
+def test_endless_special_tokens_cost_no_more_each(byte_fallback, monkeypatch):
+    lengths, decode = [], byte_fallback.decode
+    monkeypatch.setattr(byte_fallback, "decode", lambda ids: lengths.append(len(ids)) or decode(ids))
+    pieces_of(IncrementalDecoder(byte_fallback), ids_of(byte_fallback, "▁hello", *["<s>", "</s>"] * 50))
+    assert max(lengths) <= 4
+
+
+def test_any_tokens_join_to_what_decode_gives_whatever_the_decoder(byte_fallback, word_piece):
+    rng = random.Random(2)
+    characters = [ids_of(byte_fallback, text.encode()) for text in "é日🚀😀a"]
+    tokens = [[token_id] for token_id in (*ids_of(byte_fallback, "<s>", "</s>"), *range(259, byte_fallback.vocab_size))]
+    words = [[token_id] for token_id in range(word_piece.vocab_size)]
+    for tokenizer, units in ((byte_fallback, characters + tokens), (word_piece, words)):
+        for _ in range(300):
+            token_ids = [token_id for unit in rng.choices(units, k=rng.randrange(30)) for token_id in unit]
+            pieces = pieces_of(IncrementalDecoder(tokenizer), token_ids)
+            assert "".join(pieces) == tokenizer.decode(token_ids)
+            assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_any_tokens_join_to_what_decode_gives(bpe):
@@ -103,6 +179,13 @@ def test_a_stop_string_made_of_split_characters():
     text = OutputText(ByteTokenizer(), ["🚀🚀"])
     pushed = [text.push(byte) for byte in "a🚀b🚀🚀".encode()]
     assert "".join(piece for piece, _ in pushed) == "a🚀b"
+    assert [stopped for _, stopped in pushed] == [False] * (len(pushed) - 1) + [True]
+
+
+def test_a_stop_string_of_byte_fallback_tokens(byte_fallback):
+    text = OutputText(byte_fallback, ["🚀 world"])
+    pushed = [text.push(token_id) for token_id in ids_of(byte_fallback, "▁hello", "😀🚀".encode(), "<s>", "▁world")]
+    assert "".join(piece for piece, _ in pushed) == "hello😀"
     assert [stopped for _, stopped in pushed] == [False] * (len(pushed) - 1) + [True]
 
 

@@ -1,5 +1,7 @@
 """Checkpoints on the real store: whole or absent, bit-exact, in any layout."""
 
+import json
+import logging
 import shutil
 import time
 from contextlib import contextmanager
@@ -38,15 +40,21 @@ def state(model, optimizer):
 
 
 def train(rank, world_size, folder):
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("llama.training").addHandler(handler)
     checkpointer = Checkpointer(Store(folder), Artifact, keep_last=2)
-    loader, seen = Samples(CONFIG, MOE.vocab_size, rank, world_size), []
-    trainer = Trainer(MOE, CONFIG, loader, checkpointer, on_metrics=seen.append)
+    loader, seen, resumed = Samples(CONFIG, MOE.vocab_size, rank, world_size), [], []
+    trainer = Trainer(MOE, CONFIG, loader, checkpointer, on_metrics=seen.append, on_resume=resumed.append)
     summary = trainer.fit()
     return {
         "state": state(trainer.model, trainer.optimizer),
         "losses": {metrics.step: metrics.loss for metrics in seen},
         "summary": asdict(summary),
         "consumed": loader.consumed,
+        "resumed": resumed,
+        "log": messages,
     }
 
 
@@ -114,8 +122,8 @@ def test_loads_bit_equal_into_a_plain_model_without_a_process_group(run):
 
 def test_optimizer_state_is_stored_by_parameter_name(run):
     folder, (first, _) = run
-    files = Artifact(Store(folder / "step-00000006")).files
-    index = read_index(files)
+    artifact = Artifact(Store(folder / "step-00000006"))
+    files, index = artifact.files, read_index(artifact.files, artifact.manifest())
     assert {name for name in index if not name.startswith("rng.")} == first["state"].keys()
     assert {"rng.0", "rng.1"} <= index.keys()
     moments = {name: torch.empty_like(t) for name, t in first["state"].items() if name.startswith("optimizer.")}
@@ -137,29 +145,112 @@ def delete_manifest(attempt: Path):
     (attempt.parents[1] / "manifest.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [delete_part, shorten_part, delete_manifest])
-def test_latest_ignores_what_is_not_whole(run, tmp_path, damage):
+def damage_manifest(attempt: Path):
+    manifest = attempt.parents[1] / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b":", b"\xff"))
+
+
+@pytest.mark.parametrize("damage", [delete_part, shorten_part, delete_manifest, damage_manifest])
+def test_latest_ignores_what_is_not_whole(run, tmp_path, damage, caplog):
     copy = copy_of(run[0], tmp_path)
     checkpointer = Checkpointer(Store(copy), Artifact)
     assert checkpointer.latest() == 6
     damage(next((copy / "step-00000006" / "attempts").iterdir()))
     assert checkpointer.latest() == 3
     damage(next((copy / "step-00000003" / "attempts").iterdir()))
+    caplog.clear()
     assert checkpointer.latest() is None
+    assert "steps [6, 3] are stored, none of them whole" in caplog.messages[-1]
+
+
+class Unreachable(Artifact):
+    """Its manifest cannot be asked for, or only from the second time on."""
+
+    failures = 1
+
+    def manifest(self):
+        if self.failures:
+            self.failures -= 1
+            raise StorageError("the store's service failed")
+        return super().manifest()
+
+
+class UnreachableFolder(Store):
+    def child(self, *parts):
+        return UnreachableFolder(str(super().child(*parts).local_path()))
+
+    def open_input(self, path):
+        raise StorageError("the store cannot be reached")
+
+
+def test_a_store_that_fails_is_not_taken_for_a_broken_checkpoint(run):
+    with pytest.raises(StorageError, match="cannot be reached"):
+        Checkpointer(UnreachableFolder(run[0]), Unreachable).latest()
+    assert Checkpointer(Store(run[0]), Unreachable).latest() == 6
+
+
+def change_a_byte(attempt: Path, path: str = "rank-00000.bin"):
+    artifact = Artifact(Store(attempt.parents[1]))
+    index = read_index(artifact.files, artifact.manifest())
+    shards = [at for name, tensor in index.items() if name.startswith("model.") for at in tensor.shards]
+    data = bytearray((attempt / path).read_bytes())
+    data[next(at.begin for at in shards if at.file == path and all(at.shape))] ^= 1
+    (attempt / path).write_bytes(data)
+
+
+def rename_a_tensor(attempt: Path):
+    index = attempt / "index.json"
+    index.write_bytes(index.read_bytes().replace(b"model.norm", b"model.form"))
+
+
+def change_another_rank(attempt: Path):
+    change_a_byte(attempt, "rank-00001.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [(change_another_rank, "rank-00001.bin"), (rename_a_tensor, "index.json"), (damage_manifest, "manifest.json")],
+)
+def test_a_changed_byte_costs_that_checkpoint_and_no_older_one(run, tmp_path, damage, word):
+    folder, uninterrupted = run
+    copy = copy_of(folder, tmp_path)
+    damage(next((copy / "step-00000006" / "attempts").iterdir()))
+    results = run_ranks(train, 2, str(copy))
+    for resumed, expected in zip(results, uninterrupted, strict=True):
+        assert (resumed["summary"]["resumed_step"], resumed["resumed"]) == (3, [3])
+        assert resumed["losses"] == {step: expected["losses"][step] for step in (4, 5, 6)}
+        assert equal(resumed["state"], expected["state"])
+    assert any("checkpoint of step 6" in message and word in message for message in results[0]["log"])
+    assert results[1]["log"] == []
+    assert Checkpointer(Store(copy), Artifact).latest() == 6
+
+
+def test_without_a_readable_checkpoint_training_starts_anew(run, tmp_path):
+    folder, uninterrupted = run
+    copy = copy_of(folder, tmp_path)
+    for step in (3, 6):
+        change_a_byte(next((copy / f"step-{step:08d}" / "attempts").iterdir()))
+    results = run_ranks(train, 2, str(copy))
+    for fresh, expected in zip(results, uninterrupted, strict=True):
+        assert (fresh["summary"]["resumed_step"], fresh["resumed"]) == (0, [0])
+        assert fresh["losses"] == expected["losses"]
+        assert equal(fresh["state"], expected["state"])
+    discarded, older, anew = results[0]["log"]
+    assert "checkpoint of step 6" in discarded and "checkpoint of step 3" in older and "starts from step 0" in anew
+
+
+def test_a_run_resumed_at_its_end_knows_its_last_loss(run, tmp_path):
+    folder, uninterrupted = run
+    for resumed, expected in zip(run_ranks(train, 2, str(copy_of(folder, tmp_path))), uninterrupted, strict=True):
+        assert resumed["summary"]["resumed_step"] == 6 and resumed["losses"] == {}
+        assert resumed["summary"]["loss"] == expected["summary"]["loss"] == expected["losses"][6]
+        assert resumed["summary"]["tokens_per_second"] is None
+        json.dumps(resumed["summary"], allow_nan=False)
 
 
 def test_a_changed_byte_is_found_when_read(run, tmp_path):
     copy = copy_of(run[0], tmp_path)
-    part = next((copy / "step-00000006" / "attempts").glob("*/rank-00000.bin"))
-    shard = next(
-        at
-        for name, tensor in read_index(Artifact(Store(copy / "step-00000006")).files).items()
-        for at in tensor.shards
-        if name.startswith("model.") and at.file == part.name and tensor.shape
-    )
-    data = bytearray(part.read_bytes())
-    data[shard.begin] ^= 1
-    part.write_bytes(data)
+    change_a_byte(next((copy / "step-00000006" / "attempts").iterdir()))
     with pytest.raises(CorruptCheckpoint, match=r"rank-00000\.bin: the \d+ bytes of model\."):
         load_model_weights(Artifact(Store(copy / "step-00000006")), Transformer(MOE))
 

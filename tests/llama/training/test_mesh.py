@@ -9,10 +9,6 @@ def test_what_is_left_goes_to_sharding():
     assert (plan.dp_replicate, plan.dp_shard, plan.efsdp, plan.ep, plan.world_size) == (2, 4, 2, 2, 8)
 
 
-def test_expert_groups_are_consecutive_ranks():
-    assert [list(group) for group in plan_mesh(ParallelConfig(ep=2), 6).expert_groups()] == [[0, 1], [2, 3], [4, 5]]
-
-
 @pytest.mark.parametrize(
     ("parallel", "world_size", "message"),
     [

@@ -257,7 +257,13 @@ def test_a_non_finite_gradient_skips_the_step_and_is_counted(monkeypatch):
     assert [metrics.skipped_steps for metrics in seen] == [0, 1, 1]
     assert (summary.skipped_steps, summary.step) == (1, 3)
     assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[1])
-    assert math.isfinite(seen[2].loss)
+    assert math.isfinite(seen[2].loss) and summary.loss == seen[2].loss
+
+
+def test_the_summary_of_a_loss_that_is_not_finite_is_json(monkeypatch):
+    config = train_config(steps=1, micro_batch=8)
+    monkeypatch.setattr(trainer_module, "cross_entropy_sum", lambda logits, labels: (logits.sum() * math.inf, 0))
+    assert Trainer(DENSE, config, Samples(config, DENSE.vocab_size)).fit().loss is None
 
 
 def test_a_batch_of_the_wrong_shape_is_refused():
