@@ -232,9 +232,8 @@ def _check_port_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise PortTaken(
-                f"port {port} on {host} is taken ({error.strerror}); choose another: --port, or serve.port in the recipe"
-            ) from error
+            reason = f"port {port} on {host} is taken ({error.strerror})"
+            raise PortTaken(f"{reason}; choose another: --port, or serve.port in the recipe") from error
 
 
 def _wait_until_serving(client: "ServeClient", endpoint: Endpoint, replicas: int, timeout_s: float) -> None:

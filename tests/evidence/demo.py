@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="clone here, and leave it")
     arguments = parser.parse_args()
     claims, home, began = Claims(), Path.home(), time.time()
+    temporary = tempfile.gettempdir()
+    before = set(os.listdir(temporary))
     with cloned(arguments.keep) as clone:
         caravan = str(clone / ".venv/bin/caravan")
         setup, _ = run("make", "setup", cwd=clone)
@@ -130,6 +132,9 @@ def main() -> None:
         claims.check("the same run again: only deploy runs", ran, ran == ["deploy"])
         check_exports(clone, claims)
 
+        fresh = sorted(set(os.listdir(temporary)) - before - {"ray"})
+        fresh = [name for name in fresh if not str(clone).startswith(f"{temporary}/{name}")]
+        claims.check("nothing but Ray's folder is new in the temporary folder", fresh[:3], not fresh)
         stray = newer_files(home, began)
         claims.check("nothing is written to the home folder", stray[:3], not stray)
         _, status = run("git", "status", "--porcelain", cwd=clone)

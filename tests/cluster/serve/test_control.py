@@ -34,7 +34,7 @@ def test_a_dashboard_that_does_not_answer_is_reported_in_one_line(unused_port):
 
 def test_a_cluster_without_a_dashboard_is_reported():
     with pytest.raises(control.ServeError, match="no dashboard"):
-        control.check_port("", 8000)
+        control.check_can_deploy("", 8000, replace=True)
 
 
 class _Client:
