@@ -179,8 +179,6 @@ def prepare_environment(loopback: bool) -> None:
         return
     # left unset, Ray writes ~/.ray/auth_token, and later clusters silently demand it
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    # otherwise two clusters can share an endpoint's port, and answer each other's requests
-    os.environ.setdefault("SERVE_SOCKET_REUSE_PORT_ENABLED", "0")
     # otherwise Ray replaces 127.0.0.1 by the network card's address and listens on every interface
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     if "ray" in sys.modules:  # it was imported before, and read the setting then

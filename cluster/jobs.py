@@ -8,6 +8,7 @@ RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else the cluster of `caravan up`. All raise
 """
 
 import asyncio
+import logging
 import os
 import re
 import tempfile
@@ -157,6 +158,9 @@ def _client(address: str | None) -> "Iterator[JobSubmissionClient]":
     target = _resolve(address)
     from ray.job_submission import JobSubmissionClient
 
+    # it reports every package that it uploads
+    for name in ("ray.dashboard", "ray._private.runtime_env.packaging"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # Ray lets its environment overrule the address that its client is given
     before = os.environ.get(_API_ADDRESS)
     os.environ[_API_ADDRESS] = target

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 IMPORT_PATH = "cluster.serve.app:build"
 
+_PORT_PROBES = 8
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _POLL_S = 0.2
 _REQUEST_TIMEOUT_S = 5.0
@@ -147,7 +148,8 @@ def scale(replicas: int, *, dashboard_url: str, timeout_s: float = 120.0) -> Non
     Raises:
         ValueError: `replicas` is less than 1.
         NotDeployed: there is no application.
-        DeployFailed: they are not up in time (often: the cluster has no room for them).
+        DeployFailed: they are not up in time (often: the cluster has no room for them); the number before is asked
+            for again.
     """
     if replicas < 1:
         raise ValueError(f"replicas={replicas} must be 1 or more; use undeploy to stop serving")
@@ -155,8 +157,13 @@ def scale(replicas: int, *, dashboard_url: str, timeout_s: float = 120.0) -> Non
     details = client.details()
     if APP_NAME not in details["applications"]:
         raise NotDeployed(f"nothing is deployed on the cluster at {dashboard_url}; deploy first")
+    before = details["applications"][APP_NAME]["deployments"][ENGINE_DEPLOYMENT]["target_num_replicas"]
     client.scale(APP_NAME, ENGINE_DEPLOYMENT, replicas)
-    _wait_until_serving(client, _endpoint(details), replicas, timeout_s)
+    try:
+        _wait_until_serving(client, _endpoint(details), replicas, timeout_s)
+    except DeployFailed as error:
+        client.scale(APP_NAME, ENGINE_DEPLOYMENT, before)
+        raise DeployFailed(f"{error}; back to {before} replicas") from error
 
 
 def status(*, dashboard_url: str) -> AppStatus:
@@ -175,17 +182,30 @@ def undeploy(*, dashboard_url: str, timeout_s: float = 60.0) -> None:
     """
     client = _connect(dashboard_url)
     details = client.details()
-    if not set(details["applications"]) - {APP_NAME}:
+    alone = not set(details["applications"]) - {APP_NAME}
+    if alone:
         client.delete_applications()
     elif APP_NAME in details["applications"]:
         declared = _declared(details)
         declared.pop(APP_NAME, None)
         client.declare(declared, details["http_options"])
     deadline = time.monotonic() + timeout_s
-    while APP_NAME in client.details()["applications"]:
+    while APP_NAME in client.details()["applications"] or (alone and _proxy_listens(details)):
         if time.monotonic() > deadline:
             raise ServeError(f"the application is still there after {timeout_s:.0f} s")
         time.sleep(_POLL_S)
+
+
+def _proxy_listens(details: dict[str, Any]) -> bool:
+    """Whether the proxy that `details` told of still has its port, as far as this machine can see."""
+    http = details["http_options"] if details.get("proxies") else None
+    if http is None or http["host"] not in _LOOPBACK:
+        return False
+    try:
+        _check_port_free(http["host"], http["port"])
+    except PortTaken:
+        return True
+    return False
 
 
 def _connect(dashboard_url: str) -> "ServeClient":
@@ -248,15 +268,27 @@ def _wait_until_serving(client: "ServeClient", endpoint: Endpoint, replicas: int
         listed = _replicas(app)
         states = [replica.state for replica in listed]
         routing = _routing(endpoint) if app["status"] == "RUNNING" and states == ["RUNNING"] * replicas else None
-        # By name: whoever answers on that port must be this application's ingress.
-        if routing is not None and {e["replica"] for e in routing if e["fresh"]} == {r.replica for r in listed}:
+        if routing is not None and sum(entry["fresh"] for entry in routing) == len(routing) == replicas:
+            _check_port_is_ours(endpoint, {replica.replica for replica in listed})
             return
         if time.monotonic() > deadline:
             raise DeployFailed(
                 f"after {timeout_s:.0f} s {states.count('RUNNING')} of {replicas} replicas run ({_reason(app)}); "
-                "see that the cluster has room for cpus_per_replica and gpus_per_replica, or raise the timeout"
+                "see that the cluster has room for cpus_per_replica and gpus_per_replica of each"
             )
         time.sleep(_POLL_S)
+
+
+def _check_port_is_ours(endpoint: Endpoint, replicas: set[str]) -> None:
+    """Raises DeployFailed when another cluster's endpoint answers on the port as well.
+
+    Serve binds with SO_REUSEPORT (without it a port stays taken for a minute after its last connection), and then the
+    kernel deals out new connections among all who listen.
+    """
+    for _ in range(_PORT_PROBES):
+        answering = {entry["replica"] for entry in _routing(endpoint) or []}
+        if answering and not answering & replicas:
+            raise DeployFailed(f"another endpoint answers at {endpoint.url} too; undeploy that, or choose another port")
 
 
 def _endpoint(details: dict[str, Any]) -> Endpoint:

@@ -50,7 +50,7 @@ RECIPE: dict[str, Any] = {
         "global_batch": 4,
         "micro_batch": 2,
         "seq_len": 32,
-        "checkpoint_every": 20,
+        "checkpoint_every": 30,
         "log_every": 5,
     },
     "evaluate": {"prompts": ["def "], "sample_tokens": 4},

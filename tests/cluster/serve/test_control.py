@@ -87,6 +87,33 @@ def test_scaling_to_nothing_is_refused():
         control.scale(0, dashboard_url="http://127.0.0.1:1")
 
 
+def test_replicas_that_there_is_no_room_for_are_not_asked_for_any_longer(monkeypatch):
+    asked: list[int] = []
+
+    class Client:
+        def details(self) -> dict:
+            engine = {"target_num_replicas": 2, "message": "no room", "replicas": []}
+            app = {"status": "DEPLOYING", "message": "", "deployments": {"engine": engine}}
+            return {"http_options": {"host": "127.0.0.1", "port": 8123}, "applications": {"caravan": app}}
+
+        def scale(self, app: str, deployment: str, replicas: int) -> None:
+            asked.append(replicas)
+
+    monkeypatch.setattr(control, "_connect", lambda url: Client())
+    with pytest.raises(control.DeployFailed, match="0 of 50 replicas run .*no room.*; back to 2 replicas"):
+        control.scale(50, dashboard_url="http://x", timeout_s=0)
+    assert asked == [50, 2]
+
+
+def test_a_port_that_another_cluster_answers_on_as_well_is_refused(monkeypatch):
+    endpoint = control.Endpoint("http://127.0.0.1:8123", "x")
+    answers = [[{"replica": "ours"}], None, [{"replica": "ours"}], [{"replica": "theirs"}]]
+    monkeypatch.setattr(control, "_routing", lambda endpoint: answers.pop(0) if answers else None)
+    with pytest.raises(control.DeployFailed, match="another endpoint answers at http://127.0.0.1:8123"):
+        control._check_port_is_ours(endpoint, {"ours", "new"})
+    control._check_port_is_ours(endpoint, {"ours"})
+
+
 def test_only_the_number_of_replicas_may_change_without_a_restart():
     app = {"name": "x", "runtime_env": {}, "args": {"model": "m", "replicas": 1}}
     assert control._differ_in_replicas_only(app, {**app, "args": {"model": "m", "replicas": 9}})
