@@ -17,11 +17,10 @@ import pyarrow as pa
 import torch
 
 from cluster.storage import Artifact
+from llama.losses import IGNORE_INDEX
 from pipelines.ingest import Split
 from pipelines.shards import Shard
 from pipelines.sources import DataError
-
-IGNORE_INDEX = -100
 
 _ROUNDS = 6
 
