@@ -1,12 +1,12 @@
 """Expert-parallel dispatch: tokens travel to the ranks that hold their experts and back.
 
-Legend: T tokens here, K experts chosen per token, N = T·K rows, R rows that arrive here, P ranks of the group,
+Legend: T tokens here, K experts chosen per token, N = T·K pairs, R rows here or arriving here, P ranks of the group,
 E experts, S = E / P experts per rank, M model dimension.
 
     rows sorted by expert ──all-to-all──▶ by source rank, expert ──permute──▶ by expert ── experts ──▶ … the way back
 
-Rank p of the group holds experts p·S to (p + 1)·S − 1. Nothing is dropped or padded: the ranks first exchange how many
-rows each will send for each expert, then exactly these rows (dropless: MegaBlocks, arXiv:2211.15841, §3). Cost per
+Rank p of the group holds experts p·S to (p + 1)·S − 1. Nothing is padded: the ranks first exchange how many rows each
+will send for each expert, then exactly these rows (dropless: MegaBlocks, arXiv:2211.15841, §3). Cost per
 rank and direction, forward and again in backward: about N·(P − 1)/P rows of M elements.
 """
 
@@ -18,7 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama.dispatch import ExpertsFunction, combine_rows, gather_rows, sort_by_expert
+from llama.dispatch import (
+    ExpertRows,
+    ExpertsFunction,
+    combine_rows,
+    gather_rows,
+    inverse_permutation,
+    sort_by_expert,
+)
 
 
 class AllToAllDispatch:
@@ -45,20 +52,31 @@ class AllToAllDispatch:
         self.num_experts = num_experts
         self.bytes_sent = 0
 
-    def __call__(self, experts: ExpertsFunction, x_TM: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """As `llama.dispatch.Dispatch`; `experts` are this rank's, called even when no token arrives."""
-        order_N, counts_E = sort_by_expert(topk_ids_TK, self.num_experts)
-        counts_PS = counts_E.view(self.group.size(), -1)
+    def __call__(
+        self,
+        experts: ExpertsFunction,
+        x_TM: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        capacity: int | None = None,
+    ) -> Tensor:
+        """As `llama.dispatch.Dispatch`; `experts` are this rank's, called even when no token arrives.
+
+        Pairs over the capacity are dropped before they travel, by what this rank alone sends (a rank's tokens are a
+        group of GShard, arXiv:2006.16668, §2.2). So the same pairs are dropped whatever the size of the group, and an
+        expert is sent at most `capacity` rows by each of its ranks.
+        """
+        rows = sort_by_expert(topk_ids_TK, self.num_experts, capacity)
+        counts_PS = rows.counts_E.view(self.group.size(), -1)
         arriving_PS = torch.empty_like(counts_PS)
         dist.all_to_all_single(arriving_PS, counts_PS, group=self.group)
         leaving, arriving = torch.stack((counts_PS.sum(1), arriving_PS.sum(1))).tolist()
 
-        x_RM = self._exchange(gather_rows(x_TM, order_N, topk_ids_TK.shape[1]), leaving, arriving)
-        expert_R = torch.arange(arriving_PS.shape[1], device=x_RM.device).repeat(self.group.size())
-        by_expert_R = torch.argsort(expert_R.repeat_interleave(arriving_PS.flatten()), stable=True)
-        y_RM = experts(x_RM.index_select(0, by_expert_R), arriving_PS.sum(0))
-        y_NM = self._exchange(y_RM.index_select(0, torch.argsort(by_expert_R)), arriving, leaving)
-        return combine_rows(y_NM, order_N, topk_weights_TK)
+        x_RM = self._exchange(gather_rows(x_TM, rows), leaving, arriving)
+        by_expert, by_source = _orders(arriving_PS, sum(arriving))
+        y_RM = experts(gather_rows(x_RM, by_expert), arriving_PS.sum(0))
+        y_RM = self._exchange(gather_rows(y_RM, by_source), arriving, leaving)
+        return combine_rows(y_RM, rows, topk_weights_TK)
 
     def _exchange(self, rows: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
         """Sends `leaving[p]` consecutive rows to each rank p, returns `arriving[p]` rows from each; differentiable."""
@@ -73,6 +91,18 @@ class AllToAllDispatch:
         away = len(rows) - leaving[self.group.rank()]
         self.bytes_sent += away * rows[:1].numel() * rows.element_size()
         return received
+
+
+def _orders(arriving_PS: Tensor, rows: int) -> tuple[ExpertRows, ExpertRows]:
+    """From the order of arrival (by source rank, then expert) to that of the experts, and back."""
+    expert_S = torch.arange(arriving_PS.shape[1], device=arriving_PS.device)
+    expert_R = expert_S.repeat(len(arriving_PS)).repeat_interleave(arriving_PS.flatten(), output_size=rows)
+    order_R, counts_S = torch.argsort(expert_R, stable=True), arriving_PS.sum(0)
+    inverse_R = inverse_permutation(order_R)
+    return (
+        ExpertRows(order_R, inverse_R[:, None], counts_S, None),
+        ExpertRows(inverse_R, order_R[:, None], counts_S, None),
+    )
 
 
 class _AllToAll(torch.autograd.Function):

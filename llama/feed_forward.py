@@ -1,20 +1,30 @@
-"""The gated feed-forward network."""
+"""The dense feed-forward network, gated or not."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.functional import silu
+
+from llama.activation import build_activation
+from llama.config import ModelConfig
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1·x) ⊙ w3·x), no biases (Shazeer, arXiv:2002.05202, eq. 6)."""
+    """w2(σ(w1·x)), or gated w2(σ(w1·x) ⊙ w3·x) with w1 the gate (Shazeer, arXiv:2002.05202, eq. 2 and 4-6).
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    σ is the activation of the config, which also says whether there is a gate and whether the matrices have biases
+    (Shazeer leaves them out).
+    """
+
+    def __init__(self, config: ModelConfig, hidden_dim: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w1 = nn.Linear(config.dim, hidden_dim, bias=config.ffn_bias)
+        self.w3 = nn.Linear(config.dim, hidden_dim, bias=config.ffn_bias) if config.gated else None
+        self.w2 = nn.Linear(hidden_dim, config.dim, bias=config.ffn_bias)
+        self.activation = build_activation(config.activation, config.swish_beta)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` → `[..., dim]`."""
-        return self.w2(silu(self.w1(x)) * self.w3(x))
+        hidden = self.activation(self.w1(x))
+        if self.w3 is not None:
+            hidden = hidden * self.w3(x)
+        return self.w2(hidden)

@@ -1,281 +1,213 @@
 """Hugging Face directories, both ways.
 
-A dense model is written as `LlamaForCausalLM`, a mixture of experts as `Ernie4_5_MoeForCausalLM`, the architecture of
-`transformers` that has softmax routing with a correction bias, ungated shared experts and grouped-query attention.
-ERNIE turns neighbouring pairs of dimensions in its rotary embedding where LLaMA turns the two halves of a head, so
-the rows of its query and key projections are the same rows in another order.
+Read and written are Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and Ernie-4.5-MoE
+(llama/hf_architectures.py). A model that none of them expresses is written as `CaravanForCausalLM`, which transformers
+loads once `llama.hf_model` has been imported. Nothing here needs transformers.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from llama.config import ModelConfig, MoEConfig
+from llama.config import ModelConfig
+from llama.hf_architectures import Architecture, UnsupportedModel
+from llama.hf_config import CARAVAN_NAME, find_architecture, read_config, write_caravan_config, write_config
+from llama.hf_files import CONFIG_FILE, DirectoryWriter, Slot, StoredTensors
+from llama.hf_names import EMBEDDINGS, LM_HEAD, StoredTensor, stored_tensors, turn_rows
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
-WEIGHTS_FILE = "model.safetensors"
-_ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
-_FEED_FORWARD = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+__all__ = ["MAX_SHARD_SIZE", "UnsupportedModel", "export_architecture", "load_pretrained", "save_pretrained"]
 
 
-class UnsupportedModel(ValueError):
-    """A model that has no counterpart on the other side, or an incomplete directory."""
+MAX_SHARD_SIZE = 5 * 1000**3
+"""Bytes of one weights file, as transformers has it."""
+_BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+"""Tensors that follow from the config and that older versions of transformers stored."""
 
 
-# --- configuration --------------------------------------------------------------------------------------------------
+def export_architecture(config: ModelConfig) -> str:
+    """The class of transformers that `save_pretrained` writes a model of this config as.
 
-
-def check_exportable(config: ModelConfig) -> None:
-    """For a check before training.
-
-    Raises:
-        UnsupportedModel: `save_pretrained` cannot write such a model; names the field.
+    A model whose routing biases are set although its config does not train them is written as one that has them.
     """
-    if config.moe is not None and not config.moe.normalize_top_k:
-        raise UnsupportedModel(
-            "model.moe.normalize_top_k=False has no counterpart in Ernie4_5_MoeForCausalLM; train with True to export"
-        )
+    architecture = find_architecture(config, _trains_expert_bias(config))
+    return architecture.name if architecture is not None else CARAVAN_NAME
 
 
-def _hf_config(config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    common: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": tokenizer.bos_id if tokenizer else None,
-        "eos_token_id": tokenizer.eos_id if tokenizer else None,
-        "pad_token_id": tokenizer.pad_id if tokenizer else None,
-        "use_cache": True,
-    }
-    moe = config.moe
-    if moe is None:
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "attention_bias": False,
-            "mlp_bias": False,
-            **common,
-        }
-    return {
-        "architectures": ["Ernie4_5_MoeForCausalLM"],
-        "model_type": "ernie4_5_moe",
-        "use_bias": False,
-        "moe_intermediate_size": moe.expert_hidden_dim,
-        "moe_k": moe.top_k,
-        "moe_num_experts": moe.num_experts,
-        "moe_num_shared_experts": moe.num_shared_experts,
-        "moe_layer_start_index": moe.first_dense_layers,
-        "moe_layer_end_index": config.num_layers - 1,
-        "moe_layer_interval": 1,
-        "moe_norm_min": 1e-12,
-        **common,
-    }
+def _trains_expert_bias(config: ModelConfig) -> bool:
+    return config.moe is not None and config.moe.bias_update_rate > 0
 
 
-def _require_value(hf: dict[str, Any], key: str, allowed: tuple[Any, ...]) -> None:
-    if key in hf and hf[key] not in allowed:
-        raise UnsupportedModel(f"config.json: {key}={hf[key]!r} is not supported; it must be {allowed[0]!r}")
+# --- saving ---------------------------------------------------------------------------------------------------------
 
 
-def _model_config(hf: dict[str, Any]) -> ModelConfig:
-    model_type = hf.get("model_type")
-    if model_type not in ("llama", "ernie4_5_moe"):
-        raise UnsupportedModel(f"config.json: model_type={model_type!r} is not supported; use llama or ernie4_5_moe")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise UnsupportedModel(f"config.json: rope_type={rope_type!r} is not supported; it must be 'default'")
-    _require_value(hf, "hidden_act", ("silu",))
-    for key in ("attention_bias", "mlp_bias", "use_bias"):
-        _require_value(hf, key, (False, None))
-    moe = None
-    if model_type == "ernie4_5_moe":
-        _require_value(hf, "moe_layer_interval", (1,))
-        _require_value(hf, "moe_layer_end_index", (hf["num_hidden_layers"] - 1, -1))
-        moe = MoEConfig(
-            num_experts=hf["moe_num_experts"],
-            top_k=hf["moe_k"],
-            num_shared_experts=hf["moe_num_shared_experts"],
-            expert_hidden_dim=hf["moe_intermediate_size"],
-            first_dense_layers=hf["moe_layer_start_index"],
-        )
-    default_theta = 500000.0 if moe else 10000.0
-    return ModelConfig(
-        vocab_size=hf["vocab_size"],
-        dim=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=hf["num_attention_heads"],
-        num_kv_heads=hf.get("num_key_value_heads"),
-        head_dim=hf.get("head_dim"),
-        hidden_dim=hf["intermediate_size"],
-        max_seq_len=hf["max_position_embeddings"],
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", default_theta))),
-        norm_eps=hf["rms_norm_eps"],
-        tie_embeddings=hf.get("tie_word_embeddings", moe is not None),
-        moe=moe,
-    )
-
-
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
-def _halves_to_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head from (first half, second half) order to neighbouring pairs."""
-    return weight.view(-1, 2, head_dim // 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _pairs_to_halves(weight: Tensor, head_dim: int) -> Tensor:
-    return weight.view(-1, head_dim // 2, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _name_map(config: ModelConfig) -> Iterator[tuple[str, int | None, str]]:
-    """(our name, expert index or None, Hugging Face name) of every tensor."""
-    yield "tok_embeddings.weight", None, "model.embed_tokens.weight"
-    yield "norm.weight", None, "model.norm.weight"
-    if not config.tie_embeddings:
-        yield "output.weight", None, "lm_head.weight"
-    for layer in range(config.num_layers):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        yield f"{ours}.attention_norm.weight", None, f"{theirs}.input_layernorm.weight"
-        yield f"{ours}.ffn_norm.weight", None, f"{theirs}.post_attention_layernorm.weight"
-        for name, hf_name in _ATTENTION.items():
-            yield f"{ours}.attention.{name}.weight", None, f"{theirs}.self_attn.{hf_name}.weight"
-        ours, theirs = f"{ours}.feed_forward", f"{theirs}.mlp"
-        if not config.is_moe_layer(layer):
-            for name, hf_name in _FEED_FORWARD.items():
-                yield f"{ours}.{name}.weight", None, f"{theirs}.{hf_name}.weight"
-            continue
-        moe = config.moe
-        assert moe is not None
-        yield f"{ours}.router.weight", None, f"{theirs}.gate.weight"
-        yield f"{ours}.router.expert_bias", None, f"{theirs}.moe_statics.e_score_correction_bias"
-        for name, hf_name in _FEED_FORWARD.items():
-            for expert in range(moe.num_experts):
-                yield f"{ours}.experts.{name}", expert, f"{theirs}.experts.{expert}.{hf_name}.weight"
-            if moe.num_shared_experts:
-                yield f"{ours}.shared.{name}.weight", None, f"{theirs}.shared_experts.{hf_name}.weight"
-
-
-def _is_rotary(name: str) -> bool:
-    return name.endswith(("attention.wq.weight", "attention.wk.weight"))
-
-
+@torch.no_grad()
 def save_pretrained(
-    model: Transformer, directory: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
-) -> None:
+    model: Transformer,
+    directory: str | Path,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> str:
     """Writes a directory that `transformers.AutoModelForCausalLM` loads.
 
-    The weights file appears whole or not at all, and `config.json` last: a directory without it is unfinished.
+    One tensor at a time is converted and written; what the directory held of an earlier model is removed first, and
+    `config.json` comes last: a directory without it is unfinished.
 
     Args:
         model: a plain (unsharded) model.
         tokenizer: written beside the weights when given, chat template included.
-        dtype: type of the stored weights; None keeps the model's.
-
-    Raises:
-        UnsupportedModel: no architecture of transformers computes the same function.
-    """
-    directory = Path(directory)
-    config = model.config
-    check_exportable(config)
-    dtype = dtype or model.tok_embeddings.weight.dtype
-    hf_config = _hf_config(config, dtype, tokenizer)
-    state = model.state_dict()
-    tensors: dict[str, Tensor] = {}
-    for name, expert, hf_name in _name_map(config):
-        tensor = state[name] if expert is None else state[name][expert]
-        if config.moe is not None and _is_rotary(name):
-            tensor = _halves_to_pairs(tensor, config.resolved_head_dim)
-        if hf_name.endswith("e_score_correction_bias"):
-            tensor = tensor.view(1, -1).float()
-        else:
-            tensor = tensor.to(dtype)
-        tensors[hf_name] = tensor.detach().cpu().contiguous().clone()
-    directory.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        tokenizer.save(directory)
-    partial = directory / f".{WEIGHTS_FILE}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, directory / WEIGHTS_FILE)
-    generation = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", "utf-8")
-    (directory / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", "utf-8")
-
-
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor, by its Hugging Face name."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        # Only names of files in this directory: an index must not lead elsewhere.
-        return {name: directory / Path(file).name for name, file in weight_map.items()}
-    path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        raise UnsupportedModel(f"{directory} holds no {WEIGHTS_FILE}; export or download the weights as safetensors")
-    with safe_open(path, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), path)
-
-
-def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Reads a Hugging Face directory of a supported architecture.
+        dtype: floating type of the stored weights; None keeps the model's. Routing biases are always fp32.
+        max_shard_size: bytes of one weights file; more make several and an index.
 
     Returns:
-        a model in evaluation mode with its `config`; routing biases stay fp32.
+        the class that loads it: one of transformers' that computes the same function, or `CaravanForCausalLM`.
+    """
+    directory = Path(directory)
+    config, state = model.config, model.state_dict()
+    dtype = dtype or model.tok_embeddings.weight.dtype
+    biased = any(bool(tensor.any()) for name, tensor in state.items() if name.endswith("router.expert_bias"))
+    architecture = find_architecture(config, biased or _trains_expert_bias(config))
+    entries = list(stored_tensors(config, architecture))
+    slots = [Slot(entry.stored, entry.shape, torch.float32 if entry.expert_bias else dtype) for entry in entries]
+    token_ids = {
+        "bos_token_id": tokenizer.bos_id if tokenizer else None,
+        "eos_token_id": tokenizer.eos_id if tokenizer else None,
+        "pad_token_id": tokenizer.pad_id if tokenizer else None,
+    }
+    writer = DirectoryWriter(directory)
+    writer.write_weights(slots, _outgoing(config, state, entries, architecture), max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save(directory)
+    writer.write_json("generation_config.json", token_ids)
+    hf_config = write_caravan_config(config) if architecture is None else write_config(config, architecture)
+    name = str(dtype).removeprefix("torch.")
+    # transformers 5 reads dtype, 4 torch_dtype.
+    writer.write_json(CONFIG_FILE, {**hf_config, **token_ids, "dtype": name, "torch_dtype": name})
+    return architecture.name if architecture is not None else CARAVAN_NAME
+
+
+def _outgoing(
+    config: ModelConfig, state: dict[str, Tensor], entries: list[StoredTensor], architecture: Architecture | None
+) -> Iterator[Tensor]:
+    for entry in entries:
+        tensor = state[entry.name] if entry.expert is None else state[entry.name][entry.expert]
+        if entry.turned and architecture is not None:
+            tensor = turn_rows(tensor, config.resolved_head_dim, config.rope_layout, architecture.rope_layout)
+        yield tensor.view(entry.shape)
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Reads a Hugging Face directory of a supported architecture, one tensor at a time.
+
+    Returns:
+        a model in evaluation mode with its `config`; routing biases stay fp32, Ernie's are zero where absent.
 
     Raises:
-        UnsupportedModel: another architecture, an unsupported setting, or a missing or misshapen tensor.
+        UnsupportedModel: another architecture or an unsupported setting; a tensor that is missing, misshapen or
+            belongs nowhere.
         FileNotFoundError: no `config.json`.
     """
     directory = Path(directory)
-    config_path = directory / "config.json"
+    config_path = directory / CONFIG_FILE
     if not config_path.is_file():
-        raise FileNotFoundError(f"{directory} holds no config.json; give a directory of a Hugging Face model")
-    config = _model_config(json.loads(config_path.read_text("utf-8")))
+        raise FileNotFoundError(f"{directory} holds no {CONFIG_FILE}; give a directory of a Hugging Face model")
+    config, architecture = read_config(_read_json(config_path))
+    with StoredTensors(directory) as tensors:
+        entries = list(stored_tensors(config, architecture))
+        _check_names(directory, config, architecture, entries, tensors)
+        model = _empty_model(config, dtype)
+        state = model.state_dict()
+        for entry in entries:
+            if entry.stored in tensors:
+                _load(directory, config, architecture, entry, tensors[entry.stored], state)
+    return model.eval()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UnsupportedModel(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UnsupportedModel(f"{path} is not a JSON object")
+    return content
+
+
+def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """A model of uninitialised `dtype` parameters and zero fp32 routing biases."""
     with torch.device("meta"):
         model = Transformer(config)
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, dtype=dtype)))
     model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    state = model.state_dict()
-    files = _tensor_files(directory)
-    readers = {path: safe_open(path, framework="pt") for path in set(files.values())}
-    for name, expert, hf_name in _name_map(config):
-        target = state[name] if expert is None else state[name][expert]
-        if hf_name not in files:
-            if hf_name.endswith("e_score_correction_bias"):
-                target.zero_()
-                continue
-            raise UnsupportedModel(f"{directory}: tensor {hf_name} is missing; the model is incomplete")
-        tensor = readers[files[hf_name]].get_tensor(hf_name)
-        if hf_name.endswith("e_score_correction_bias"):
-            tensor = tensor.view(-1)
-        if tensor.shape != target.shape:
-            raise UnsupportedModel(
-                f"{directory}: tensor {hf_name} has shape {list(tensor.shape)}, "
-                f"config.json calls for {list(target.shape)}"
-            )
-        if config.moe is not None and _is_rotary(name):
-            tensor = _pairs_to_halves(tensor, config.resolved_head_dim)
-        target.copy_(tensor)
-    return model.eval()
+    for buffer in model.buffers():
+        buffer.zero_()
+    return model
+
+
+def _check_names(
+    directory: Path,
+    config: ModelConfig,
+    architecture: Architecture | None,
+    entries: list[StoredTensor],
+    tensors: StoredTensors,
+) -> None:
+    """Every tensor of the model is in the files, and every tensor of the files is in the model."""
+    for entry in entries:
+        optional = entry.expert_bias and architecture is not None
+        if entry.stored not in tensors and not optional:
+            raise UnsupportedModel(f"{directory}: tensor {entry.stored} is missing; the model is incomplete")
+    left = sorted(tensors.names() - {entry.stored for entry in entries})
+    if architecture is not None:
+        if config.tie_embeddings and LM_HEAD in left:
+            left.remove(LM_HEAD)
+            if not torch.equal(tensors[LM_HEAD], tensors[EMBEDDINGS]):
+                raise UnsupportedModel(
+                    f"{directory}: {LM_HEAD} differs from {EMBEDDINGS} although config.json says "
+                    "tie_word_embeddings=True; set it to False"
+                )
+        ignored = (_BUFFERS, *map(re.compile, architecture.ignored_tensors))
+        left = [name for name in left if not any(pattern.search(name) for pattern in ignored)]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise UnsupportedModel(
+            f"{directory}: tensor {left[0]}{more} belongs to nothing that config.json describes; the settings and the "
+            "weights are of different models"
+        )
+
+
+def _load(
+    directory: Path,
+    config: ModelConfig,
+    architecture: Architecture | None,
+    entry: StoredTensor,
+    tensor: Tensor,
+    state: dict[str, Tensor],
+) -> None:
+    target = state[entry.name] if entry.expert is None else state[entry.name][entry.expert]
+    if tuple(tensor.shape) != entry.shape:
+        raise UnsupportedModel(
+            f"{directory}: tensor {entry.stored} has shape {list(tensor.shape)}, config.json calls for "
+            f"{list(entry.shape)}"
+        )
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise UnsupportedModel(
+            f"{directory}: tensor {entry.stored} is {tensor.dtype}; quantised weights are not supported"
+        )
+    if entry.turned and architecture is not None:
+        tensor = turn_rows(tensor, config.resolved_head_dim, architecture.rope_layout, config.rope_layout)
+    target.copy_(tensor.view(target.shape))

@@ -1,44 +1,77 @@
-"""Losses, as sums: the trainer divides by a count it has summed over all ranks.
+"""Cross-entropy, as sums: the trainer divides by a count it has summed over all ranks.
 
-Legend: T tokens, V vocabulary, E experts.
+Legend: T tokens, C tokens of a chunk, M model dimension, V vocabulary.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-
-from llama.moe import LayerRouting
+from torch.nn.functional import linear
 
 IGNORE_INDEX = -100
 """Label of a position that is not predicted (padding, or a prompt in fine-tuning)."""
 
+_CHUNK_ELEMENTS = 2**21
+"""Logits held at a time; small enough for a cache, large enough for a matrix product."""
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
-    """Sum of −log p(label) in nats, fp32, and the number of labels counted, int64.
+
+def linear_cross_entropy_sum(hidden: Tensor, weight_VM: Tensor, labels: Tensor) -> Tensor:
+    """Sum of −log p(label) in nats, with logits hidden·weightᵀ that never exist all at once.
+
+    The rows are taken in chunks, and each chunk's gradients are computed beside its loss: backward only scales them.
+    Softmax and sum are fp32 (fp64 for fp64 input); under autocast the products are in autocast's type.
 
     Args:
-        logits: `[..., vocab]`, any floating type; the softmax is fp32.
-        labels: `[...]` int64; `ignore_index` positions add nothing.
+        hidden: `[..., dim]`.
+        weight_VM: `[vocab, dim]`, the output projection.
+        labels: `[...]` int64; `IGNORE_INDEX` positions add nothing.
     """
-    flat = labels.reshape(-1)
-    total = cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), flat, ignore_index=ignore_index, reduction="sum"
-    )
-    return total, (flat != ignore_index).sum()
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    flat_TM, labels_T = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    with torch.autocast(device, enabled=False):
+        total: Tensor = _LinearCrossEntropy.apply(flat_TM, weight_VM, labels_T, dtype, torch.is_grad_enabled())
+    return total
 
 
-def balance_loss(routing: LayerRouting) -> Tensor:
-    """E · Σᵢ fᵢ·Pᵢ over the tokens of the batch (Switch Transformer, arXiv:2101.03961, §2.2, eq. 4–6).
+class _LinearCrossEntropy(torch.autograd.Function):
+    """d loss / d logits = softmax − one-hot, so a chunk needs nothing that comes after it."""
 
-    fᵢ is the share of (token, choice) pairs sent to expert i, Pᵢ the mean probability of expert i. 1 when routing is
-    uniform, its minimum; E when one expert takes all.
-    """
-    share_E = routing.counts_E / routing.counts_E.sum()
-    return len(share_E) * (share_E * routing.probabilities_TE.mean(dim=0)).sum()
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TM: Tensor, weight_VM: Tensor, labels_T: Tensor, dtype: torch.dtype, training: bool
+    ) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
+        weight = weight_VM.to(dtype)
+        total = torch.zeros((), dtype=wide, device=hidden_TM.device)
+        d_hidden_TM = torch.empty_like(hidden_TM) if needs_hidden else None
+        d_weight_VM = torch.zeros_like(weight_VM, dtype=wide) if needs_weight else None
+        rows = max(1, _CHUNK_ELEMENTS // len(weight))
+        for begin in range(0, len(labels_T), rows):
+            hidden_CM = hidden_TM[begin : begin + rows].to(dtype)
+            labels_C = labels_T[begin : begin + rows]
+            counted_C = labels_C != IGNORE_INDEX
+            target_C1 = labels_C.where(counted_C, 0)[:, None]
+            log_p_CV = linear(hidden_CM, weight).to(wide).log_softmax(dim=-1)
+            total -= log_p_CV.gather(1, target_C1).squeeze(1).masked_fill(~counted_C, 0.0).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            d_logits_CV = log_p_CV.exp_()
+            d_logits_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=wide))
+            d_logits_CV[~counted_C] = 0.0
+            d_logits_CV = d_logits_CV.to(dtype)
+            if d_hidden_TM is not None:
+                d_hidden_TM[begin : begin + rows] = d_logits_CV @ weight
+            if d_weight_VM is not None:
+                d_weight_VM += d_logits_CV.T @ hidden_CM
+        ctx.save_for_backward(d_hidden_TM, d_weight_VM)
+        return total
 
-
-def z_loss(routing: LayerRouting) -> Tensor:
-    """Mean squared log-partition of the router's logits (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    return torch.logsumexp(routing.logits_TE, dim=-1).square().mean()
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if d is None else d * gradients[0].to(d.dtype) for d in ctx.saved_tensors)
+        return *scaled, None, None, None

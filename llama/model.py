@@ -10,54 +10,97 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 
-from llama.attention import Attend, Attention, CausalAttend
+from llama.attention import Attend, Attention, CausalAttend, LayerContext, ScoreBias
 from llama.config import ModelConfig
 from llama.feed_forward import FeedForward
+from llama.generate import generate, stream
+from llama.losses import linear_cross_entropy_sum
 from llama.moe import MoE, RoutingRecord
-from llama.norm import RMSNorm
+from llama.norm import build_norm, deepnorm
+from llama.position import ALiBi, RelativeBias, sinusoidal
 from llama.rope import rotary_cos_sin, rotary_frequencies
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm residual block."""
+    """Attention, then a feed-forward, each on a residual stream with norms placed as `config.norm_placement` says.
+
+    pre: x + f(norm(x)) (LLaMA). post: norm(x + f(x)) (arXiv:1706.03762, §3.1). sandwich: x + norm(f(norm(x)))
+    (CogView, arXiv:2105.13290, §2.4). deepnorm: norm(α·x + f(x)) (arXiv:2203.00555, §3.1).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm_first = config.norm_placement in ("pre", "sandwich")
+        deep = config.norm_placement == "deepnorm"
+        self.alpha = deepnorm(decoder_layers=config.num_layers).decoder.alpha if deep else 1.0
+        self.dropout = config.residual_dropout
+        self.attention_norm = build_norm(config.norm, config.dim, config.norm_eps)
         self.attention = Attention(config, layer)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = build_norm(config.norm, config.dim, config.norm_eps)
         self.feed_forward: FeedForward | MoE = (
-            MoE(config, layer) if config.is_moe_layer(layer) else FeedForward(config.dim, config.ffn_hidden_dim)
+            MoE(config, layer) if config.is_moe_layer(layer) else FeedForward(config, config.ffn_hidden_dim)
         )
+        self.attention_post_norm = self.ffn_post_norm = None
+        if config.norm_placement == "sandwich":
+            self.attention_post_norm = build_norm(config.norm, config.dim, config.norm_eps)
+            self.ffn_post_norm = build_norm(config.norm, config.dim, config.norm_eps)
 
-    def forward(
-        self, x_BLM: Tensor, cos_BLD: Tensor, sin_BLD: Tensor, attend: Attend, routing: RoutingRecord | None
-    ) -> Tensor:
-        x_BLM = x_BLM + self.attention(self.attention_norm(x_BLM), cos_BLD, sin_BLD, attend)
-        normed_BLM = self.ffn_norm(x_BLM)
+    def forward(self, x_BLM: Tensor, context: LayerContext, routing: RoutingRecord | None) -> Tensor:
+        x_BLM = self._residual(
+            x_BLM, lambda x: self.attention(x, context), self.attention_norm, self.attention_post_norm
+        )
+        return self._residual(x_BLM, lambda x: self._feed(x, routing), self.ffn_norm, self.ffn_post_norm)
+
+    def _feed(self, x_BLM: Tensor, routing: RoutingRecord | None) -> Tensor:
         if isinstance(self.feed_forward, MoE):
-            return x_BLM + self.feed_forward(normed_BLM, routing)
-        return x_BLM + self.feed_forward(normed_BLM)
+            return self.feed_forward(x_BLM, routing)
+        return self.feed_forward(x_BLM)
+
+    def _residual(
+        self, x_BLM: Tensor, sublayer: Callable[[Tensor], Tensor], norm: nn.Module, post_norm: nn.Module | None
+    ) -> Tensor:
+        out_BLM = sublayer(norm(x_BLM) if self.norm_first else x_BLM)
+        if self.dropout:
+            out_BLM = dropout(out_BLM, self.dropout, self.training)
+        if post_norm is not None:
+            out_BLM = post_norm(out_BLM)
+        if self.norm_first:
+            return x_BLM + out_BLM
+        return norm(out_BLM + (x_BLM if self.alpha == 1 else self.alpha * x_BLM))
 
 
 class Transformer(nn.Module):
-    """LLaMA decoder (arXiv:2302.13971), dense or mixture of experts, by its `ModelConfig`.
+    """A decoder of the LLaMA family (arXiv:2302.13971), dense or mixture of experts, by its `ModelConfig`.
 
     The weights are uninitialised until `init_weights` or a load.
     """
+
+    generate = generate
+    stream = stream
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.position_embeddings = None
+        if config.position == "learned":
+            self.position_embeddings = nn.Embedding(config.max_seq_len, config.dim)
+        self.relative_bias = None
+        if config.position == "t5":
+            # One for all layers (T5, arXiv:1910.10683, §2.1).
+            self.relative_bias = nn.Parameter(torch.empty(config.t5_buckets, config.num_heads))
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        # With norms after the residual sum the last block has normalised already.
+        self.norm = None
+        if config.norm_placement in ("pre", "sandwich"):
+            self.norm = build_norm(config.norm, config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self._attend = CausalAttend()
 
@@ -69,8 +112,10 @@ class Transformer(nn.Module):
         attend: Attend | None = None,
         routing: RoutingRecord | None = None,
         output_index: Tensor | None = None,
+        labels: Tensor | None = None,
+        rope_length: int | None = None,
     ) -> Tensor:
-        """Logits of the next token.
+        """Logits of the next token, or the loss of predicting it.
 
         Args:
             tokens_BL: `[batch, seq]` int64.
@@ -78,37 +123,100 @@ class Transformer(nn.Module):
             attend: the attention to use; None is causal attention within each row, without a cache.
             routing: collects the routers' statistics when given.
             output_index: `[N]` int64 indices into the flattened `batch·seq`; only these positions' logits are computed.
+            labels: `[batch, seq]` int64, the token to predict at each position, `IGNORE_INDEX` where none is.
+            rope_length: the sequence length that dynamic NTK scaling stretches to; None is the largest position + 1.
 
         Returns:
-            `[batch, seq, vocab]`, or `[N, vocab]` with `output_index`.
+            `[batch, seq, vocab]`; or `[N, vocab]` with `output_index`; or with `labels` the fp32 sum of −log p(label)
+            in nats over the labelled positions, which never holds all the logits at once.
+
+        Raises:
+            ValueError: without `positions`, the sequence is longer than the table of learned positions.
         """
         if positions is None:
-            positions = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
-        frequencies = rotary_frequencies(self.config.resolved_head_dim, self.config.rope_theta).to(tokens_BL.device)
-        cos_BLD, sin_BLD = rotary_cos_sin(positions, frequencies)
-        x_BLM = self.tok_embeddings(tokens_BL)
+            positions = self._count_positions(tokens_BL)
+        x_BLM = self._embed(tokens_BL, positions)
+        context = LayerContext(attend or self._attend, self._rotary(positions, rope_length), self._score_bias())
         for block in self.layers:
-            x_BLM = block(x_BLM, cos_BLD, sin_BLD, attend or self._attend, routing)
+            x_BLM = block(x_BLM, context, routing)
         if output_index is not None:
             x_BLM = x_BLM.flatten(0, 1)[output_index]
-        x_BLM = self.norm(x_BLM)
-        if self.output is None:
-            return linear(x_BLM, self.tok_embeddings.weight)
-        return self.output(x_BLM)
+        if self.norm is not None:
+            x_BLM = self.norm(x_BLM)
+        weight_VM = self.tok_embeddings.weight if self.output is None else self.output.weight
+        if labels is not None:
+            return linear_cross_entropy_sum(x_BLM, weight_VM, labels)
+        return linear(x_BLM, weight_VM)
+
+    def _count_positions(self, tokens_BL: Tensor) -> Tensor:
+        length, table = tokens_BL.shape[1], self.config.max_seq_len
+        if self.config.position == "learned" and length > table:
+            raise ValueError(
+                f"the sequence has {length} tokens, and model.max_seq_len={table} positions are learned; "
+                "shorten it, or train with another model.position"
+            )
+        return torch.arange(length, device=tokens_BL.device)[None]
+
+    def _embed(self, tokens_BL: Tensor, positions: Tensor) -> Tensor:
+        x_BLM = self.tok_embeddings(tokens_BL)
+        if self.position_embeddings is not None:
+            x_BLM = x_BLM + self.position_embeddings(positions)
+        if self.config.position == "sinusoidal":
+            # Scaled up, so that the table does not drown the tokens (arXiv:1706.03762, §3.4).
+            x_BLM = x_BLM * math.sqrt(self.config.dim) + sinusoidal(positions, self.config.dim).type_as(x_BLM)
+        if self.config.residual_dropout:
+            x_BLM = dropout(x_BLM, self.config.residual_dropout, self.training)
+        return x_BLM
+
+    def _rotary(self, positions: Tensor, length: int | None) -> tuple[Tensor, Tensor] | None:
+        config, scaling = self.config, self.config.rope_scaling
+        if config.position != "rope":
+            return None
+        if length is None and scaling is not None and scaling.kind == "dynamic_ntk":
+            length = int(positions.max()) + 1
+        with positions.device:
+            frequencies, factor = rotary_frequencies(config.resolved_head_dim, config.rope_theta, scaling, length)
+        return rotary_cos_sin(positions, frequencies, factor)
+
+    def _score_bias(self) -> ScoreBias | None:
+        if self.relative_bias is not None:
+            return RelativeBias(self.relative_bias, self.config.t5_max_distance)
+        return ALiBi(self.config.num_heads) if self.config.position == "alibi" else None
 
     def initial_weight(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """The fp32 start value of the parameter called `name`.
 
-        It depends on nothing but the name, the full shape, the depth and the seed: any layout of ranks starts from
-        the same model. Norms are 1; matrices are N(0, 0.02²), those that write into the residual stream (`wo`, `w2`)
-        N(0, 0.02² / (2·layers)) (GPT-2, Radford et al. 2019, §2.3).
+        It depends on nothing but the name, the full shape, the config and the seed: any layout of ranks starts from
+        the same model. Norms are 1, biases 0, matrices N(0, std²) with `_initial_std`; a router with
+        `gate_init: kaiming_uniform` is U(−1/√dim, 1/√dim) (He et al., arXiv:1502.01852, §2.2, with a = √5, as
+        `nn.Linear` and DeepSeek's gate do).
         """
         if name.endswith("norm.weight"):
             return torch.ones(shape)
-        residual = name.removesuffix(".weight").endswith((".wo", ".w2"))
-        std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        if name.endswith("activation.beta"):
+            return torch.full(shape, self.config.swish_beta)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        return torch.empty(shape).normal_(0.0, std, generator=generator)
+        moe = self.config.moe
+        if name.endswith("router.weight") and moe is not None and moe.gate_init == "kaiming_uniform":
+            bound = 1 / math.sqrt(shape[-1])
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return torch.empty(shape).normal_(0.0, self._initial_std(name, shape), generator=generator)
+
+    def _initial_std(self, name: str, shape: torch.Size) -> float:
+        """0.02, smaller by √(2·layers) for the two matrices of a layer that `config.init` names.
+
+        residual: those that write into the residual stream, wo and w2 (GPT-2, Radford et al. 2019, §2.3). article: wo
+        and w3. DeepNorm has its own: Xavier, times β but for queries and keys (arXiv:2203.00555, figure 2).
+        """
+        matrix = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if self.config.norm_placement == "deepnorm" and matrix in ("wq", "wk", "wv", "wo", "w1", "w2", "w3"):
+            beta = deepnorm(decoder_layers=self.config.num_layers).decoder.beta
+            gain = 1.0 if matrix in ("wq", "wk") else beta
+            return gain * math.sqrt(2 / (shape[-1] + shape[-2]))
+        scaled = ("wo", "w2") if self.config.init == "residual" else ("wo", "w3")
+        return 0.02 / math.sqrt(2 * self.config.num_layers) if matrix in scaled else 0.02
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

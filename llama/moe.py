@@ -1,21 +1,23 @@
-"""Mixture of experts: router, grouped experts, shared experts.
+"""Mixture of experts: router, grouped experts, shared experts. What evens out their load: llama/balance.py.
 
-Legend: B batch, L sequence, T = B·L tokens, K chosen experts, N = T·K rows, E experts, M model dimension,
+Legend: B batch, L sequence, T = B·L tokens, K chosen experts, R rows sorted by expert, E experts, M model dimension,
 H hidden dimension of one expert.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import grouped_mm, linear, silu
+from torch.nn.functional import grouped_mm, linear
 
-from llama.config import ModelConfig
-from llama.dispatch import Dispatch, LocalDispatch
+from llama.activation import build_activation
+from llama.config import ModelConfig, MoEConfig
+from llama.dispatch import Dispatch, LocalDispatch, count_by_expert
 from llama.feed_forward import FeedForward
 
 
@@ -24,11 +26,14 @@ class LayerRouting:
     """What the router of one layer decided in one forward pass."""
 
     logits_TE: Tensor
-    """fp32, with its graph."""
+    """At least fp32, with its graph."""
     probabilities_TE: Tensor
-    """fp32, with its graph: softmax of the logits over all experts."""
+    """At least fp32, with its graph: the affinities of each token, divided by their sum over all experts."""
     counts_E: Tensor
-    """int64: (token, choice) pairs sent to each expert."""
+    """int64: (token, choice) pairs by the expert that the router chose, those over a capacity included."""
+    top_k: int
+    num_sequences: int
+    """The tokens are those of this many sequences of one length, one after the other."""
 
 
 class RoutingRecord:
@@ -44,30 +49,43 @@ class RoutingRecord:
 
 
 class Router(nn.Module):
-    """Token-choice top-k: softmax over experts, the k largest of probability + bias, weighted by probability.
+    """Token-choice top-k by affinity: the softmax of the logits over all experts, or each logit's sigmoid.
 
-    The bias steers the choice only (DeepSeek-V3, arXiv:2412.19437, §2.1.2, eq. 16); it is all zero unless training
-    balances with it. The arithmetic is fp32 under autocast (Switch Transformer, arXiv:2101.03961, §2.4).
+    The k experts of largest affinity + bias are chosen. A choice weighs its affinity, which is divided by the sum of
+    the chosen ones if `normalize_top_k`, times `route_scale`. The bias steers the choice only (DeepSeek-V3,
+    arXiv:2412.19437, §2.1.2, eq. 13–16); it is all zero unless training balances with it. The arithmetic is at least
+    fp32, under autocast too (Switch Transformer, arXiv:2101.03961, §2.4).
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, normalize: bool) -> None:
+    def __init__(self, dim: int, moe: MoEConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, dim))
+        self.register_buffer("expert_bias", torch.zeros(moe.num_experts, dtype=torch.float32))
         self.expert_bias: Tensor
-        self.top_k = top_k
-        self.normalize = normalize
+        self.score = moe.score
+        self.top_k = moe.top_k
+        self.normalize = moe.normalize_top_k
+        self.route_scale = moe.route_scale
 
     def forward(self, x_TM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns ids `[T, K]` int64, weights `[T, K]`, logits and probabilities `[T, E]`; all but the ids fp32."""
+        """Returns ids `[T, K]` int64, weights `[T, K]`, logits and affinities `[T, E]`."""
         with torch.autocast(x_TM.device.type, enabled=False):
-            logits_TE = linear(x_TM.float(), self.weight.float())
-            probabilities_TE = logits_TE.softmax(dim=-1)
-            ids_TK = torch.topk(probabilities_TE.detach() + self.expert_bias, self.top_k, dim=-1).indices
-            weights_TK = probabilities_TE.gather(1, ids_TK)
+            dtype = torch.promote_types(x_TM.dtype, torch.float32)
+            logits_TE = linear(x_TM.to(dtype), self.weight.to(dtype))
+            affinities_TE = logits_TE.softmax(dim=-1) if self.score == "softmax" else logits_TE.sigmoid()
+            ids_TK = torch.topk(affinities_TE.detach() + self.expert_bias, self.top_k, dim=-1).indices
+            weights_TK = affinities_TE.gather(1, ids_TK)
             if self.normalize:
                 weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-12)
-        return ids_TK, weights_TK, logits_TE, probabilities_TE
+            if self.route_scale != 1:
+                weights_TK = weights_TK * self.route_scale
+        return ids_TK, weights_TK, logits_TE, affinities_TE
+
+    def probabilities(self, affinities_TE: Tensor) -> Tensor:
+        """Affinities that sum to 1 over the experts (DeepSeek-V3, arXiv:2412.19437, §2.1.2, eq. 19)."""
+        if self.score == "softmax":
+            return affinities_TE
+        return affinities_TE / affinities_TE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
 
 
 def _local(parameter: Tensor) -> Tensor:
@@ -75,68 +93,103 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """A bank of SwiGLU experts, computed by grouped GEMM over rows sorted by expert.
+    """A bank of feed-forwards without biases, computed by grouped GEMM over rows sorted by expert.
 
-    Under expert parallelism the parameters are DTensors and each rank computes its own slice of the bank.
+    Under expert parallelism the parameters are DTensors and each rank computes its own slice of the bank. A gradient
+    that arrives must be dense: grouped GEMM cannot read an expanded one, as a bare `.sum()` gives.
     """
 
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
-        self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
-        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        moe = config.moe
+        if moe is None or moe.expert_hidden_dim is None:
+            raise ValueError("model.moe is absent; experts need it, use FeedForward for a dense layer")
+        inner, outer = (moe.num_experts, moe.expert_hidden_dim, config.dim), (moe.num_experts, config.dim)
+        self.w1 = nn.Parameter(torch.empty(inner))
+        self.w3 = nn.Parameter(torch.empty(inner)) if config.gated else None
+        self.w2 = nn.Parameter(torch.empty(*outer, moe.expert_hidden_dim))
+        self.activation = build_activation(config.activation, config.swish_beta)
 
-    def forward(self, x_NM: Tensor, counts_E: Tensor) -> Tensor:
-        """`x_NM` holds `counts_E[e]` rows for local expert e, in order of e; returns `[N, M]`."""
-        w1, w3, w2 = (_local(w) for w in (self.w1, self.w3, self.w2))
-        if torch.is_autocast_enabled(x_NM.device.type):
+    def forward(self, x_RM: Tensor, counts_E: Tensor) -> Tensor:
+        """`x_RM` holds `counts_E[e]` rows for local expert e, in order of e; returns `[R, M]`."""
+        w1, w2 = _local(self.w1), _local(self.w2)
+        w3 = None if self.w3 is None else _local(self.w3)
+        if torch.is_autocast_enabled(x_RM.device.type):
             # grouped_mm is not on autocast's list: cast as autocast would.
-            dtype = torch.get_autocast_dtype(x_NM.device.type)
-            x_NM, w1, w3, w2 = (t.to(dtype) for t in (x_NM, w1, w3, w2))
-        if not self._aligned(w1.element_size()):
-            return self._loop(x_NM, counts_E, w1, w3, w2)
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        gate_NH = grouped_mm(x_NM, w1.transpose(1, 2), offs=ends_E)
-        up_NH = grouped_mm(x_NM, w3.transpose(1, 2), offs=ends_E)
-        return grouped_mm(silu(gate_NH) * up_NH, w2.transpose(1, 2), offs=ends_E)
+            dtype = torch.get_autocast_dtype(x_RM.device.type)
+            x_RM, w1, w2 = x_RM.to(dtype), w1.to(dtype), w2.to(dtype)
+            w3 = None if w3 is None else w3.to(dtype)
+        multiply = _grouped if _aligned(w1) else _looped
+        ends_E = counts_E.cumsum(0)
+        # An fp32 parameter of the activation, a learned β, would widen what grouped_mm wants of one type.
+        hidden_RH = self.activation(multiply(x_RM, w1, ends_E)).to(x_RM.dtype)
+        if w3 is not None:
+            hidden_RH = hidden_RH * multiply(x_RM, w3, ends_E)
+        return multiply(hidden_RH, w2, ends_E)
 
-    def _aligned(self, element_size: int) -> bool:
-        """grouped_mm wants every row to start at a multiple of 16 bytes."""
-        return all(size * element_size % 16 == 0 for size in self.w1.shape[1:])
 
-    @staticmethod
-    def _loop(x_NM: Tensor, counts_E: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-        ends = [0, *counts_E.cumsum(0).tolist()]
-        answers = [
-            linear(silu(linear(x_NM[begin:end], w1[e])) * linear(x_NM[begin:end], w3[e]), w2[e])
-            for e, (begin, end) in enumerate(pairwise(ends))
-        ]
-        return torch.cat(answers)
+def _aligned(weight: Tensor) -> bool:
+    """grouped_mm wants every row to start at a multiple of 16 bytes, and knows no float64."""
+    rows_fit = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    return rows_fit and weight.dtype != torch.float64
+
+
+def _grouped(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    return grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E.to(torch.int32))
+
+
+def _looped(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """The same, expert by expert."""
+    ends = [0, *ends_E.tolist()]
+    return torch.cat([linear(x_RI[begin:end], weight_EOI[e]) for e, (begin, end) in enumerate(pairwise(ends))])
 
 
 class MoE(nn.Module):
-    """Routed experts, dropless, plus shared experts that see every token (DeepSeekMoE, arXiv:2401.06066, eq. 9)."""
+    """Routed experts, plus shared experts that see every token (DeepSeekMoE, arXiv:2401.06066, eq. 9).
+
+    The shared experts are one feed-forward; with a `shared_gate` its answer is multiplied by sigmoid(gate·x), as
+    Qwen2-MoE does (arXiv:2407.10671, §2.2.2). In training a capacity bounds what each expert takes of one forward
+    pass; a pair over it adds nothing, and the token's other choices keep their weights.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         moe = config.moe
-        if moe is None or moe.expert_hidden_dim is None:
+        if moe is None:
             raise ValueError("model.moe is absent; a MoE layer needs it, use FeedForward for a dense one")
         self.layer = layer
-        self.router = Router(config.dim, moe.num_experts, moe.top_k, moe.normalize_top_k)
-        self.experts = Experts(moe.num_experts, config.dim, moe.expert_hidden_dim)
-        shared_dim = moe.num_shared_experts * moe.expert_hidden_dim
-        self.shared = FeedForward(config.dim, shared_dim) if shared_dim else None
+        self.capacity_factor = moe.capacity_factor
+        self.router = Router(config.dim, moe)
+        self.experts = Experts(config)
+        self.shared = FeedForward(config, moe.shared_hidden_dim) if moe.shared_hidden_dim else None
+        self.shared_gate = nn.Linear(config.dim, 1, bias=False) if moe.shared_gate else None
         self.dispatch: Dispatch = LocalDispatch(moe.num_experts)
 
     def forward(self, x_BLM: Tensor, routing: RoutingRecord | None = None) -> Tensor:
         """`[batch, seq, dim]` → `[batch, seq, dim]`; writes this layer's statistics into `routing` when given."""
         x_TM = x_BLM.reshape(-1, x_BLM.shape[-1])
-        ids_TK, weights_TK, logits_TE, probabilities_TE = self.router(x_TM)
+        ids_TK, weights_TK, logits_TE, affinities_TE = self.router(x_TM)
         if routing is not None:
-            counts_E = torch.bincount(ids_TK.reshape(-1), minlength=logits_TE.shape[1])
-            routing.layers[self.layer] = LayerRouting(logits_TE, probabilities_TE, counts_E)
-        out_TM = self.dispatch(self.experts, x_TM, ids_TK, weights_TK)
+            routing.layers[self.layer] = LayerRouting(
+                logits_TE,
+                self.router.probabilities(affinities_TE),
+                count_by_expert(ids_TK, logits_TE.shape[1]),
+                self.router.top_k,
+                num_sequences=x_BLM.shape[0],
+            )
+        if torch.is_autocast_enabled(x_TM.device.type):
+            # Once, instead of by every matrix, and before the rows are copied out K times.
+            x_TM = x_TM.to(torch.get_autocast_dtype(x_TM.device.type))
+        out_TM = self.dispatch(self.experts, x_TM, ids_TK, weights_TK, self._capacity(ids_TK))
         if self.shared is not None:
-            out_TM = out_TM + self.shared(x_TM)
-        return out_TM.view_as(x_BLM)
+            shared_TM = self.shared(x_TM)
+            if self.shared_gate is not None:
+                shared_TM = self.shared_gate(x_TM).sigmoid() * shared_TM
+            out_TM = out_TM + shared_TM
+        return out_TM.view(x_BLM.shape)
+
+    def _capacity(self, ids_TK: Tensor) -> int | None:
+        """Rows that an expert takes of this forward pass (Switch Transformer, arXiv:2101.03961, §2.2, eq. 3)."""
+        if self.capacity_factor is None or not self.training:
+            return None
+        return math.ceil(self.capacity_factor * ids_TK.numel() / self.router.expert_bias.numel())

@@ -4,7 +4,8 @@ A tokenizer directory holds `tokenizer.json` (Hugging Face `tokenizers` format),
 special tokens) and `chat_template.jinja`, as `transformers` reads and writes them.
 
 Text is data: a user who types `<|assistant|>` gets its characters, never the control token, in `encode` and inside
-chat messages alike. Only a template's own text makes control tokens.
+chat messages alike. Only a template's own text makes control tokens. How a tokenizer is learned is in
+`llama/tokenizer_training.py`; any other `tokenizer.json` with a named end-of-text token will do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Tokenizer:
     """A `tokenizers` backend, the special tokens' roles and a chat template.
 
     Args:
-        backend: the tokenizer proper; it becomes this object's and has its special-token parsing turned off.
+        backend: the tokenizer proper; it becomes this object's, with special-token parsing, truncation and padding off.
         bos_token, eos_token, pad_token: their strings; a missing `bos_token` or `pad_token` takes `eos_token`'s place.
         chat_template: Jinja text, or None when the model has none.
 
@@ -65,7 +66,9 @@ class Tokenizer:
         chat_template: str | None = CHAT_TEMPLATE,
     ) -> None:
         self.backend = backend
-        self.backend.encode_special_tokens = True
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
         self.eos_token = eos_token
         self.bos_token = bos_token or eos_token
         self.pad_token = pad_token or eos_token
@@ -76,6 +79,10 @@ class Tokenizer:
         # Some models keep these among their ordinary tokens.
         self._special |= {self.bos_token: self.bos_id, self.eos_token: self.eos_id, self.pad_token: self.pad_id}
         longest_first = sorted(self._special, key=len, reverse=True)
+        # Unknown text becomes this one; nobody has to write it out.
+        unknown = {token for token in self._special if token == _unknown_token(backend)}
+        self._control_ids = frozenset(self._special[token] for token in self._special.keys() - unknown)
+        self._continuing = _continuing(backend)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         # A sandbox without access to Python: templates come with models from outside.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -94,12 +101,33 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, nothing added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Token ids of plain text, nothing added, no control token among them."""
+        return self._encode(text, self.backend)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores that `tokenizers` may use."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        texts = list(texts)
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [
+            encoding.ids if self._control_ids.isdisjoint(encoding.ids) else self.encode(text)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _encode(self, text: str, backend: tokenizers.Tokenizer) -> list[int]:
+        encoding = backend.encode(text, add_special_tokens=False)
+        if self._control_ids.isdisjoint(encoding.ids):
+            return encoding.ids
+        # A model may have its control tokens among its ordinary pieces and find them in text. Halves of one are text.
+        control = [token_id in self._control_ids for token_id in encoding.ids]
+        spans = [span for span, found in zip(encoding.offsets, control, strict=True) if found]
+        cuts = [(start + end) // 2 for start, end in spans if end - start > 1]
+        if not cuts:
+            return [token_id for token_id, found in zip(encoding.ids, control, strict=True) if not found]
+        first, *others = (text[start:end] for start, end in pairwise((0, *cuts, len(text))))
+        ids = self._encode(first, backend)
+        for other in others:
+            ids += self._encode(other, self._continuing)
+        return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that form no character become U+FFFD."""
@@ -135,7 +163,7 @@ class Tokenizer:
             elif part:
                 for placeholder, original in originals.items():
                     part = part.replace(placeholder, original)
-                ids.extend(self.encode(part))
+                ids.extend(self._encode(part, self._continuing if ids else self.backend))
         return ids
 
     def _hide_special_tokens(
@@ -195,6 +223,28 @@ class Tokenizer:
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         if self.chat_template is not None:
             (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+
+
+def _unknown_token(backend: tokenizers.Tokenizer) -> str | None:
+    """What the model makes of text that it has no pieces for, if it has a token for that."""
+    if not isinstance(backend.model, tokenizers.models.Unigram):
+        return backend.model.unk_token
+    unknown_id = json.loads(backend.model.__getstate__())["unk_id"]
+    return None if unknown_id is None else backend.id_to_token(unknown_id)
+
+
+def _continuing(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """`backend` for text that does not begin a sequence: without the "▁" that some put in front of the first word."""
+    if backend.pre_tokenizer is None or b'"first"' not in backend.pre_tokenizer.__getstate__():
+        return backend
+    state = json.loads(backend.to_str())
+    outer = state["pre_tokenizer"]
+    for part in (outer, *outer.get("pretokenizers", ())):
+        if part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "never"
+    continuing = tokenizers.Tokenizer.from_str(json.dumps(state))
+    continuing.encode_special_tokens = True
+    return continuing
 
 
 def _token_name(value: Any) -> str | None:

@@ -1,8 +1,8 @@
 """What a model must beat: compressors that know little, on the same held-out bytes.
 
-A token's bytes are known exactly under byte-level BPE, so bits per byte can be stated for any set of target tokens:
-the summed bits over the summed bytes. Special tokens stand for no text and count no bytes; a model pays for predicting
-them all the same.
+A token's bytes are known exactly under a byte-level tokenizer, so bits per byte can be stated for any set of target
+tokens: the summed bits over the summed bytes. Special tokens stand for no text and count no bytes; a model pays for
+predicting them all the same.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def zstd_bits(data: bytes) -> int:
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes that each id of a byte-level BPE stands for; none for special tokens."""
+    """The bytes that each id of a byte-level tokenizer stands for; none for special tokens."""
     byte_of = byte_alphabet()
     special = {token_id for token_id, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
     pieces = []

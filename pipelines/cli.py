@@ -422,6 +422,34 @@ def _open_store(uri: str | None) -> Store:
     return store
 
 
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+bench = typer.Typer(help="Ours beside its peers, in one run.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("train")
+def bench_train(
+    model: Annotated[str, typer.Option(help="Preset: small, small-moe, ...")] = "small",
+    precision: Annotated[str, typer.Option(help="bf16 or fp32")] = "bf16",
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    rounds: Annotated[int, typer.Option(help="At least 3.")] = 5,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a contestant in each round.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Times a training step beside Hugging Face transformers', interleaved in one run; needs no cluster."""
+    from llama.bench import train
+
+    report = train.measure(train.TrainBench(model, precision, batch, seq_len, rounds, steps, threads, device))
+    if as_json:
+        _print_json(train.as_json(report))
+    else:
+        out.print(train.as_text(report), markup=False, highlight=False, soft_wrap=True)
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 

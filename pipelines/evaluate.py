@@ -18,7 +18,7 @@ from cluster.placement import WorkerNeeds, run_on_cluster
 from cluster.storage import JSON, Artifact
 from llama.config import ModelConfig
 from llama.engine import Engine, EngineConfig, SamplingParams
-from llama.losses import cross_entropy_sum
+from llama.losses import IGNORE_INDEX
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 from llama.training.checkpoint import load_model_weights
@@ -112,8 +112,8 @@ def score(model: Transformer, shards: ShardSet, batch_size: int, max_rows: int |
     device = model.tok_embeddings.weight.device
     nats, tokens = 0.0, 0
     for inputs, labels in held_out_batches(shards, batch_size, max_rows=max_rows):
-        total, count = cross_entropy_sum(model(inputs.to(device)), labels.to(device))
-        nats, tokens = nats + total.item(), tokens + int(count)
+        nats += model(inputs.to(device), labels=labels.to(device)).item()
+        tokens += int((labels != IGNORE_INDEX).sum())
     return nats, tokens
 
 

@@ -11,7 +11,7 @@ import torch
 from cluster.placement import WorkerNeeds, run_on_cluster
 from cluster.storage import JSON, Artifact, FileEntry, Store
 from llama.config import ModelConfig
-from llama.hf import check_exportable, save_pretrained
+from llama.hf import export_architecture, save_pretrained
 from pipelines.evaluate import final_checkpoint, load_checkpoint
 from pipelines.graph import Stage, StageContext
 from pipelines.recipe import ExportConfig
@@ -19,11 +19,7 @@ from pipelines.vocabulary import load_tokenizer
 
 
 def export_stage(model: ModelConfig, config: ExportConfig) -> Stage:
-    """The stage `export`, downstream of `tokenizer` and `pretrain`.
-
-    Raises UnsupportedModel for a model that has no Hugging Face form: now, and not after its training.
-    """
-    check_exportable(model)
+    """The stage `export`, downstream of `tokenizer` and `pretrain`."""
     return Stage(
         "export", 1, {"model": model, "export": config}, partial(_export, model, config), ("tokenizer", "pretrain")
     )
@@ -41,7 +37,7 @@ def _export(model: ModelConfig, config: ExportConfig, context: StageContext) -> 
         context.attempt.store,
     )
     context.record(*entries)
-    return {"architecture": "Ernie4_5_MoeForCausalLM" if model.moe else "LlamaForCausalLM", "dtype": config.dtype}
+    return {"architecture": export_architecture(model), "dtype": config.dtype}
 
 
 def write_export(

@@ -13,7 +13,7 @@ import os
 import re
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,12 +24,12 @@ from pydantic_core import ErrorDetails
 from cluster.location import has_credentials
 from llama.config import ModelConfig
 from llama.engine.engine import EngineConfig
-from llama.tokenizer import SPECIAL_TOKENS
+from llama.presets import preset
+from llama.tokenizer_training import SMALLEST_VOCABULARY, TokenizerKind
 from llama.training.config import TrainConfig
 from llama.training.mesh import plan_mesh
 from pipelines.sources import STDLIB
 
-_SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 _PORTS = (1, 65535)
 
 Positive = Annotated[int, Field(ge=1)]
@@ -85,8 +85,10 @@ class DataConfig(_Section):
 
 
 class TokenizerConfig(_Section):
-    vocab_size: Annotated[int, Field(ge=_SMALLEST_VOCABULARY)] = 4096
+    vocab_size: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] = 4096
     """Tokens, of which 256 are the bytes and a few special; the model's vocabulary follows it."""
+    kind: TokenizerKind = "bpe"
+    """How the tokens are found and used; all three are byte-level (llama/tokenizer_training.py)."""
     sample_bytes: Positive = 100_000_000
     """Bytes of training text to learn from; of a larger corpus that much is sampled."""
 
@@ -201,6 +203,20 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The recipe with every default filled in; `from_yaml` makes an equal one of it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        """`model.preset` names a published shape; keys beside it replace its own, its vocabulary is the tokenizer's."""
+        match values:
+            case {"model": {"preset": str(name), **given}}:
+                shape: dict[Any, Any] = asdict(preset(name))
+                del shape["vocab_size"]
+                for key, value in given.items():
+                    own = shape.get(key)
+                    shape[key] = {**own, **value} if isinstance(own, dict) and isinstance(value, dict) else value
+                return {**values, "model": shape}
+        return values
 
     @model_validator(mode="before")
     @classmethod

@@ -22,7 +22,6 @@ def build_graph(recipe: Recipe, dashboard_url: str, keep: bool) -> Graph:
 
     Raises:
         DataError: a source does not exist.
-        UnsupportedModel: the model could be trained but not exported.
     """
     return Graph(
         [

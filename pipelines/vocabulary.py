@@ -1,4 +1,4 @@
-"""The tokenizer stage: byte-level BPE learned from the training split.
+"""The tokenizer stage: a byte-level tokenizer of the wanted kind, learned from the training split.
 
 The artifact is a tokenizer directory (`tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`), as
 `llama.tokenizer.Tokenizer` and `transformers` read it. Training is deterministic: the same documents give the same
@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tokenizers
 import xxhash
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cluster.storage import JSON, Artifact
-from llama.tokenizer import SPECIAL_TOKENS, Tokenizer
+from llama.tokenizer import Tokenizer
+from llama.tokenizer_training import train_tokenizer
 from pipelines.graph import Stage, StageContext
 from pipelines.ingest import list_parts, read_parts
 from pipelines.sources import DataError
@@ -34,9 +33,10 @@ def tokenizer_stage(config: TokenizerConfig) -> Stage:
 
 def _train(config: TokenizerConfig, context: StageContext) -> dict[str, JSON]:
     documents = context.inputs["ingest"]
-    context.emit(f"learning {config.vocab_size} tokens")
+    context.emit(f"learning {config.vocab_size} tokens ({config.kind})")
     read = [0]
-    tokenizer = train_tokenizer(_counted(_sample(documents, config.sample_bytes), read), config.vocab_size)
+    texts = _counted(_sample(documents, config.sample_bytes), read)
+    tokenizer = train_tokenizer(texts, config.vocab_size, config.kind)
     if tokenizer.vocab_size < config.vocab_size:
         raise DataError(
             f"tokenizer.vocab_size={config.vocab_size}, but the training split yields only {tokenizer.vocab_size} "
@@ -51,25 +51,6 @@ def _train(config: TokenizerConfig, context: StageContext) -> dict[str, JSON]:
         "fingerprint": tokenizer_fingerprint(tokenizer),
         "trained_on_bytes": read[0],
     }
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE of at most `vocab_size` tokens, special tokens and the 256 bytes first.
-
-    Byte-pair encoding of words: Sennrich et al., arXiv:1508.07909; over bytes with the word pattern of GPT-2
-    (Radford et al. 2019, §2.2). Any text round-trips: nothing is normalised and there is no unknown token.
-    """
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer=trainer)
-    return Tokenizer(backend)
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

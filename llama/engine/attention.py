@@ -4,7 +4,8 @@ Legend: B = 1, T tokens of a step, H query heads, G key/value heads, R = H/G que
 N sequences of a group, L query tokens of each, S key positions (padded to the longest of the group).
 
 A step's tokens are flat: one row, all requests behind one another. Token position p of a request lives in slot
-`block_table[p // block_size] * block_size + p % block_size`. The plan of a step is made once and used by every layer.
+`block_table[p // block_size] * block_size + p % block_size`. The plan of a step is made once and used by every layer;
+layers of different sliding windows read different keys, so it lists what to read for each window.
 
 Two shapes of work. Decoding sequences have one query each: they are gathered side by side, padded, and the R query
 heads that share a key/value head become rows of one query matrix, which reads every key once. A prefill chunk is on
@@ -14,13 +15,13 @@ its own (N = 1), and its R heads share the keys by a stride-0 expand, so that th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from llama.attention import ScoreBias, Scoring, attend_visible, visible_keys
 from llama.config import ModelConfig
 
 
@@ -44,17 +45,28 @@ class SequenceSpan:
     start: int
     end: int
 
+    def first_visible(self, window: int | None) -> int:
+        """The first position that any of its tokens sees."""
+        return 0 if window is None else max(0, self.start - window + 1)
+
 
 @dataclass(frozen=True)
 class _Group:
-    """Sequences that are attended in one call."""
+    """Sequences that are attended in one call, each from the first key that it sees."""
 
     rows_T: Tensor
     """`[N * L]`: their tokens' places in the step."""
     slots_NS: Tensor
     """Padding repeats the sequence's own last slot: no other request's values, not even a NaN, can leak in."""
-    mask_NLS: Tensor | None
+    visible_NLS: Tensor | None
     """True where a query sees a key; None when every one does."""
+    query_positions_NL: Tensor
+    """Like the keys' on the host: only a bias reads them, once a step."""
+    key_positions_NS: Tensor
+
+    @property
+    def decodes(self) -> bool:
+        return self.query_positions_NL.shape[1] == 1
 
 
 @dataclass(frozen=True)
@@ -62,52 +74,94 @@ class AttentionPlan:
     """Where a step's keys and values go, and who reads what."""
 
     slots_T: Tensor
-    decode_groups: tuple[_Group, ...]
-    prefill_groups: tuple[_Group, ...]
+    groups: dict[int | None, tuple[_Group, ...]]
+    """By sliding window; None for the layers that see all keys."""
 
 
-def plan_attention(spans: Sequence[SequenceSpan], block_size: int, device: torch.device) -> AttentionPlan:
-    """The plan of a step whose flat tokens are those of `spans`, one after the other."""
-    slots_T = torch.empty(sum(span.end - span.start for span in spans), dtype=torch.int64)
-    # Decodes of similar length go together: padding at most doubles what is read.
+def plan_attention(
+    spans: Sequence[SequenceSpan], block_size: int, device: torch.device, windows: Iterable[int | None] = (None,)
+) -> AttentionPlan:
+    """The plan of a step whose flat tokens are those of `spans`, one after the other.
+
+    Args:
+        windows: every layer's `Scoring.window`.
+    """
+    longest = max(span.end for span in spans)
+    groups: dict[int | None, tuple[_Group, ...]] = {}
+    for window in windows:
+        binding = None if window is None or window >= longest else window
+        if binding not in groups:
+            groups[binding] = _plan_groups(spans, block_size, device, binding)
+        groups[window] = groups[binding]
+    slots_T = torch.empty(sum(span.end - span.start for span in spans), dtype=torch.int64, device=device)
+    for group in next(iter(groups.values())):
+        # A query sees itself, so its own slot is among those read, and padding repeats it.
+        slots_T[group.rows_T] = group.slots_NS[:, -group.query_positions_NL.shape[1] :].flatten()
+    return AttentionPlan(slots_T, groups)
+
+
+def _plan_groups(
+    spans: Sequence[SequenceSpan], block_size: int, device: torch.device, window: int | None
+) -> tuple[_Group, ...]:
+    # Decodes that read about as many keys go together: padding at most doubles what is read.
     decodes: dict[int, tuple[list[int], list[SequenceSpan]]] = defaultdict(lambda: ([], []))
-    prefill_groups: list[_Group] = []
+    prefills: list[_Group] = []
     row = 0
     for span in spans:
         length = span.end - span.start
         if length == 1:
-            rows, members = decodes[span.end.bit_length()]
+            rows, members = decodes[(span.end - span.first_visible(window)).bit_length()]
             rows.append(row)
             members.append(span)
         else:
-            slots_NS, _ = _slots([span], block_size)
-            slots_T[row : row + length] = slots_NS[0, span.start :]
-            positions_S = torch.arange(span.end)
-            mask_LS = positions_S[None, :] <= positions_S[span.start :, None]
             rows_T = torch.arange(row, row + length)
-            prefill_groups.append(_Group(rows_T.to(device), slots_NS.to(device), mask_LS[None].to(device)))
+            prefills.append(_plan_group(rows_T, [span], block_size, device, window))
         row += length
-    decode_groups: list[_Group] = []
-    for rows, members in decodes.values():
-        slots_NS, seen_NS = _slots(members, block_size)
-        rows_T = torch.tensor(rows)
-        slots_T[rows_T] = slots_NS[:, -1]
-        mask_NLS = None if seen_NS.all() else seen_NS[:, None].to(device)
-        decode_groups.append(_Group(rows_T.to(device), slots_NS.to(device), mask_NLS))
-    return AttentionPlan(slots_T.to(device), tuple(decode_groups), tuple(prefill_groups))
+    groups = [
+        _plan_group(torch.tensor(rows), members, block_size, device, window) for rows, members in decodes.values()
+    ]
+    return (*groups, *prefills)
 
 
-def _slots(spans: Sequence[SequenceSpan], block_size: int) -> tuple[Tensor, Tensor]:
-    """Slots of the positions up to each span's end, `[N, S]`, and whether the position is one (not padding)."""
-    ends_N1 = torch.tensor([[span.end] for span in spans])
-    positions_S = torch.arange(int(ends_N1.max()))
-    width = -(-len(positions_S) // block_size)
-    # Blocks reserved for later chunks are of no use yet.
-    tables = [list(span.block_ids[:width]) for span in spans]
+def _plan_group(
+    rows_T: Tensor, spans: list[SequenceSpan], block_size: int, device: torch.device, window: int | None
+) -> _Group:
+    """The group of `spans`, all of one length, whose tokens lie at `rows_T` of the step."""
+    length = spans[0].end - spans[0].start
+    firsts = [span.first_visible(window) for span in spans]
+    firsts_N1, ends_N1 = torch.tensor([firsts, [span.end for span in spans]])[:, :, None]
+    positions_NS = firsts_N1 + torch.arange(max(span.end - first for span, first in zip(spans, firsts, strict=True)))
+    key_positions_NS = positions_NS.minimum(ends_N1 - 1)
+    query_positions_NL = ends_N1 + torch.arange(-length, 0)
+    visible_NLS: Tensor | None
+    if length > 1:
+        visible_NLS = visible_keys(query_positions_NL, key_positions_NS, window)
+    else:
+        # What is read of a decoding sequence starts at the first key it sees and ends with its query.
+        visible_NLS = (positions_NS < ends_N1)[:, None]
+        if visible_NLS.all():
+            visible_NLS = None
+    return _Group(
+        rows_T.to(device),
+        _slots(spans, firsts, key_positions_NS, block_size).to(device),
+        None if visible_NLS is None else visible_NLS.to(device),
+        query_positions_NL,
+        key_positions_NS,
+    )
+
+
+def _slots(spans: list[SequenceSpan], firsts: list[int], positions_NS: Tensor, block_size: int) -> Tensor:
+    """The slots of `positions_NS`, of which row n's lie in `[firsts[n], spans[n].end)`."""
+    # Blocks before the first key, and those reserved for later chunks, are of no use.
+    first_blocks = [first // block_size for first in firsts]
+    tables = [
+        list(span.block_ids[first_block : -(-span.end // block_size)])
+        for span, first_block in zip(spans, first_blocks, strict=True)
+    ]
+    width = max(map(len, tables))
     tables_NW = torch.tensor([table + [0] * (width - len(table)) for table in tables])
-    own_NS = positions_S.minimum(ends_N1 - 1)
-    slots_NS = tables_NW.gather(1, own_NS // block_size) * block_size + own_NS % block_size
-    return slots_NS, positions_S < ends_N1
+    index_NS = positions_NS // block_size - torch.tensor(first_blocks)[:, None]
+    return tables_NW.gather(1, index_NS) * block_size + positions_NS % block_size
 
 
 class PagedAttend:
@@ -116,18 +170,39 @@ class PagedAttend:
     def __init__(self, cache: PagedKVCache, plan: AttentionPlan) -> None:
         self._cache = cache
         self._plan = plan
+        self._biases: dict[int | None, tuple[ScoreBias, list[Tensor]]] = {}
+        """By window: the last bias asked for, and its values for each group; layers share them."""
 
-    def __call__(self, layer: int, q_BLHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_BLHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, scoring: Scoring) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys.index_copy_(0, self._plan.slots_T, k_BLGD[0])
         values.index_copy_(0, self._plan.slots_T, v_BLGD[0])
         q_THD = q_BLHD[0]
         out_THD = torch.empty_like(q_THD)
-        for group in self._plan.decode_groups:
-            out_THD[group.rows_T] = _attend_decodes(q_THD[group.rows_T], keys, values, group)
-        for group in self._plan.prefill_groups:
-            out_THD[group.rows_T] = _attend_prefill(q_THD[group.rows_T], keys, values, group)
+        groups = self._plan.groups[scoring.window]
+        for group, bias_NHLS in zip(groups, self._group_biases(groups, scoring), strict=True):
+            attend = _attend_decodes if group.decodes else _attend_prefill
+            out_THD[group.rows_T] = attend(q_THD[group.rows_T], keys, values, group, scoring, bias_NHLS)
         return out_THD[None]
+
+    def _group_biases(self, groups: tuple[_Group, ...], scoring: Scoring) -> Sequence[Tensor | None]:
+        """Each group's bias, -inf where a key is not visible; None without a bias."""
+        bias = scoring.bias
+        if bias is None:
+            return [None] * len(groups)
+        known = self._biases.get(scoring.window)
+        if known is None or known[0] is not bias:
+            known = (bias, [_masked_bias(bias, group) for group in groups])
+            self._biases[scoring.window] = known
+        return known[1]
+
+
+def _masked_bias(bias: ScoreBias, group: _Group) -> Tensor:
+    device = group.slots_NS.device
+    bias_NHLS = bias(group.query_positions_NL.to(device), group.key_positions_NS.to(device))
+    if group.visible_NLS is None:
+        return bias_NHLS
+    return bias_NHLS.masked_fill(~group.visible_NLS[:, None], -torch.inf)
 
 
 def _gather(cache_PGD: Tensor, slots_NS: Tensor) -> Tensor:
@@ -136,19 +211,31 @@ def _gather(cache_PGD: Tensor, slots_NS: Tensor) -> Tensor:
     return gathered.view(*slots_NS.shape, *cache_PGD.shape[1:]).transpose(1, 2)
 
 
-def _attend_decodes(q_NHD: Tensor, keys_PGD: Tensor, values_PGD: Tensor, group: _Group) -> Tensor:
+def _attend_decodes(
+    q_NHD: Tensor, keys_PGD: Tensor, values_PGD: Tensor, group: _Group, scoring: Scoring, bias_NH1S: Tensor | None
+) -> Tensor:
     """`[N, H, D]`: head h reads key/value head h // R, so the R heads of one are neighbours."""
     k_NGSD, v_NGSD = _gather(keys_PGD, group.slots_NS), _gather(values_PGD, group.slots_NS)
     q_NGRD = q_NHD.unflatten(1, (k_NGSD.shape[1], -1))
-    mask_N11S = None if group.mask_NLS is None else group.mask_NLS[:, None]
-    return scaled_dot_product_attention(q_NGRD, k_NGSD, v_NGSD, attn_mask=mask_N11S).flatten(1, 2)
+    visible_N11S = bias_NGRS = None
+    if bias_NH1S is not None:
+        bias_NGRS = bias_NH1S.squeeze(2).unflatten(1, q_NGRD.shape[1:3])
+    elif group.visible_NLS is not None:
+        visible_N11S = group.visible_NLS[:, None]
+    return attend_visible(q_NGRD, k_NGSD, v_NGSD, visible_N11S, scoring, bias_NGRS).flatten(1, 2)
 
 
-def _attend_prefill(q_LHD: Tensor, keys_PGD: Tensor, values_PGD: Tensor, group: _Group) -> Tensor:
+def _attend_prefill(
+    q_LHD: Tensor, keys_PGD: Tensor, values_PGD: Tensor, group: _Group, scoring: Scoring, bias_1HLS: Tensor | None
+) -> Tensor:
     """`[L, H, D]`; the key/value heads stand in the batch place."""
     k_GSD, v_GSD = _gather(keys_PGD, group.slots_NS)[0], _gather(values_PGD, group.slots_NS)[0]
     q_GRLD = q_LHD.unflatten(1, (k_GSD.shape[0], -1)).permute(1, 2, 0, 3)
     k_GRSD, v_GRSD = (x_GSD[:, None].expand(-1, q_GRLD.shape[1], -1, -1) for x_GSD in (k_GSD, v_GSD))
-    mask_11LS = None if group.mask_NLS is None else group.mask_NLS[None]
-    out_GRLD = scaled_dot_product_attention(q_GRLD, k_GRSD, v_GRSD, attn_mask=mask_11LS)
+    visible_11LS = bias_GRLS = None
+    if bias_1HLS is not None:
+        bias_GRLS = bias_1HLS[0].unflatten(0, q_GRLD.shape[:2])
+    elif group.visible_NLS is not None:
+        visible_11LS = group.visible_NLS[None]
+    out_GRLD = attend_visible(q_GRLD, k_GRSD, v_GRSD, visible_11LS, scoring, bias_GRLS)
     return out_GRLD.permute(2, 0, 1, 3).flatten(1, 2)

@@ -49,6 +49,9 @@ class Engine:
         model: on the device and in the dtype to compute in; put in evaluation mode. It must not change meanwhile.
         tokenizer: None when prompts are token ids and no text is wanted.
         weights_id: names the weights; blocks cached under another name are never reused.
+
+    Raises:
+        ValueError: the model's keys depend on the length of their sequence, so that they cannot be cached.
     """
 
     def __init__(
@@ -59,6 +62,12 @@ class Engine:
         *,
         weights_id: str = "",
     ) -> None:
+        scaling = model.config.rope_scaling
+        if scaling is not None and scaling.kind == "dynamic_ntk":
+            raise ValueError(
+                f"model.rope_scaling.kind={scaling.kind} turns every key anew as its sequence grows, the engine's "
+                "cached keys stay as they are; use ntk or yarn"
+            )
         self.config = config or EngineConfig()
         self.tokenizer = tokenizer
         self.weights_id = weights_id

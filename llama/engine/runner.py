@@ -46,6 +46,7 @@ class ModelRunner:
         self.cache = PagedKVCache(
             model.config, num_blocks=num_blocks, block_size=block_size, dtype=weight.dtype, device=weight.device
         )
+        self._windows = {model.config.window(layer) for layer in range(model.config.num_layers)}
 
     def prepare(self, scheduled: Sequence[ScheduledTokens]) -> StepInputs:
         """The inputs of a step, with a random number for each request that will sample."""
@@ -63,7 +64,7 @@ class ModelRunner:
         return StepInputs(
             tokens_T=torch.tensor(token_ids, device=self.device),
             positions_T=torch.tensor(positions, device=self.device),
-            plan=plan_attention(spans, self.cache.block_size, self.device),
+            plan=plan_attention(spans, self.cache.block_size, self.device, self._windows),
             output_index_N=torch.tensor(output_index, dtype=torch.int64, device=self.device),
             params=tuple(request.params for request in sampling),
             uniforms=tuple(0.0 if request.params.greedy else request.uniform() for request in sampling),

@@ -22,7 +22,9 @@ class StepMetrics:
     tokens_per_second: float
     """Over all ranks, since the previous report."""
     balance_loss: float | None
-    """Mean over the MoE layers, before its weight: 1 when routing is uniform. None for a dense model."""
+    """Mean over the MoE layers, before its weight; None for a dense model. When routing is uniform it is 1 for switch
+    and switch_sequence, −ln(experts) for the entropies, 0 for kl_uniform and expert_load, and never below that where
+    load and probabilities agree."""
     z_loss: float | None
     expert_load: dict[int, list[float]]
     """By MoE layer: each expert's share of the step's (token, choice) pairs."""

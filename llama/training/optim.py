@@ -31,8 +31,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim >= 2 and id(parameter) not in embeddings and not name.endswith("relative_bias")
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((decays, mesh), []).append(parameter)
     optimizer = torch.optim.AdamW(

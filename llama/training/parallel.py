@@ -101,7 +101,7 @@ def _placement(experts: Experts | None, shards: int) -> Callable[[nn.Parameter],
     """Cuts expert banks through the experts where their number does not divide: rows of one expert always do."""
     if experts is None or experts.w1.shape[0] % shards == 0:
         return None
-    banks = {id(parameter) for parameter in experts.parameters()}
+    banks = {id(parameter) for parameter in (experts.w1, experts.w2, experts.w3) if parameter is not None}
     return lambda parameter: Shard(1) if id(parameter) in banks else None
 
 
@@ -134,6 +134,11 @@ def _check(model: Transformer, meshes: Meshes) -> None:
         raise ValueError(
             f"train.parallel.ep={plan.ep} does not divide model.moe.num_experts={moe.num_experts}; "
             f"choose a divisor of {moe.num_experts}"
+        )
+    if plan.ep > 1 and model.config.activation == "swish_learned":
+        raise ValueError(
+            f"train.parallel.ep={plan.ep} splits experts, but model.activation=swish_learned has one β for all of "
+            "them; set train.parallel.ep=1 or model.activation=swish"
         )
     shards = plan.efsdp if plan.ep > 1 else plan.dp_shard
     if plan.ep == 1 and moe.num_experts % shards == 0:

@@ -8,9 +8,9 @@ the global batch, whatever the layout and the accumulation:
          + Σ over micro-steps and MoE layers of (tokens of the micro-step / tokens of the step)
            · (balance_loss_weight · balance + z_loss_weight · z)
 
-A micro-step is one forward pass of all ranks. Its balance loss is a batch-level one: the shares fᵢ are counted over
-the micro-step's tokens on all ranks (they carry no gradient, so an all-reduced count is exact), and the mean
-probabilities Pᵢ are a sum over tokens, to which every rank adds its own.
+A micro-step is one forward pass of all ranks. Its balance and z losses are functions of sums over the micro-step's
+tokens (llama/balance.py), which all ranks add up in one all-reduce; every rank keeps the graph of its own share of the
+sums, so the gradients, added up over the ranks, are those of the loss of all tokens together.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from llama.all_to_all import AllToAllDispatch
+from llama.balance import RoutingStatistics, balance_loss, balanced_bias, routing_sums, with_total
 from llama.config import ModelConfig
-from llama.losses import IGNORE_INDEX, balance_loss, cross_entropy_sum, z_loss
+from llama.losses import IGNORE_INDEX
 from llama.model import Transformer
 from llama.moe import RoutingRecord
 from llama.training.attention import MAX_LENGTH, BlockCausalAttend
 from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, training_tensors
 from llama.training.config import TrainConfig
+from llama.training.memory import reuse_freed_memory
 from llama.training.mesh import build_mesh
 from llama.training.metrics import StepMetrics, TrainSummary
 from llama.training.optim import build_optimizer, clip_coefficient, local_square_sum, scale_gradients
@@ -60,13 +62,13 @@ class Loader(Protocol):
 
 @dataclass
 class _StepSums:
-    """What a step adds up on this rank; counts are over all ranks already."""
+    """What a step adds up: the cross-entropy on this rank, the routing over all ranks."""
 
     cross_entropy: Tensor
     balance: Tensor
     z: Tensor
     counts_LE: Tensor | None = None
-    """(token, choice) pairs by MoE layer and expert."""
+    """(token, choice) pairs by MoE layer and expert, float64."""
 
 
 @dataclass
@@ -132,7 +134,7 @@ class Trainer:
 
     def fit(self) -> TrainSummary:
         """Trains to `config.steps` and returns when the last checkpoint is committed."""
-        with _process_group(), fast_cpu_matmul():
+        with _process_group(), fast_cpu_matmul(), reuse_freed_memory():
             self._set_up()
             resumed_step = self._resume()
             self.on_resume(resumed_step)
@@ -235,10 +237,11 @@ class Trainer:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         totals = torch.zeros(5, dtype=torch.float64, device=self.device)
         totals[0] = local_square_sum(gradients, self._world_size)
-        totals[1:4] = torch.stack((sums.cross_entropy, sums.balance, sums.z))
-        totals[4] = bytes_sent
-        dist.all_reduce(totals)
-        square, cross_entropy, balance, z, all_bytes = totals.tolist()
+        totals[1] = sums.cross_entropy
+        totals[2] = bytes_sent
+        dist.all_reduce(totals[:3])
+        totals[3:] = torch.stack((sums.balance, sums.z))
+        square, cross_entropy, all_bytes, balance, z = totals.tolist()
         norm = math.sqrt(square) if square >= 0 else math.nan
         lr = self._update(gradients, norm, sums)
         self._progress.step += 1
@@ -263,28 +266,31 @@ class Trainer:
     def _micro_step(self, batch: Tensor, sums: _StepSums, counting: dist.Work, valid: Tensor) -> Tensor:
         """Forward pass of one micro-batch: its share of the step's loss, with the graph."""
         routing = RoutingRecord() if self._moes else None
-        logits = self.model(batch[:, :-1], attend=self._attend, routing=routing)
-        cross_entropy, _ = cross_entropy_sum(logits, batch[:, 1:])
+        cross_entropy = self.model(batch[:, :-1], attend=self._attend, routing=routing, labels=batch[:, 1:])
         counting.wait()
         sums.cross_entropy += cross_entropy.detach()
         loss = cross_entropy / valid.clamp(min=1)
-        if routing is None:
-            return loss
+        return loss if routing is None else loss + self._routing_loss(routing, sums)
+
+    def _routing_loss(self, routing: RoutingRecord, sums: _StepSums) -> Tensor:
+        """The micro-step's weighted balance and z losses over all ranks, with the graph of this rank's tokens."""
         moe = self.model_config.moe
         assert moe is not None
-        counts_LE = torch.stack([routing.layers[layer].counts_E for layer in self._moes])
-        dist.all_reduce(counts_LE)
-        sums.counts_LE = counts_LE if sums.counts_LE is None else sums.counts_LE + counts_LE
-        layers = [
-            replace(routing.layers[layer], counts_E=counts_E)
-            for layer, counts_E in zip(self._moes, counts_LE, strict=True)
-        ]
-        share = self.config.micro_batch / self.config.global_batch
-        balance = share * torch.stack([balance_loss(layer) for layer in layers]).sum()
-        z = share * torch.stack([z_loss(layer) for layer in layers]).sum()
+        with torch.set_grad_enabled(moe.balance_loss_weight > 0 or moe.z_loss_weight > 0):
+            sums_LS = routing_sums((routing.layers[layer] for layer in self._moes), moe.balance_loss)
+        total_LS = sums_LS.detach().clone()
+        dist.all_reduce(total_LS)
+        statistics = RoutingStatistics(with_total(sums_LS, total_LS))
+        sums.counts_LE = statistics.counts if sums.counts_LE is None else sums.counts_LE + statistics.counts
+        balance = balance_loss(moe.balance_loss, statistics).sum() / self._accumulation
+        z = statistics.z_loss.sum() / self._accumulation
         sums.balance += balance.detach()
         sums.z += z.detach()
-        return loss + moe.balance_loss_weight * balance + moe.z_loss_weight * z
+        loss = torch.zeros_like(balance)
+        for weight, part in ((moe.balance_loss_weight, balance), (moe.z_loss_weight, z)):
+            if weight > 0:
+                loss = loss + weight * part
+        return loss
 
     def _last_micro_step(self, last: bool) -> None:
         """On the CPU gradients are reduced once a step, after its last micro-step; until then they are kept whole."""
@@ -311,12 +317,13 @@ class Trainer:
         return lr
 
     def _balance_bias(self, counts_LE: Tensor | None) -> None:
-        """Raises the routing bias of experts below the mean load, lowers it above (arXiv:2412.19437, §2.1.2)."""
+        """Moves the routing bias by the load of the whole step."""
         moe = self.model_config.moe
         if counts_LE is None or moe is None or moe.bias_update_rate == 0:
             return
-        for layer, counts_E in zip(self._moes.values(), counts_LE.float(), strict=True):
-            layer.router.expert_bias += moe.bias_update_rate * torch.sign(counts_E.mean() - counts_E)
+        for layer, counts_E in zip(self._moes.values(), counts_LE, strict=True):
+            bias_E = layer.router.expert_bias
+            bias_E.copy_(balanced_bias(bias_E, counts_E, moe.bias_update_rate))
 
     def _expert_load(self, counts_LE: Tensor | None) -> dict[int, list[float]]:
         if counts_LE is None:

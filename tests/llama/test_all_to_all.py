@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from llama.all_to_all import AllToAllDispatch
+from llama.config import ModelConfig, MoEConfig
 from llama.dispatch import LocalDispatch
 from llama.moe import Experts
 from tests.distributed import run_ranks
@@ -19,11 +20,17 @@ ROUTINGS = {
     "nobody travels": [[0, 1]] * 4 + [[2, 3]] * 6,
 }
 TOKENS = (4, 6)  # of rank 0 and rank 1
+ROUTINGS |= {"capacity of 2": ROUTINGS["mixed"], "capacity of 1": ROUTINGS["all to one expert of rank 1"]}
+CAPACITIES = dict.fromkeys(ROUTINGS) | {"capacity of 2": 2, "capacity of 1": 1}
+
+
+def build(num_experts):
+    return Experts(ModelConfig(dim=DIM, num_heads=2, moe=MoEConfig(num_experts, expert_hidden_dim=HIDDEN)))
 
 
 def problem():
     generator = torch.Generator().manual_seed(0)
-    experts = Experts(EXPERTS, DIM, HIDDEN)
+    experts = build(EXPERTS)
     for parameter in experts.parameters():
         parameter.data.normal_(generator=generator)
     x = torch.randn(sum(TOKENS), DIM, generator=generator)
@@ -38,12 +45,12 @@ def travel(rank: int, world_size: int) -> dict:
         everything, x, weights, goal = problem()
         mine = slice(0, TOKENS[0]) if rank == 0 else slice(TOKENS[0], None)
         slice_of_bank = slice(rank * EXPERTS // 2, (rank + 1) * EXPERTS // 2)
-        experts = Experts(EXPERTS // 2, DIM, HIDDEN)
+        experts = build(EXPERTS // 2)
         for target, source in zip(experts.parameters(), everything.parameters(), strict=True):
             target.data.copy_(source.data[slice_of_bank])
         x, weights = x[mine].requires_grad_(), weights[mine].requires_grad_()
         dispatch = AllToAllDispatch(dist.group.WORLD, EXPERTS)
-        y = dispatch(experts, x, torch.tensor(routing)[mine], weights)
+        y = dispatch(experts, x, torch.tensor(routing)[mine], weights, CAPACITIES[name])
         forward_bytes = dispatch.bytes_sent
         (y * goal[mine]).sum().backward()
         results[name] = {
@@ -67,7 +74,10 @@ def travelled():
 def test_equals_one_process(travelled, name):
     experts, x, weights, goal = problem()
     x.requires_grad_(), weights.requires_grad_()
-    y = LocalDispatch(EXPERTS)(experts, x, torch.tensor(ROUTINGS[name]), weights)
+    local, routing = LocalDispatch(EXPERTS), torch.tensor(ROUTINGS[name])
+    # A capacity bounds what one rank sends, so the one process takes the ranks' tokens apart.
+    parts = (slice(0, TOKENS[0]), slice(TOKENS[0], None)) if CAPACITIES[name] else (slice(None),)
+    y = torch.cat([local(experts, x[part], routing[part], weights[part], CAPACITIES[name]) for part in parts])
     (y * goal).sum().backward()
     first, second = (ranks[name] for ranks in travelled)
     for key, expected in (("y", y.detach()), ("x", x.grad), ("weights", weights.grad)):
@@ -78,8 +88,11 @@ def test_equals_one_process(travelled, name):
 
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_counts_the_bytes_that_left(travelled, name):
-    first, second = ROUTINGS[name][: TOKENS[0]], ROUTINGS[name][TOKENS[0] :]
-    away = [sum(e >= 2 for ids in first for e in ids), sum(e < 2 for ids in second for e in ids)]
+    away = []
+    for rank, tokens in enumerate((ROUTINGS[name][: TOKENS[0]], ROUTINGS[name][TOKENS[0] :])):
+        pairs = [sum(ids.count(e) for ids in tokens) for e in range(EXPERTS)]
+        kept = [min(count, CAPACITIES[name] or count) for count in pairs]
+        away.append(sum(kept[:2] if rank else kept[2:]))
     row = DIM * 4
     for rank in (0, 1):
         # Forward: our tokens go out, the other rank's answers go back; backward: the same two again.

@@ -1,118 +1,255 @@
-"""Hugging Face directories against transformers, both ways."""
+"""Hugging Face directories as directories: files, types, what is missing, what is too much."""
 
 import json
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from llama import ModelConfig, MoEConfig, Transformer
-from llama.hf import UnsupportedModel, check_exportable, load_pretrained, save_pretrained
+from llama import Transformer
+from llama.hf import UnsupportedModel, load_pretrained, save_pretrained
+from llama.hf_files import DirectoryWriter, Slot, StoredTensors
+from tests.llama.hf_cases import build, experts
 
-transformers = pytest.importorskip("transformers")
+SHARD = 20_000
+EMBEDDINGS = "model.embed_tokens.weight"
 
-MOES = {
-    "dense": None,
-    "moe": MoEConfig(num_experts=4, num_shared_experts=1, expert_hidden_dim=16),
-    "moe after a dense layer": MoEConfig(num_experts=8, top_k=3, expert_hidden_dim=8, first_dense_layers=1),
+
+def same_weights(first: Transformer, second: Transformer) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def contents(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+MODELS = {
+    "dense": {},
+    "interleaved": {"rope_layout": "interleaved"},
+    "experts": {"moe": experts(num_shared_experts=1, bias_update_rate=0.1)},
+    "caravan's own": {"position": "t5", "activation": "swish_learned", "moe": experts(bias_update_rate=0.1)},
 }
 
 
-def build(moe: MoEConfig | None, **settings) -> Transformer:
-    config = ModelConfig(
-        **{"vocab_size": 67, "dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "moe": moe, **settings}
-    )
-    model = Transformer(config)
-    model.init_weights(seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5) if parameter.dim() > 1 else parameter.add_(torch.rand_like(parameter))
-        for buffer in model.buffers():
-            buffer.copy_(torch.tensor([0.05, -0.05]).repeat(len(buffer) // 2))
-    return model.eval()
-
-
-@pytest.mark.parametrize("moe", MOES.values(), ids=MOES.keys())
-@pytest.mark.parametrize("settings", [{}, {"tie_embeddings": False, "head_dim": 12}, {"num_kv_heads": 1}], ids=str)
-def test_transformers_computes_the_same_logits(tmp_path: Path, moe: MoEConfig | None, settings: dict) -> None:
-    model = build(moe, **settings)
-    save_pretrained(model, tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    tokens = torch.randint(67, (2, 21))
-    with torch.no_grad():
-        ours, reference = model(tokens), theirs(tokens).logits
-    assert (ours - reference).abs().max() / reference.abs().max() <= 1e-5
-
+@pytest.mark.parametrize("max_shard_size", [SHARD, 10**9])
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
+def test_a_model_comes_back_to_the_bit(tmp_path: Path, settings: dict, max_shard_size: int) -> None:
+    model = build(**settings)
+    save_pretrained(model, tmp_path, max_shard_size=max_shard_size)
     loaded = load_pretrained(tmp_path)
-    assert loaded.config.num_parameters() == model.config.num_parameters()
-    with torch.no_grad():
-        assert torch.equal(loaded(tokens), ours)
+    assert not loaded.training
+    if settings.get("rope_layout") == "interleaved":
+        # The rows change places; the function stays, see test_hf_architectures.
+        assert loaded.config.rope_layout == "half" and not same_weights(loaded, model)
+        save_pretrained(loaded, tmp_path / "again")
+        model, loaded = loaded, load_pretrained(tmp_path / "again")
+    assert same_weights(loaded, model)
 
 
-@pytest.mark.parametrize("moe", [None, MOES["moe"]], ids=["dense", "moe"])
-def test_loads_what_transformers_saved(tmp_path: Path, moe: MoEConfig | None) -> None:
-    save_pretrained(build(moe), tmp_path / "ours")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")  # several files and an index
-    assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
-    tokens = torch.randint(67, (1, 9))
-    with torch.no_grad():
-        expected = theirs(tokens).logits
-        torch.testing.assert_close(load_pretrained(tmp_path / "theirs")(tokens), expected, atol=1e-5, rtol=1e-5)
+def test_shards_keep_to_their_size_and_the_index_lists_every_tensor(tmp_path: Path) -> None:
+    model = build()
+    save_pretrained(model, tmp_path, max_shard_size=SHARD)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert [path.name for path in shards] == [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    sizes = {path.name: {name: tensor.nbytes for name, tensor in load_file(path).items()} for path in shards}
+    assert all(sum(tensors.values()) <= SHARD or len(tensors) == 1 for tensors in sizes.values())
+    assert index["weight_map"] == {name: file for file, tensors in sizes.items() for name in tensors}
+    assert index["metadata"]["total_size"] == sum(sum(tensors.values()) for tensors in sizes.values())
+
+
+def test_files_are_what_the_safetensors_library_writes(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 5).bfloat16(), "a": torch.randn(7), "scalar": torch.tensor(2.5)}
+    slots = [Slot(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    DirectoryWriter(tmp_path).write_weights(slots, tensors.values(), 10**6)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(tensors)
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def test_no_more_than_one_tensor_is_held_beside_the_model(tmp_path: Path) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def stream() -> Iterator[Tensor]:
+        for _ in range(9):
+            tensor = torch.ones(4, 4)
+            alive.append(weakref.ref(tensor))
+            # The writer's last one may still be there; all before must be gone.
+            assert sum(reference() is not None for reference in alive) <= 2
+            yield tensor
+            del tensor
+
+    slots = [Slot(f"t{i}", (4, 4), torch.float32) for i in range(9)]
+    DirectoryWriter(tmp_path).write_weights(slots, stream(), 4 * 64)
+    assert len(alive) == 9 and len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
+def test_an_older_model_leaves_nothing_behind(tmp_path: Path) -> None:
+    save_pretrained(build(num_layers=5), tmp_path, max_shard_size=SHARD)
+    (tmp_path / "notes.txt").write_text("mine")
+    for size in (SHARD, 10**9, SHARD):
+        model = build(num_layers=2)
+        save_pretrained(model, tmp_path, max_shard_size=size)
+        assert same_weights(load_pretrained(tmp_path), model)
+        save_pretrained(model, tmp_path / "fresh", max_shard_size=size)
+        assert contents(tmp_path) - {"notes.txt", "fresh"} == contents(tmp_path / "fresh")
+
+
+def test_an_export_that_fails_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pretrained(build(), tmp_path)
+    write, written = DirectoryWriter._write_shard, []
+
+    def failing(self: DirectoryWriter, name: str, slots: list[Slot], tensors: Iterator[Tensor]) -> None:
+        if len(written) == 1:
+            tensors = iter([next(tensors), torch.zeros(1)])
+        write(self, name, slots, tensors)
+        written.append(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectoryWriter, "_write_shard", failing)
+        with pytest.raises(ValueError, match="has shape"):
+            save_pretrained(build(), tmp_path, max_shard_size=SHARD)
+    assert len(written) == 1 and any(name.endswith(".partial") for name in contents(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_pretrained(tmp_path)
+    save_pretrained(build(), tmp_path)
+    assert contents(tmp_path) == {"model.safetensors", "config.json", "generation_config.json"}
 
 
 def test_stored_type_is_the_one_asked_for(tmp_path: Path) -> None:
-    model = build(MOES["moe"])
+    model = build(moe=experts(bias_update_rate=0.1))
     save_pretrained(model, tmp_path, dtype=torch.bfloat16)
-    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    stored = {name: tensor.dtype for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert {dtype for name, dtype in stored.items() if not name.endswith("correction_bias")} == {torch.bfloat16}
     loaded = load_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert loaded.tok_embeddings.weight.dtype == torch.bfloat16
-    assert loaded.layers[0].feed_forward.router.expert_bias.dtype == torch.float32
+    router = loaded.layers[0].feed_forward.router
+    assert router.expert_bias.dtype == torch.float32 and router.weight.dtype == torch.bfloat16
+    assert torch.equal(router.expert_bias, model.layers[0].feed_forward.router.expert_bias)
     assert torch.equal(loaded.tok_embeddings.weight, model.tok_embeddings.weight.bfloat16())
 
 
-def edit_config(directory: Path, **changes) -> None:
+def edit_config(directory: Path, **changes: object) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"),
+    ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2'"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
-        ({"vocab_size": 70}, "model.embed_tokens.weight has shape [67, 32]"),
-        ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
+        ({"vocab_size": 70}, f"{EMBEDDINGS} has shape [67, 32], config.json calls for [70, 32]"),
+        ({"num_hidden_layers": 4}, "model.layers.3.input_layernorm.weight is missing"),
+        ({"num_hidden_layers": 2}, "model.layers.2.input_layernorm.weight and 8 more belongs to nothing"),
+        ({"attention_bias": True}, "model.layers.0.self_attn.q_proj.bias is missing"),
+        ({"tie_word_embeddings": True}, f"lm_head.weight differs from {EMBEDDINGS}"),
+        ({"model_type": "qwen3"}, "model.layers.0.self_attn.q_norm.weight is missing"),
     ],
+    ids=str,
 )
-def test_what_cannot_be_represented_is_refused_by_name(tmp_path: Path, changes: dict, word: str) -> None:
-    save_pretrained(build(None), tmp_path)
+def test_config_and_tensors_must_agree(tmp_path: Path, changes: dict, words: str) -> None:
+    save_pretrained(build(), tmp_path)
     edit_config(tmp_path, **changes)
     with pytest.raises(UnsupportedModel) as error:
         load_pretrained(tmp_path)
-    assert word in str(error.value)
+    assert words in str(error.value)
 
 
-def test_unnormalised_gates_cannot_be_exported_and_leave_nothing(tmp_path: Path) -> None:
-    model = build(MoEConfig(num_experts=4, normalize_top_k=False))
-    with pytest.raises(UnsupportedModel, match="normalize_top_k=False"):
-        save_pretrained(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def edit_weights(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
 
 
-def test_what_cannot_be_exported_is_known_from_the_config() -> None:
-    for moe in MOES.values():
-        check_exportable(ModelConfig(moe=moe))
-    with pytest.raises(UnsupportedModel, match=r"model\.moe\.normalize_top_k=False"):
-        check_exportable(ModelConfig(moe=MoEConfig(num_experts=4, normalize_top_k=False)))
+def test_harmless_left_overs_are_left(tmp_path: Path) -> None:
+    model = build(tie_embeddings=True)
+    save_pretrained(model, tmp_path)
+    edit_weights(
+        tmp_path,
+        lambda tensors: tensors.update(
+            {
+                "lm_head.weight": tensors[EMBEDDINGS].clone(),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6),
+            }
+        ),
+    )
+    assert same_weights(load_pretrained(tmp_path), model)
+
+
+def test_ernies_unread_tensors_are_left_and_absent_routing_biases_are_zero(tmp_path: Path) -> None:
+    save_pretrained(build(moe=experts(bias_update_rate=0.1)), tmp_path)
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["model.mtp_block.0.self_attn.q_proj.weight"] = torch.ones(2, 2)
+        del tensors["model.layers.1.mlp.moe_statics.e_score_correction_bias"]
+
+    edit_weights(tmp_path, edit)
+    loaded = load_pretrained(tmp_path)
+    assert loaded.layers[0].feed_forward.router.expert_bias.abs().sum() > 0
+    assert loaded.layers[1].feed_forward.router.expert_bias.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t.update({"model.layers.0.mlp.extra": torch.ones(1)}), "model.layers.0.mlp.extra belongs to"),
+        (lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].to(torch.float8_e4m3fn)}), f"{EMBEDDINGS} is torch.float8_e4m3"),
+        (lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].to(torch.int32)}), f"{EMBEDDINGS} is torch.int32"),
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
+    ],
+    ids=["unknown", "float8", "integers", "missing"],
+)
+def test_tensors_that_do_not_belong_are_named(tmp_path: Path, edit: Callable, words: str) -> None:
+    save_pretrained(build(), tmp_path)
+    edit_weights(tmp_path, edit)
+    with pytest.raises(UnsupportedModel) as error:
+        load_pretrained(tmp_path)
+    assert words in str(error.value)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load_pretrained(tmp_path)
-    save_pretrained(build(None), tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UnsupportedModel, match=r"model\.safetensors"):
+    save_pretrained(build(), tmp_path, max_shard_size=SHARD)
+    next(tmp_path.glob("model-00002-*")).unlink()
+    with pytest.raises(UnsupportedModel, match="model-00002-of-"):
         load_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(UnsupportedModel, match=r"holds no model\.safetensors"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UnsupportedModel, match="is not JSON"):
+        load_pretrained(tmp_path)
+
+
+def test_an_index_is_believed_only_as_far_as_its_own_directory(tmp_path: Path) -> None:
+    save_pretrained(build(), tmp_path / "secret")
+    inside = tmp_path / "model"
+    save_pretrained(build(), inside, max_shard_size=SHARD)
+    index = json.loads((inside / "model.safetensors.index.json").read_text())
+    lying = {name: "../secret/model.safetensors" for name in index["weight_map"]}
+    (inside / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": lying}))
+    with pytest.raises(UnsupportedModel, match=r"holds no model\.safetensors"):
+        load_pretrained(inside)
+
+
+def test_a_tensor_is_in_one_file_and_where_the_index_says(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "x.safetensors")
+    save_file({"b": torch.ones(1)}, tmp_path / "y.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
+    with pytest.raises(UnsupportedModel, match="tensor b is in another file, too"):
+        StoredTensors(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"}}))
+    with pytest.raises(UnsupportedModel, match=r"tensor c of model\.safetensors\.index\.json"):
+        StoredTensors(tmp_path)

@@ -1,23 +1,73 @@
+import pytest
 import torch
 
-from llama.losses import cross_entropy_sum
+from llama import losses
+from llama.losses import linear_cross_entropy_sum
 
 
-def test_cross_entropy_sums_over_counted_labels_only() -> None:
-    logits = torch.randn(2, 3, 7)
-    labels = torch.tensor([[1, -100, 6], [0, 2, -100]])
-    total, count = cross_entropy_sum(logits, labels)
-    expected = 0.0
-    for row in range(2):
-        for column in range(3):
-            if labels[row, column] != -100:
-                z = logits[row, column].double()
-                expected += (z.exp().sum().log() - z[labels[row, column]]).item()
-    assert count.item() == 4
-    assert abs(total.item() - expected) < 1e-5
+def by_hand(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """−log softmax(W·h)[label], position by position, in the inputs' type."""
+    total = hidden.new_zeros(())
+    for h, label in zip(hidden.flatten(0, -2), labels.flatten().tolist(), strict=True):
+        if label != -100:
+            logits = weight @ h
+            total = total + logits.exp().sum().log() - logits[label]
+    return total
 
 
-def test_half_precision_logits_are_summed_in_fp32() -> None:
-    total, _ = cross_entropy_sum(torch.zeros(4096, 16, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.long))
+def problem(dtype: torch.dtype, vocab: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(vocab, (2, 5), generator=generator)
+    labels[0, 3] = labels[1, 0] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_equals_the_sum_over_labelled_positions_with_its_gradients(
+    chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk_rows * 11)
+    hidden, weight, labels = problem(torch.float64)
+    expected = by_hand(hidden, weight, labels)
+    wanted = torch.autograd.grad(expected * 0.7, (hidden, weight))
+    found = linear_cross_entropy_sum(hidden, weight, labels)
+    torch.testing.assert_close(found, expected)
+    for gradient, reference in zip(torch.autograd.grad(found * 0.7, (hidden, weight)), wanted, strict=True):
+        torch.testing.assert_close(gradient, reference)
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy_sum(h, w, labels), (hidden, weight))
+
+
+def test_no_labels_cost_nothing() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    total = linear_cross_entropy_sum(hidden, weight, labels.fill_(-100))
+    total.backward()
+    assert total.item() == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_half_precision_is_summed_in_fp32() -> None:
+    hidden = torch.zeros(4096, 8, dtype=torch.bfloat16)
+    total = linear_cross_entropy_sum(hidden, torch.zeros(16, 8, dtype=torch.bfloat16), torch.zeros(4096).long())
     assert total.dtype == torch.float32
     assert abs(total.item() - 4096 * torch.tensor(16.0).log().item()) < 0.05
+
+
+def test_autocast_computes_the_products_in_its_type_and_gives_fp32_gradients() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    exact = by_hand(hidden, weight, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = linear_cross_entropy_sum(hidden, weight, labels)
+    assert total.dtype == torch.float32 and total.item() != exact.item()
+    torch.testing.assert_close(total, exact, rtol=0.02, atol=0.0)
+    found, wanted = torch.autograd.grad(total, weight)[0], torch.autograd.grad(exact, weight)[0]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.03)
+
+
+def test_without_gradients_none_are_computed() -> None:
+    hidden, weight, labels = problem(torch.float64)
+    with torch.no_grad():
+        total = linear_cross_entropy_sum(hidden, weight, labels)
+    assert not total.requires_grad
+    torch.testing.assert_close(total, by_hand(hidden, weight, labels).detach())

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from llama.tokenizer import SPECIAL_TOKENS, ChatTemplateError, Tokenizer
 
@@ -92,6 +92,71 @@ def test_an_end_token_among_the_ordinary_ones_is_still_a_control_token() -> None
     template = "{{ bos_token }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
     tokenizer = Tokenizer(backend, bos_token=None, eos_token="</s>", pad_token=None, chat_template=template)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi user"}]) == [1, 2, 3, 1]
+
+
+INSTRUCT = (
+    "{{ bos_token }}{% for message in messages %}[INST] {{ message['content'] }} [/INST]{{ eos_token }}{% endfor %}"
+)
+
+
+def sentencepiece(scheme: str) -> Tokenizer:
+    """Unigram on sentences with "▁" for a space, as T5 and its kin have it."""
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator([TEXT + "[INST] [/INST] <s> < s > "], trainer)
+    return Tokenizer(backend, bos_token="<s>", eos_token="</s>", pad_token=None, chat_template=INSTRUCT)
+
+
+def bert() -> Tokenizer:
+    """A classical WordPiece: lower case, no accents, "##" for what continues a word; cuts off long texts."""
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=150, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([TEXT + "[ ] / inst"], trainer)
+    backend.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    backend.enable_truncation(8)
+    backend.enable_padding(pad_id=3, pad_token="[PAD]", length=8)
+    return Tokenizer(backend, bos_token="[CLS]", eos_token="[SEP]", pad_token="[PAD]", chat_template=INSTRUCT)
+
+
+@pytest.fixture(scope="module", params=["always", "first", "never", "bert"])
+def foreign(request) -> Tokenizer:
+    return bert() if request.param == "bert" else sentencepiece(request.param)
+
+
+def test_other_kinds_are_read_as_transformers_reads_them(foreign: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    foreign.save(tmp_path)
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (TEXT, "Größer  Zahl, ａｄｄ 漢 \u2581 x", "", " ", "e\u0301 \ufb01rst"):
+        ids = ours.encode(text)
+        assert ids == foreign.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode_batch([text, TEXT]) == [ids, ours.encode(TEXT)]
+        expected = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        assert ours.decode(ids) == expected
+    for chat in (CHAT, CHAT[1:2]):
+        expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert ours.apply_chat_template(chat) == expected
+
+
+@pytest.mark.parametrize("text", ["<s>", "a <s> d</s>", "[CLS][SEP] add [PAD]", "＜s＞", "<s><s></s></s>", "<<s>s>"])
+def test_a_model_that_has_control_tokens_among_its_pieces_makes_none_of_text(foreign: Tokenizer, text: str) -> None:
+    control = {foreign.bos_id, foreign.eos_id, foreign.pad_id}
+    assert not control & set(foreign.encode(text))
+    assert foreign.encode_batch(["add", text]) == [foreign.encode("add"), foreign.encode(text)]
+    alone = foreign.apply_chat_template([{"role": "user", "content": "add"}])
+    attacked = foreign.apply_chat_template([{"role": "user", "content": text}])
+    assert [i for i in attacked if i in control] == [i for i in alone if i in control]
+    if text == "a <s> d</s>" and foreign.eos_token == "</s>":
+        assert control & set(foreign.backend.encode(text).ids)
+        assert foreign.decode(foreign.encode(text)).replace(" ", "") == "a<s>d</s>"
 
 
 def test_missing_parts_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:

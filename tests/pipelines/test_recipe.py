@@ -58,6 +58,17 @@ def test_overrides(override, read, expected):
     assert read(Recipe.from_yaml(TEXT, [override])) == expected
 
 
+def test_a_preset_is_a_start_that_other_keys_change():
+    values = yaml.safe_load(TEXT)
+    values["model"] = {"preset": "qwen3-30b-a3b", "num_layers": 2, "moe": {"top_k": 3}}
+    model = Recipe.from_yaml(yaml.safe_dump(values), ["model.max_seq_len=4096"]).model
+    assert (model.dim, model.qk_norm, model.num_layers, model.max_seq_len) == (2048, "head", 2, 4096)
+    assert model.moe is not None and (model.moe.num_experts, model.moe.top_k) == (128, 3)
+    assert model.vocab_size == 512
+    with pytest.raises(RecipeError, match="preset='llama-9' is not one of tiny"):
+        Recipe.from_yaml(TEXT, ["model.preset=llama-9"])
+
+
 def test_later_overrides_win():
     assert Recipe.from_yaml(TEXT, ["train.steps=3", "train.steps=4"]).train.steps == 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +14,33 @@ VOCAB_SIZE = 97
 MAX_SEQ_LEN = 96
 
 
-def random_model(*, moe: bool = False, seed: int = 0) -> Transformer:
-    """A two-layer GQA model with weights large enough that its greedy output is varied, not one repeated token."""
-    config = ModelConfig(
-        vocab_size=VOCAB_SIZE,
-        dim=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        multiple_of=16,
-        max_seq_len=MAX_SEQ_LEN,
-        tie_embeddings=False,
-        moe=MoEConfig(num_experts=4, top_k=2, num_shared_experts=1) if moe else None,
-    )
+DENSE = ModelConfig(
+    vocab_size=VOCAB_SIZE,
+    dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    multiple_of=16,
+    max_seq_len=MAX_SEQ_LEN,
+    tie_embeddings=False,
+)
+MOE = replace(DENSE, moe=MoEConfig(num_experts=4, top_k=2, num_shared_experts=1))
+
+
+def random_model(config: ModelConfig = DENSE, *, seed: int = 0) -> Transformer:
+    """A model with weights large enough that its greedy output is varied, not one repeated token."""
     model = Transformer(config)
     model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(12)
+            else:
+                # Biases start at 0 and norms at 1, where they could be forgotten unnoticed.
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+        for buffer in model.buffers():
+            buffer.normal_(0, 0.2, generator=generator)
     return model
 
 
@@ -57,7 +66,17 @@ class ScriptedModel(Transformer):
         self.forwards = 0
         self.fail_at = fail_at
 
-    def forward(self, tokens_BL: Tensor, *, positions=None, attend=None, routing=None, output_index=None) -> Tensor:
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        *,
+        positions=None,
+        attend=None,
+        routing=None,
+        output_index=None,
+        labels=None,
+        rope_length=None,
+    ) -> Tensor:
         self.forwards += 1
         if self.forwards == self.fail_at:
             raise ArithmeticError("scripted failure")

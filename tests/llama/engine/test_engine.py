@@ -20,7 +20,9 @@ from llama.engine import (
     hash_blocks,
 )
 from tests.llama.engine.models import (
+    DENSE,
     MAX_SEQ_LEN,
+    MOE,
     VOCAB_SIZE,
     ByteTokenizer,
     ScriptedModel,
@@ -39,10 +41,10 @@ def finish(engine: Engine) -> list[Chunk]:
     return chunks
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-def test_greedy_output_is_exact_under_every_schedule(moe):
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+def test_greedy_output_is_exact_under_every_schedule(config):
     """A tiny cache and budget force chunking, hits, preemptions and aborts; each request must not notice."""
-    model = random_model(moe=moe)
+    model = random_model(config)
     engine = Engine(model, config=EngineConfig(num_blocks=24, block_size=4, max_batched_tokens=12, max_running=6))
     rng = random.Random(11)
     families = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(4)]

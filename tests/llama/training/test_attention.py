@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from llama.attention import CausalAttend
+from llama.attention import CausalAttend, Scoring
 from llama.training.attention import BlockCausalAttend
+
+PLAIN = Scoring(scale=16**-0.5)
 
 
 def problem(length, heads, groups, dtype):
@@ -19,27 +21,49 @@ def run(attend, length, heads, groups, dtype):
     return [out.detach(), *(x.grad for x in inputs)]
 
 
-def formula(inputs):
+def formula(inputs, window=None):
     """softmax(q·kᵀ/√D)·v with the whole masked square."""
     q, k, v = inputs
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("blhd,bmhd->bhlm", q, k) / 4
-    masked = scores.masked_fill(torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1), -torch.inf)
+    hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(-window)
+    masked = scores.masked_fill(hidden, -torch.inf)
     return torch.einsum("bhlm,bmhd->blhd", masked.softmax(-1), v)
 
 
 @pytest.mark.parametrize(("length", "heads", "groups"), [(1, 2, 2), (63, 4, 2), (64, 4, 4), (65, 4, 1), (200, 6, 2)])
 def test_equals_the_formula_with_its_gradients(length, heads, groups):
     expected = run(formula, length, heads, groups, torch.float64)
-    found = run(lambda x: BlockCausalAttend()(0, *x), length, heads, groups, torch.float64)
+    found = run(lambda x: BlockCausalAttend()(0, *x, PLAIN), length, heads, groups, torch.float64)
     for value, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("window", [1, 40, 64, 100, 199, 500])
+def test_a_window_hides_the_keys_before_it(window):
+    expected = run(lambda x: formula(x, window), 200, 4, 2, torch.float64)
+    scoring = Scoring(scale=0.25, window=window)
+    for attend in (BlockCausalAttend(), CausalAttend()):
+        found = run(lambda x, attend=attend: attend(0, *x, scoring), 200, 4, 2, torch.float64)
+        for value, reference in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_what_blocks_do_not_do_is_done_all_the_same():
+    scoring = Scoring(scale=0.25, softcap=2.0, window=30)
+    found = run(lambda x: BlockCausalAttend()(0, *x, scoring), 70, 4, 2, torch.float64)
+    general = run(lambda x: CausalAttend()(0, *x, scoring), 70, 4, 2, torch.float64)
+    plain = run(lambda x: BlockCausalAttend()(0, *x, Scoring(scale=0.25, window=30)), 70, 4, 2, torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(found, general, strict=True))
+    assert not torch.allclose(found[0], plain[0])
+
+
 def test_bf16_is_about_as_exact_as_torchs_own():
     exact = run(formula, 200, 4, 2, torch.float64)
-    ours = run(lambda x: BlockCausalAttend()(0, *x), 200, 4, 2, torch.bfloat16)
-    torchs = run(lambda x: CausalAttend()(0, *x), 200, 4, 2, torch.bfloat16)
+    ours = run(lambda x: BlockCausalAttend()(0, *x, PLAIN), 200, 4, 2, torch.bfloat16)
+    torchs = run(lambda x: CausalAttend()(0, *x, PLAIN), 200, 4, 2, torch.bfloat16)
     for value, other, reference in zip(ours, torchs, exact, strict=True):
         errors = [((x.double() - reference).norm() / reference.norm()).item() for x in (value, other)]
         assert errors[0] < max(1.5 * errors[1], 5e-3), errors

@@ -1,8 +1,8 @@
 """The distributed trainer against a plain loop over the whole batch in one process.
 
 The reference has no code of the trainer's: its losses are written out, its norm is one sum over all parameters, its
-AdamW is torch's unfused one. What both share is the definition of the batch-level balance loss: it is taken over one
-micro-step, that is one forward pass of all ranks together (`micro_batch · world_size` sequences). So the reference
+AdamW is torch's unfused one. What both share is the definition of the batch-level balance losses: they are taken over
+one micro-step, that is one forward pass of all ranks together (`micro_batch · world_size` sequences). So the reference
 runs chunks of that size.
 
 AdamW divides a gradient by its own size, so where a gradient is next to nothing its rounding moves the weight at full
@@ -20,26 +20,59 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from llama import model as model_module
 from llama.model import Transformer
 from llama.moe import RoutingRecord
-from llama.training import trainer as trainer_module
 from llama.training.config import ParallelConfig
 from llama.training.optim import local
 from llama.training.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.llama.training.helpers import DENSE, MOE, Samples, difference, samples, train_config, whole
 
+
+def variant(**moe_settings):
+    return replace(MOE, moe=replace(MOE.moe, **moe_settings))
+
+
+# (model, layout, micro-batch, steps)
 LAYOUTS = {
     2: [
-        (DENSE, ParallelConfig(), 4),
-        (DENSE, ParallelConfig(), 2),
-        (MOE, ParallelConfig(ep=1), 4),
-        (MOE, ParallelConfig(ep=2), 4),
-        (MOE, ParallelConfig(ep=2), 2),
+        (DENSE, ParallelConfig(), 4, 3),
+        (DENSE, ParallelConfig(), 2, 3),
+        (MOE, ParallelConfig(ep=1), 4, 3),
+        (MOE, ParallelConfig(ep=2), 4, 3),
+        (MOE, ParallelConfig(ep=2), 2, 3),
+        (variant(balance_loss="switch_sequence", score="sigmoid", shared_gate=True), ParallelConfig(ep=2), 2, 1),
+        (variant(balance_loss="importance_entropy", route_scale=2.0), ParallelConfig(ep=2), 4, 1),
+        (variant(balance_loss="frequency_entropy", balance_loss_weight=0.5), ParallelConfig(ep=2), 2, 1),
+        (variant(balance_loss="kl_uniform", z_loss_weight=0.0), ParallelConfig(ep=2), 2, 1),
+        (variant(balance_loss="expert_load", score="sigmoid"), ParallelConfig(ep=2), 4, 1),
+        (variant(balance_loss_weight=0.0, z_loss_weight=0.0), ParallelConfig(ep=2), 4, 1),
     ],
-    4: [(MOE, ParallelConfig(dp_replicate=1, ep=2), 2), (MOE, ParallelConfig(dp_replicate=2, ep=2), 1)],
+    4: [(MOE, ParallelConfig(dp_replicate=1, ep=2), 2, 3), (MOE, ParallelConfig(dp_replicate=2, ep=2), 1, 3)],
 }
 CASES = [(world_size, index) for world_size, layouts in LAYOUTS.items() for index in range(len(layouts))]
+
+
+def balance_of(kind, probabilities, chosen, batch):
+    """The loss of one layer; `probabilities` and `chosen` are `[batch · seq, 4]`, the latter 0 or 1."""
+    if kind == "switch_sequence":
+        sequences = (tensor.view(batch, -1, 4) for tensor in (probabilities, chosen))
+        return torch.stack([balance_of("switch", *pair, 1) for pair in zip(*sequences, strict=True)]).mean()
+    importance, load = probabilities.mean(0), chosen.sum(0) / chosen.sum()
+    if kind == "switch":
+        return 4 * (load * importance).sum()
+    if kind == "importance_entropy":
+        return (importance * importance.log()).sum()
+    if kind == "kl_uniform":
+        return (importance * (importance * 4).log()).sum()
+    # Of the load alone: its own value, its slope by the load times the importance for the gradient.
+    value, slope = {
+        "frequency_entropy": ((load * load.log()).sum(), load.log() + 1),
+        "expert_load": (4 * load.square().sum() - 1, 8 * load),
+    }[kind]
+    through = (slope * importance).sum()
+    return value + through - through.detach()
 
 
 def reference(model_config, config, chunk):
@@ -58,26 +91,30 @@ def reference(model_config, config, chunk):
         eps=config.optimizer.eps,
         foreach=False,
     )
-    lrs = [config.optimizer.lr * share for share in (0.5, 1.0, config.schedule.min_lr_ratio)]
+    lrs = [config.optimizer.lr * share for share in (0.5, 1.0, config.schedule.min_lr_ratio)][: config.steps]
     routers = {
         block.layer: block.feed_forward.router for block in model.layers if hasattr(block.feed_forward, "router")
     }
-    history, gradients = [], {}
+    moe = model_config.moe
+    history, gradients, parts = [], {}, []
     for step, lr in enumerate(lrs):
         tokens = samples(step * config.global_batch, config.global_batch, config, model_config.vocab_size)
         cross, counts = 0.0, {layer: torch.zeros(4) for layer in routers}
         for part in tokens.split(chunk):
-            routing = RoutingRecord()
+            routing, share = RoutingRecord(), len(part) / len(tokens)
             logits = model(part[:, :-1], routing=routing)
             loss = cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum") / tokens[:, 1:].numel()
             cross += loss.item()
             for layer, router in routers.items():
-                probabilities = routing.layers[layer].logits_TE.softmax(-1)
-                chosen = one_hot((probabilities + router.expert_bias).topk(2).indices, 4).sum((0, 1))
-                counts[layer] += chosen
-                balance = 4 * (chosen / chosen.sum() * probabilities.mean(0)).sum()
-                z = routing.layers[layer].logits_TE.exp().sum(-1).log().pow(2).mean()
-                loss = loss + (0.05 * balance + 0.02 * z) * len(part) / len(tokens)
+                logits = routing.layers[layer].logits_TE
+                affinities = logits.softmax(-1) if moe.score == "softmax" else logits.sigmoid()
+                chosen = one_hot((affinities + router.expert_bias).topk(2).indices, 4).sum(1).float()
+                counts[layer] += chosen.sum(0)
+                probabilities = affinities / affinities.sum(-1, keepdim=True)
+                balance = balance_of(moe.balance_loss, probabilities, chosen, len(part))
+                z = logits.exp().sum(-1).log().pow(2).mean()
+                loss = loss + (moe.balance_loss_weight * balance + moe.z_loss_weight * z) * share
+                parts.append((step, balance.item() * share / len(routers), z.item() * share / len(routers)))
             loss.backward()
         norm = math.sqrt(sum(parameter.grad.double().pow(2).sum().item() for parameter in named.values()))
         for parameter in named.values():
@@ -95,6 +132,8 @@ def reference(model_config, config, chunk):
         "gradients": gradients,
         "end": {name: whole(tensor) for name, tensor in model.state_dict().items()},
         "history": history,
+        "balance": [sum(balance for at, balance, _ in parts if at == step) for step in range(config.steps)],
+        "z": [sum(z for at, _, z in parts if at == step) for step in range(config.steps)],
     }
 
 
@@ -134,16 +173,14 @@ def train(rank, world_size, layouts):
     return results
 
 
-def config_of(parallel, micro_batch):
-    return train_config(parallel=parallel, micro_batch=micro_batch)
+def config_of(parallel, micro_batch, steps):
+    return train_config(parallel=parallel, micro_batch=micro_batch, steps=steps)
 
 
 @pytest.fixture(scope="module")
 def trained():
     return {
-        world_size: run_ranks(
-            train, world_size, [(model, config_of(parallel, micro)) for model, parallel, micro in layouts]
-        )
+        world_size: run_ranks(train, world_size, [(model, config_of(*settings)) for model, *settings in layouts])
         for world_size, layouts in LAYOUTS.items()
     }
 
@@ -151,8 +188,9 @@ def trained():
 @pytest.mark.integration
 @pytest.mark.parametrize(("world_size", "index"), CASES)
 def test_equals_one_process(trained, world_size, index):
-    model_config, parallel, micro_batch = LAYOUTS[world_size][index]
-    expected = reference(model_config, config_of(parallel, micro_batch), micro_batch * world_size)
+    model_config, *settings = LAYOUTS[world_size][index]
+    config = config_of(*settings)
+    expected = reference(model_config, config, config.micro_batch * world_size)
     for ranks in trained[world_size]:
         result = ranks[index]
         assert all(torch.equal(result["start"][name], value) for name, value in expected["start"].items())
@@ -163,13 +201,16 @@ def test_equals_one_process(trained, world_size, index):
         for (loss, norm), (expected_loss, expected_norm) in zip(result["history"], expected["history"], strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-6)
             assert norm == pytest.approx(expected_norm, rel=1e-5)
-            assert norm > config_of(parallel, micro_batch).optimizer.grad_clip
+            assert norm > config.optimizer.grad_clip
+        for step, metrics in enumerate(result["metrics"] if model_config.moe else []):
+            assert metrics["balance_loss"] == pytest.approx(expected["balance"][step], rel=1e-5, abs=1e-6)
+            assert metrics["z_loss"] == pytest.approx(expected["z"][step], rel=1e-5)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("world_size", "index"), CASES)
 def test_experts_are_sharded_and_tokens_travel(trained, world_size, index):
-    model_config, parallel, _ = LAYOUTS[world_size][index]
+    model_config, parallel, *_ = LAYOUTS[world_size][index]
     results = [ranks[index] for ranks in trained[world_size]]
     moe = model_config.moe
     total = 2 * 3 * moe.num_experts * model_config.dim * moe.expert_hidden_dim * 4 if moe else 0
@@ -188,7 +229,7 @@ def test_metrics_are_global_and_the_same_on_every_rank(trained):
     assert last["learning_rate"] == pytest.approx(3e-4)
     assert sorted(last["expert_load"]) == [1, 2]
     assert all(sum(load) == pytest.approx(1) and len(load) == 4 for load in last["expert_load"].values())
-    assert last["balance_loss"] >= 0.9 and last["z_loss"] > 0
+    assert 0.9 <= last["balance_loss"] < 1.5 and last["z_loss"] > 0
     dense = trained[2][0][0]["metrics"][-1]
     assert (dense["balance_loss"], dense["expert_load"], dense["all_to_all_bytes"]) == (None, {}, 0)
 
@@ -239,30 +280,34 @@ def test_a_config_that_does_not_fit_names_its_fields():
 
 
 def test_a_non_finite_gradient_skips_the_step_and_is_counted(monkeypatch):
-    config, seen, calls = train_config(micro_batch=8), [], 0
-    trainer = Trainer(MOE, config, Samples(config, MOE.vocab_size), on_metrics=seen.append)
-    weights = []
-    original = trainer_module.cross_entropy_sum
+    config, seen, weights, calls = train_config(micro_batch=8), [], [], 0
 
-    def poisoned(logits, labels):
+    def keep(metrics):
+        seen.append(metrics)
+        weights.append({name: whole(tensor) for name, tensor in trainer.model.state_dict().items()})
+
+    trainer = Trainer(MOE, config, Samples(config, MOE.vocab_size), on_metrics=keep)
+    original = model_module.linear_cross_entropy_sum
+
+    def poisoned(hidden, weight, labels):
         nonlocal calls
         calls += 1
-        weights.append({name: whole(tensor) for name, tensor in trainer.model.state_dict().items()})
-        total, count = original(logits, labels)
-        return (total * math.inf if calls == 2 else total), count
+        total = original(hidden, weight, labels)
+        return total * math.inf if calls == 2 else total
 
-    monkeypatch.setattr(trainer_module, "cross_entropy_sum", poisoned)
+    monkeypatch.setattr(model_module, "linear_cross_entropy_sum", poisoned)
     summary = trainer.fit()
     assert not dist.is_initialized()
     assert [metrics.skipped_steps for metrics in seen] == [0, 1, 1]
     assert (summary.skipped_steps, summary.step) == (1, 3)
-    assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[1])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[1][name], weights[2][name]) for name in weights[1])
     assert math.isfinite(seen[2].loss) and summary.loss == seen[2].loss
 
 
 def test_the_summary_of_a_loss_that_is_not_finite_is_json(monkeypatch):
     config = train_config(steps=1, micro_batch=8)
-    monkeypatch.setattr(trainer_module, "cross_entropy_sum", lambda logits, labels: (logits.sum() * math.inf, 0))
+    monkeypatch.setattr(model_module, "linear_cross_entropy_sum", lambda hidden, *_: hidden.sum() * math.inf)
     assert Trainer(DENSE, config, Samples(config, DENSE.vocab_size)).fit().loss is None
 
 

@@ -1,0 +1,49 @@
+"""Activations of the feed-forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llama.config import Activation
+
+
+class Swish(nn.Module):
+    """x · sigmoid(beta · x) (Ramachandran et al., arXiv:1710.05941, §4), with beta fixed or trained.
+
+    A trained beta is a parameter of shape `[1]`, because FSDP shards no scalars.
+    """
+
+    def __init__(self, beta: float, learned: bool) -> None:
+        super().__init__()
+        self.beta: float | nn.Parameter = nn.Parameter(torch.tensor([beta])) if learned else beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, same type."""
+        return (x * torch.sigmoid(self.beta * x)).type_as(x)
+
+
+def build_activation(kind: Activation, swish_beta: float = 1.0) -> nn.Module:
+    """The function on w1·x that `ModelConfig.activation` names.
+
+    For a gated kind that is the gate's: GLU sigmoid, ReGLU relu, GeGLU exact gelu, SwiGLU silu (Shazeer,
+    arXiv:2002.05202, eq. 4-6). gelu is x·Φ(x), gelu_tanh the approximation of Hendrycks & Gimpel, arXiv:1606.08415, §2.
+    `swish_beta` is the fixed β of swish, and the start value of the parameter `beta` of swish_learned.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+    match kind:
+        case "relu" | "reglu":
+            return nn.ReLU()
+        case "gelu" | "geglu":
+            return nn.GELU()
+        case "gelu_tanh":
+            return nn.GELU(approximate="tanh")
+        case "glu":
+            return nn.Sigmoid()
+        case "swiglu":
+            return nn.SiLU()
+        case "swish" | "swish_learned":
+            return Swish(swish_beta, learned=kind == "swish_learned")
+    raise ValueError(f"model.activation={kind!r} is not an activation; see llama.config.Activation")

@@ -1,0 +1,61 @@
+"""`python -m llama.bench train|moe-layer`: the model's benchmarks, without Ray."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from llama.bench import moe_layer, train
+from llama.bench.harness import BenchError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llama.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, settings, text in (
+        ("train", train.TrainBench, "a training step beside Hugging Face transformers'"),
+        ("moe-layer", moe_layer.MoELayerBench, "a MoE layer beside a dense one of the same active FLOPs"),
+    ):
+        command = commands.add_parser(name, help=text)
+        for field in fields(settings):
+            option = f"--{field.name.replace('_', '-')}"
+            command.add_argument(option, type=type(field.default), default=field.default, help=f"[{field.default}]")
+        command.add_argument("--json", action="store_true", help="print JSON")
+    # A contestant's process is this command again.
+    alone = commands.choices["train"]
+    alone.add_argument("--only", choices=train.CONTESTANTS, help=argparse.SUPPRESS)
+    alone.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    alone.add_argument("--expert-backend", default="", help=argparse.SUPPRESS)
+    return parser
+
+
+def _settings(kind: Any, options: argparse.Namespace) -> Any:
+    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "moe-layer":
+            layer_report = moe_layer.measure(_settings(moe_layer.MoELayerBench, options))
+            print(json.dumps(moe_layer.as_json(layer_report)) if options.json else moe_layer.as_text(layer_report))
+            return 0
+        bench = _settings(train.TrainBench, options)
+        if options.only:
+            train.compete(bench, options.only, options.directory, options.expert_backend or None)
+            return 0
+        report = train.measure(bench)
+        print(json.dumps(train.as_json(report)) if options.json else train.as_text(report))
+        return 0
+    except BenchError as error:
+        print(f"llama.bench: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,313 @@
+"""A training step beside Hugging Face transformers': same weights, data, shapes and optimizer, interleaved in one run.
+
+Three contestants, each in a process of its own: ours; the peer as shipped (sdpa, no cache, its fastest experts backend,
+uncompiled); and the peer with our process settings (fp32 GEMM library, allocator) given to it too, which shows how much
+of a lead is those alone. bf16 is autocast over fp32 weights for all. The peer's weights are our export, so both must
+start at the same loss, and the run fails if they do not.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama.bench.harness import (
+    BenchError,
+    Contestant,
+    Ratio,
+    interleave,
+    peak_memory_mib,
+    ratio,
+    resident_mib,
+    serve,
+)
+from llama.hf import load_pretrained, save_pretrained
+from llama.model import Transformer
+from llama.presets import PRESETS
+from llama.training.attention import BlockCausalAttend
+from llama.training.memory import reuse_freed_memory
+from llama.training.precision import fast_cpu_matmul
+
+OURS, PEER, PEER_WITH_SETTINGS = "caravan", "transformers", "transformers+settings"
+CONTESTANTS = (OURS, PEER, PEER_WITH_SETTINGS)
+_EXPERT_BACKENDS = ("eager", "grouped_mm")
+"""The third, batched_mm, copies every chosen expert's weights for each token: a decoder's, out of memory here."""
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """What is measured.
+
+    Raises:
+        BenchError: a setting is out of range; names field, value and remedy.
+    """
+
+    model: str = "small"
+    precision: str = "bf16"
+    batch: int = 4
+    seq_len: int = 512
+    rounds: int = 5
+    steps: int = 2
+    """Optimizer steps of a contestant in each round."""
+    threads: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("bf16", "fp32"):
+            raise BenchError(f"precision={self.precision!r} is not one of bf16, fp32")
+        for name, least in (("batch", 1), ("seq_len", 1), ("rounds", 3), ("steps", 1), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise BenchError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.model not in PRESETS:
+            raise BenchError(f"model={self.model!r} is not one of {', '.join(PRESETS)}")
+        longest = PRESETS[self.model].max_seq_len
+        if self.seq_len > longest:
+            raise BenchError(f"seq_len={self.seq_len} is longer than {self.model}'s max_seq_len={longest}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant's result."""
+
+    name: str
+    tokens_per_second: float
+    """Median over the rounds."""
+    ceiling_share: float
+    """Of the GEMM ceiling measured in the same run, by the FLOPs of `ModelConfig.flops_per_token`."""
+    peak_mib: float
+    """Largest memory above that of the process before it built the model; in a process of its own on a CPU."""
+    versus_peer: Ratio | None
+    """Speed over the peer's as shipped."""
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    bench: TrainBench
+    rows: list[Row]
+    ceiling_gflops: float
+    expert_backend: str | None
+    """The peer's, chosen by trial; None for a dense model."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Of the first step, by contestant."""
+
+
+@dataclass
+class _Step:
+    """Forward, backward and update on one batch; returns the mean loss."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    parameters: list[nn.Parameter]
+    autocast: bool
+    device: str
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+
+    def __call__(self, batch: Tensor) -> float:
+        inputs, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+            loss = self.loss(inputs, labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+def _our_step(bench: TrainBench, directory: Path) -> _Step:
+    model: Transformer = load_pretrained(directory).to(bench.device).train()
+    attend = BlockCausalAttend() if bench.device == "cpu" else None
+
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+        return model(inputs, attend=attend, labels=labels) / labels.numel()
+
+    return _Step(loss, list(model.parameters()), bench.precision == "bf16", bench.device)
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise BenchError("the peer needs transformers; install it with: pip install transformers") from error
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _peer_step(bench: TrainBench, directory: Path, backend: str | None) -> _Step:
+    transformers = _import_transformers()
+    settings: dict[str, Any] = {"experts_implementation": backend} if backend else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa", **settings
+    )
+    model.to(bench.device).train()
+
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+        return model(input_ids=inputs, labels=labels, shift_labels=labels, use_cache=False).loss
+
+    return _Step(loss, list(model.parameters()), bench.precision == "bf16", bench.device)
+
+
+def _batches(bench: TrainBench) -> Iterator[Tensor]:
+    """The same random tokens for everybody."""
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        shape = (bench.batch, bench.seq_len + 1)
+        yield torch.randint(PRESETS[bench.model].vocab_size, shape, generator=generator).to(bench.device)
+
+
+@contextmanager
+def _exported(bench: TrainBench) -> Iterator[Path]:
+    """A directory with the start weights, as both sides load them."""
+    model = Transformer(PRESETS[bench.model])
+    model.init_weights(seed=0)
+    with tempfile.TemporaryDirectory() as directory:
+        save_pretrained(model, directory)
+        del model
+        yield Path(directory)
+
+
+def _arguments(bench: TrainBench, name: str, directory: Path, backend: str | None) -> list[str]:
+    settings = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(bench).items()]
+    return ["train", *settings, f"--only={name}", f"--directory={directory}", f"--expert-backend={backend or ''}"]
+
+
+def _backend(bench: TrainBench, directory: Path) -> str | None:
+    """The peer's fastest experts backend here: the second turn of each decides."""
+    if PRESETS[bench.model].moe is None:
+        return None
+    seconds: dict[str, float] = {}
+    failures: list[str] = []
+    for backend in _EXPERT_BACKENDS:
+        try:
+            with Contestant(_arguments(bench, PEER, directory, backend)) as contestant:
+                contestant.turn()
+                began = time.perf_counter()
+                contestant.turn()
+        except BenchError as error:  # a backend that cannot run here
+            failures.append(str(error))
+        else:
+            seconds[backend] = time.perf_counter() - began
+    if not seconds:
+        raise BenchError(f"none of the peer's experts backends runs here: {failures[-1]}")
+    return min(seconds, key=seconds.__getitem__)
+
+
+@contextmanager
+def _process_settings(name: str, device: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        if name != PEER and device == "cpu":
+            stack.enter_context(fast_cpu_matmul())
+            stack.enter_context(reuse_freed_memory())
+        yield
+
+
+def compete(bench: TrainBench, name: str, directory: Path, backend: str | None) -> None:
+    """One contestant's process: a turn is `bench.steps` steps; answers with the first step's loss and peak memory."""
+    torch.set_num_threads(bench.threads)
+    if name != OURS:
+        _import_transformers()  # its own weight is not the model's
+    before, batches = resident_mib(), _batches(bench)
+    first_loss: float | None = None
+    with _process_settings(name, bench.device):
+        step = _our_step(bench, directory) if name == OURS else _peer_step(bench, directory, backend)
+
+        def turn() -> dict[str, float]:
+            nonlocal first_loss
+            losses = [step(next(batches)) for _ in range(bench.steps)]
+            first_loss = losses[0] if first_loss is None else first_loss
+            peak = peak_memory_mib() - before
+            if bench.device != "cpu":
+                peak = torch.cuda.max_memory_allocated() / 2**20
+            return {"loss": first_loss, "peak_mib": peak}
+
+        serve(turn)
+
+
+def _gemm_ceiling(bench: TrainBench) -> float:
+    """GFLOP/s of square products in the bench's type, the best of several."""
+    torch.set_num_threads(bench.threads)
+    dtype = torch.bfloat16 if bench.precision == "bf16" else torch.float32
+    size = 2048 if bench.device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=bench.device).to(dtype) for _ in range(2))
+    best = math.inf
+    with fast_cpu_matmul() if bench.device == "cpu" else nullcontext():
+        for _ in range(6):
+            began = time.perf_counter()
+            (a @ b)[0, 0].item()
+            best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best / 1e9
+
+
+def measure(bench: TrainBench) -> TrainReport:
+    """Runs the comparison.
+
+    Raises:
+        BenchError: transformers is missing, or the contestants do not compute the same loss.
+    """
+    answers: dict[str, dict[str, float]] = {}
+    with _exported(bench) as directory, ExitStack() as stack:
+        backend = _backend(bench, directory)
+        contestants = {
+            name: stack.enter_context(Contestant(_arguments(bench, name, directory, backend))) for name in CONTESTANTS
+        }
+
+        def turn(name: str) -> None:
+            answers[name] = contestants[name].turn()
+
+        seconds = interleave({name: partial(turn, name) for name in CONTESTANTS}, bench.rounds)
+    losses = {name: answer["loss"] for name, answer in answers.items()}
+    _check_same(losses, bench.precision)
+    ceiling = _gemm_ceiling(bench)
+    tokens = bench.batch * bench.seq_len * bench.steps
+    gflops = PRESETS[bench.model].flops_per_token(bench.seq_len) / 1e9
+    rows = []
+    for name in CONTESTANTS:
+        rate = tokens / median(seconds[name])
+        versus = None if name == PEER else ratio(seconds[name], seconds[PEER])
+        rows.append(Row(name, rate, rate * gflops / ceiling, answers[name]["peak_mib"], versus))
+    return TrainReport(bench, rows, ceiling, backend, losses)
+
+
+def _check_same(losses: dict[str, float], precision: str) -> None:
+    tolerance = 2e-2 if precision == "bf16" else 1e-4
+    for name, loss in losses.items():
+        if abs(loss - losses[PEER]) > tolerance * losses[PEER]:
+            raise BenchError(f"{name} starts at loss {loss}, transformers at {losses[PEER]}: not the same model")
+
+
+def as_text(report: TrainReport) -> str:
+    """The table for a terminal."""
+    bench = report.bench
+    lines = [
+        f"{bench.model}, {bench.precision}, batch {bench.batch} × {bench.seq_len} tokens, {bench.threads} thread(s), "
+        f"{bench.device}; {bench.rounds} rounds of {bench.steps} steps; "
+        f"GEMM ceiling {report.ceiling_gflops:.0f} GFLOP/s"
+        + (f"; peer's experts: {report.expert_backend}" if report.expert_backend else ""),
+        f"{'':20}{'tokens/s':>10}{'of ceiling':>12}{'peak MiB':>10}   speed over transformers as shipped",
+    ]
+    for row in report.rows:
+        versus = "1" if row.versus_peer is None else str(row.versus_peer)
+        lines.append(
+            f"{row.name:20}{row.tokens_per_second:10.0f}{row.ceiling_share:12.0%}{row.peak_mib:10.0f}   {versus}"
+        )
+    return "\n".join(lines)
+
+
+def as_json(report: TrainReport) -> dict[str, Any]:
+    """Plain data, verdicts included."""
+    data = asdict(report)
+    for row, plain in zip(report.rows, data["rows"], strict=True):
+        if row.versus_peer is not None:
+            plain["versus_peer"]["verdict"] = row.versus_peer.verdict
+    return data

@@ -1,0 +1,72 @@
+"""Which token comes next: pure functions on logits, shared by `llama.generate` and the engine.
+
+Legend: N rows, V vocabulary. A setting is one number for all rows, or `[N, 1]`: one for each.
+
+The order is that of Hugging Face: repetition penalty, temperature, top-k, top-p on what is left, min-p, then the draw.
+What a filter removes becomes -inf. The functions work in the type of the logits; give them fp32 or wider.
+
+A sampled token is the inverse of the cumulative distribution, in order of token id, at one uniform number of the row's
+own. So it depends on the row's logits, settings and number only; and since the order of summation is not the order of
+probability, rounding noise that swaps two equally likely tokens moves nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_COLDEST = 1e-30
+"""Below fp32's range a temperature would become 0, and the largest logit 0 / 0."""
+
+
+def penalize_repetition(logits_NV: Tensor, seen_NV: Tensor, penalty: float | Tensor) -> Tensor:
+    """Logits of tokens that occurred before, divided by `penalty` where positive and multiplied by it where negative.
+
+    CTRL, arXiv:1909.05858, §4.1, divides both; multiplying what is negative makes it less likely too, as transformers
+    does. `seen_NV`: bool, True for tokens of the prompt and of the output so far.
+    """
+    penalized_NV = torch.where(logits_NV < 0, logits_NV * penalty, logits_NV / penalty)
+    return torch.where(seen_NV, penalized_NV, logits_NV)
+
+
+def apply_temperature(logits_NV: Tensor, temperature: float | Tensor) -> Tensor:
+    """Logits over the positive `temperature`, shifted so that a row's largest is 0."""
+    divisor = torch.as_tensor(temperature, dtype=logits_NV.dtype, device=logits_NV.device).clamp(min=_COLDEST)
+    # Shifted first: no temperature, however small, makes inf - inf.
+    return (logits_NV - logits_NV.amax(dim=-1, keepdim=True)) / divisor
+
+
+def keep_top(logits_NV: Tensor, *, top_k: int | Tensor = 0, top_p: float | Tensor = 1.0) -> Tensor:
+    """Keeps the `top_k` likeliest tokens, and of these the nucleus: the fewest that reach `top_p` together.
+
+    Top-k: Fan et al., arXiv:1805.04833, §5.4; 0 turns it off, and of equal logits the lower id is the likelier. Top-p:
+    Holtzman et al., arXiv:1904.09751, §3.1, over what top-k left; 1 turns it off. One sort serves both.
+    """
+    sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True, stable=True)
+    rank_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device)
+    top_k = torch.as_tensor(top_k, device=logits_NV.device)
+    sorted_NV = sorted_NV.masked_fill((rank_V >= top_k) & (top_k > 0), -torch.inf)
+    top_p = torch.as_tensor(top_p, dtype=logits_NV.dtype, device=logits_NV.device)
+    probabilities_NV = sorted_NV.softmax(dim=-1)
+    # Those before a token already reach top_p: it is outside. The likeliest has none before it and always stays.
+    before_NV = probabilities_NV.cumsum(dim=-1) - probabilities_NV
+    outside_NV = (before_NV >= top_p) & (top_p < 1)
+    return torch.empty_like(logits_NV).scatter_(-1, order_NV, sorted_NV.masked_fill(outside_NV, -torch.inf))
+
+
+def keep_min_p(logits_NV: Tensor, min_p: float | Tensor) -> Tensor:
+    """Keeps the tokens at least `min_p` times as likely as the likeliest (Nguyen et al., arXiv:2407.01082, §3); 0 turns
+    it off."""
+    share = torch.as_tensor(min_p, dtype=logits_NV.dtype, device=logits_NV.device)
+    return logits_NV.masked_fill(logits_NV < logits_NV.amax(dim=-1, keepdim=True) + share.log(), -torch.inf)
+
+
+def draw(logits_NV: Tensor, uniforms_N: Tensor) -> Tensor:
+    """One token id a row, `[N]` int64, by `uniforms_N`: float64 numbers in [0, 1)."""
+    # float64: in fp32 the sum over a large vocabulary loses its tail.
+    cumulative_NV = logits_NV.softmax(dim=-1).double().cumsum(dim=-1)
+    threshold_N1 = (uniforms_N * cumulative_NV[:, -1])[:, None]
+    # The first token whose cumulative probability exceeds the threshold has a probability above 0.
+    tokens_N = torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1)
+    # Beyond the end only when the logits are NaN; then any token is as good, and the other rows must not suffer.
+    return tokens_N.clamp(max=logits_NV.shape[-1] - 1)

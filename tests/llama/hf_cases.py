@@ -1,0 +1,60 @@
+"""Small random models for the tests of Hugging Face directories, in shapes that hide no mistake."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llama import ModelConfig, MoEConfig, Transformer
+
+VOCAB = 67
+
+
+def build(**settings: Any) -> Transformer:
+    """One key/value head and head_dim ≠ dim / heads unless told otherwise; every parameter and routing bias random."""
+    shape = {"vocab_size": VOCAB, "dim": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 1, "head_dim": 12}
+    config = ModelConfig(**{**shape, "hidden_dim": 40, "max_seq_len": 128, "tie_embeddings": False, **settings})
+    model = Transformer(config)
+    model.init_weights(seed=1)
+    randomize(model)
+    if config.moe is None or not config.moe.bias_update_rate:
+        for buffer in model.buffers():
+            buffer.zero_()
+    return model.eval()
+
+
+def experts(**settings: Any) -> MoEConfig:
+    return MoEConfig(**{"num_experts": 5, "top_k": 2, "expert_hidden_dim": 24, **settings})
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Weights whose model has something to say: neither uniform answers nor one token for ever."""
+    generator = torch.Generator().manual_seed(2)
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.endswith(("expert_bias", "e_score_correction_bias")):
+            tensor.uniform_(-0.1, 0.1, generator=generator)
+        elif tensor.dim() > 1:
+            tensor.normal_(0.0, 0.25, generator=generator)
+        else:
+            offset = 1.0 if "norm" in name and not name.endswith("bias") else 0.0
+            tensor.uniform_(-0.3, 0.3, generator=generator).add_(offset)
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def load_theirs(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The directory as transformers loads it, every tensor accounted for by transformers' own count."""
+    transformers = pytest.importorskip("transformers")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+def error(actual: Tensor, reference: Tensor) -> float:
+    """max |Δ| / max |reference|."""
+    return float((actual.float() - reference.float()).abs().max() / reference.float().abs().max())
