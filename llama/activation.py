@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from llama.config import Activation
 
@@ -21,6 +24,28 @@ class Swish(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, same type."""
         return (x * torch.sigmoid(self.beta * x)).type_as(x)
+
+
+class _SiluProduct(torch.autograd.Function):
+    """silu(gate) ⊙ up, which keeps its two inputs only: silu(gate) costs less to compute again than to keep."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradients[0] * up, gate), gradients[0] * silu(gate)
+
+
+def gated_product(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """activation(gate) ⊙ up, all of one type."""
+    if isinstance(activation, nn.SiLU):
+        product: Tensor = _SiluProduct.apply(gate, up)
+        return product
+    return activation(gate) * up
 
 
 def build_activation(kind: Activation, swish_beta: float = 1.0) -> nn.Module:

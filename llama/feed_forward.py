@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from llama.activation import build_activation
+from llama.activation import build_activation, gated_product
 from llama.config import ModelConfig
 
 
@@ -24,7 +24,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` → `[..., dim]`."""
-        hidden = self.activation(self.w1(x))
-        if self.w3 is not None:
-            hidden = hidden * self.w3(x)
-        return self.w2(hidden)
+        if self.w3 is None:
+            return self.w2(self.activation(self.w1(x)))
+        return self.w2(gated_product(self.activation, self.w1(x), self.w3(x)))

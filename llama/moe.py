@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm, linear
 
-from llama.activation import build_activation
+from llama.activation import build_activation, gated_product
 from llama.config import ModelConfig, MoEConfig
 from llama.dispatch import Dispatch, LocalDispatch, count_by_expert
 from llama.feed_forward import FeedForward
@@ -121,10 +121,12 @@ class Experts(nn.Module):
             w3 = None if w3 is None else w3.to(dtype)
         multiply = _grouped if _aligned(w1) else _looped
         ends_E = counts_E.cumsum(0)
-        # An fp32 parameter of the activation, a learned β, would widen what grouped_mm wants of one type.
-        hidden_RH = self.activation(multiply(x_RM, w1, ends_E)).to(x_RM.dtype)
+        gate_RH = multiply(x_RM, w1, ends_E)
         if w3 is not None:
-            hidden_RH = hidden_RH * multiply(x_RM, w3, ends_E)
+            hidden_RH = gated_product(self.activation, gate_RH, multiply(x_RM, w3, ends_E))
+        else:
+            # An fp32 parameter of the activation, a learned β, would widen what grouped_mm wants of one type.
+            hidden_RH = self.activation(gate_RH).to(x_RM.dtype)
         return multiply(hidden_RH, w2, ends_E)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -228,6 +229,9 @@ class Trainer:
         valid = torch.stack([(batch[:, 1:] != IGNORE_INDEX).sum() for batch in batches]).sum()
         counting = dist.all_reduce(valid, async_op=True)
         bytes_before = sum(dispatch.bytes_sent for dispatch in self._dispatches)
+        # What dropout draws depends on nothing but the step and the rank: a resumed run draws the same.
+        if self.model_config.attention_dropout or self.model_config.residual_dropout:
+            torch.manual_seed(zlib.crc32(f"{self.config.seed}/{self._progress.step}/{dist.get_rank()}".encode()))
         sums = _StepSums(*torch.zeros(3, dtype=torch.float64, device=self.device))
         for index, batch in enumerate(batches):
             self._last_micro_step(index == len(batches) - 1)
