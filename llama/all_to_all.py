@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llama.dispatch import (
     ExpertRows,
@@ -114,5 +115,6 @@ class _AllToAll(torch.autograd.Function):
         return dispatch.send(rows, leaving, arriving)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.dispatch.send(gradients[0], ctx.arriving, ctx.leaving), None, None, None

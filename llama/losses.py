@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+from llama.autocast import autocast_dtype, autocast_off
 
 IGNORE_INDEX = -100
 """Label of a position that is not predicted (padding, or a prompt in fine-tuning)."""
 
 _CHUNK_ELEMENTS = 2**21
-"""Logits held at a time; small enough for a cache, large enough for a matrix product."""
+"""Logits held at a time, about; few enough for a cache."""
+_CHUNK_ROWS = 128
+"""Tokens taken at a time, at least: each chunk reads the whole weight and adds to the whole of its gradient."""
 
 
 def linear_cross_entropy_sum(hidden: Tensor, weight_VM: Tensor, labels: Tensor) -> Tensor:
@@ -27,12 +32,16 @@ def linear_cross_entropy_sum(hidden: Tensor, weight_VM: Tensor, labels: Tensor) 
     Args:
         hidden: `[..., dim]`.
         weight_VM: `[vocab, dim]`, the output projection.
-        labels: `[...]` int64; `IGNORE_INDEX` positions add nothing.
+        labels: `[...]` int64 in [0, vocab), or `IGNORE_INDEX`, which adds nothing.
+
+    Raises:
+        ValueError: the labels' shape is not that of the tokens.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels of shape {list(labels.shape)} do not fit the tokens' {list(hidden.shape[:-1])}")
+    dtype = autocast_dtype(hidden) or hidden.dtype
     flat_TM, labels_T = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    with torch.autocast(device, enabled=False):
+    with autocast_off(hidden):
         total: Tensor = _LinearCrossEntropy.apply(flat_TM, weight_VM, labels_T, dtype, torch.is_grad_enabled())
     return total
 
@@ -50,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden_TM.device)
         d_hidden_TM = torch.empty_like(hidden_TM) if needs_hidden else None
         d_weight_VM = torch.zeros_like(weight_VM, dtype=wide) if needs_weight else None
-        rows = max(1, _CHUNK_ELEMENTS // len(weight))
+        rows = max(_CHUNK_ROWS, _CHUNK_ELEMENTS // len(weight))
         for begin in range(0, len(labels_T), rows):
             hidden_CM = hidden_TM[begin : begin + rows].to(dtype)
             labels_C = labels_T[begin : begin + rows]
@@ -67,11 +76,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden_TM is not None:
                 d_hidden_TM[begin : begin + rows] = d_logits_CV @ weight
             if d_weight_VM is not None:
-                d_weight_VM += d_logits_CV.T @ hidden_CM
+                if dtype == wide:
+                    d_weight_VM.addmm_(d_logits_CV.T, hidden_CM)
+                else:
+                    d_weight_VM += d_logits_CV.T @ hidden_CM
         ctx.save_for_backward(d_hidden_TM, d_weight_VM)
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if d is None else d * gradients[0].to(d.dtype) for d in ctx.saved_tensors)
         return *scaled, None, None, None

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm, linear
 
 from llama.activation import build_activation, gated_product
+from llama.autocast import autocast_dtype, autocast_off
 from llama.config import ModelConfig, MoEConfig
 from llama.dispatch import Dispatch, LocalDispatch, count_by_expert
 from llama.feed_forward import FeedForward
@@ -40,7 +41,8 @@ class RoutingRecord:
     """Collects every layer's routing of a forward pass, keyed by layer.
 
     Given to `Transformer.forward` by whoever needs the statistics (the trainer); a model that is not asked for them
-    keeps none, so that evaluation is never counted. A recomputed layer overwrites its own entry. Not a dataclass: FSDP
+    keeps none, so that evaluation is never counted. A recomputed layer overwrites its own entry (of
+    `torch.utils.checkpoint` only the non-reentrant kind keeps the statistics' graph). Not a dataclass: FSDP
     copies every dataclass it finds among a block's arguments, and the layers would write into the copies.
     """
 
@@ -69,7 +71,7 @@ class Router(nn.Module):
 
     def forward(self, x_TM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns ids `[T, K]` int64, weights `[T, K]`, logits and affinities `[T, E]`."""
-        with torch.autocast(x_TM.device.type, enabled=False):
+        with autocast_off(x_TM):
             dtype = torch.promote_types(x_TM.dtype, torch.float32)
             logits_TE = linear(x_TM.to(dtype), self.weight.to(dtype))
             affinities_TE = logits_TE.softmax(dim=-1) if self.score == "softmax" else logits_TE.sigmoid()
@@ -114,9 +116,9 @@ class Experts(nn.Module):
         """`x_RM` holds `counts_E[e]` rows for local expert e, in order of e; returns `[R, M]`."""
         w1, w2 = _local(self.w1), _local(self.w2)
         w3 = None if self.w3 is None else _local(self.w3)
-        if torch.is_autocast_enabled(x_RM.device.type):
+        dtype = autocast_dtype(x_RM)
+        if dtype is not None:
             # grouped_mm is not on autocast's list: cast as autocast would.
-            dtype = torch.get_autocast_dtype(x_RM.device.type)
             x_RM, w1, w2 = x_RM.to(dtype), w1.to(dtype), w2.to(dtype)
             w3 = None if w3 is None else w3.to(dtype)
         multiply = _grouped if _aligned(w1) else _looped
@@ -131,8 +133,10 @@ class Experts(nn.Module):
 
 
 def _aligned(weight: Tensor) -> bool:
-    """grouped_mm wants every row to start at a multiple of 16 bytes, and knows no float64."""
+    """grouped_mm wants every row to start at a multiple of 16 bytes, and knows no float64; compiled, only bf16."""
     rows_fit = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    if torch.compiler.is_compiling():
+        return rows_fit and weight.dtype == torch.bfloat16
     return rows_fit and weight.dtype != torch.float64
 
 
@@ -150,7 +154,7 @@ class MoE(nn.Module):
     """Routed experts, plus shared experts that see every token (DeepSeekMoE, arXiv:2401.06066, eq. 9).
 
     The shared experts are one feed-forward; with a `shared_gate` its answer is multiplied by sigmoid(gate·x), as
-    Qwen2-MoE does (arXiv:2407.10671, §2.2.2). In training a capacity bounds what each expert takes of one forward
+    the released Qwen2-MoE models do. In training a capacity bounds what each expert takes of one forward
     pass; a pair over it adds nothing, and the token's other choices keep their weights.
     """
 
@@ -179,9 +183,10 @@ class MoE(nn.Module):
                 self.router.top_k,
                 num_sequences=x_BLM.shape[0],
             )
-        if torch.is_autocast_enabled(x_TM.device.type):
+        dtype = autocast_dtype(x_TM)
+        if dtype is not None:
             # Once, instead of by every matrix, and before the rows are copied out K times.
-            x_TM = x_TM.to(torch.get_autocast_dtype(x_TM.device.type))
+            x_TM = x_TM.to(dtype)
         out_TM = self.dispatch(self.experts, x_TM, ids_TK, weights_TK, self._capacity(ids_TK))
         if self.shared is not None:
             shared_TM = self.shared(x_TM)
@@ -194,4 +199,5 @@ class MoE(nn.Module):
         """Rows that an expert takes of this forward pass (Switch Transformer, arXiv:2101.03961, §2.2, eq. 3)."""
         if self.capacity_factor is None or not self.training:
             return None
-        return math.ceil(self.capacity_factor * ids_TK.numel() / self.router.expert_bias.numel())
+        share = self.capacity_factor * ids_TK.numel() / self.router.expert_bias.numel()
+        return math.ceil(round(share, 9))  # 1.1 · 100 is a little more than 110 in binary

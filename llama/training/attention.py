@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llama.attention import CausalAttend, Scoring
 
 BLOCK = 64
-MAX_LENGTH = 2048
-"""Longest sequence for which keeping the probabilities is reasonable."""
+MAX_LENGTH = 1024
+"""Longest sequence for which keeping the probabilities pays: beyond, they take gigabytes and gain little."""
 
 
 class BlockCausalAttend:
@@ -40,7 +41,7 @@ class BlockCausalAttend:
         q_BLHD = q_BLHD * scoring.scale
         q_NRLD = q_BLHD.transpose(1, 2).reshape(batch * groups, heads // groups, length, head_dim)
         k_NLD, v_NLD = (x.transpose(1, 2).reshape(batch * groups, length, head_dim) for x in (k_BLGD, v_BLGD))
-        out_NRLD: Tensor = _BlockCausal.apply(q_NRLD, k_NLD, v_NLD, scoring.window or length)
+        out_NRLD: Tensor = _BlockCausal.apply(q_NRLD, k_NLD, v_NLD, scoring.window or length, torch.is_grad_enabled())
         return out_NRLD.view(batch, heads, length, head_dim).transpose(1, 2)
 
 
@@ -67,7 +68,7 @@ class _BlockCausal(torch.autograd.Function):
     """softmax(q·kᵀ)·v and its gradient (FlashAttention, arXiv:2205.14135, appendix B.2, without recomputation)."""
 
     @staticmethod
-    def forward(ctx: Any, q_NRLD: Tensor, k_NLD: Tensor, v_NLD: Tensor, window: int) -> Tensor:
+    def forward(ctx: Any, q_NRLD: Tensor, k_NLD: Tensor, v_NLD: Tensor, window: int, training: bool) -> Tensor:
         out_NRLD = torch.empty_like(q_NRLD)
         probabilities = []
         for queries, keys in _blocks(q_NRLD.shape[2], window):
@@ -76,13 +77,15 @@ class _BlockCausal(torch.autograd.Function):
             _hide(scores.unflatten(1, block.shape[1:3]), queries, keys, window)
             p = scores.softmax(dim=-1)
             out_NRLD[:, :, queries] = torch.bmm(p, v_NLD[:, keys]).view_as(block)
-            probabilities.append(p)
+            if training:
+                probabilities.append(p)
         ctx.window = window
         ctx.save_for_backward(q_NRLD, k_NLD, v_NLD, *probabilities)
         return out_NRLD
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q_NRLD, k_NLD, v_NLD, *probabilities = ctx.saved_tensors
         dq_NRLD, dk_NLD, dv_NLD = torch.empty_like(q_NRLD), torch.zeros_like(k_NLD), torch.zeros_like(v_NLD)
         for p, (queries, keys) in zip(probabilities, _blocks(q_NRLD.shape[2], ctx.window), strict=True):
@@ -92,4 +95,4 @@ class _BlockCausal(torch.autograd.Function):
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, dp.dtype)
             dq_NRLD[:, :, queries] = torch.bmm(ds, k_NLD[:, keys]).view_as(block)
             dk_NLD[:, keys] += torch.bmm(ds.transpose(1, 2), block.flatten(1, 2))
-        return dq_NRLD, dk_NLD, dv_NLD, None
+        return dq_NRLD, dk_NLD, dv_NLD, None, None

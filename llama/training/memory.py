@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-# Numbers of mallopt's parameters and their defaults, from glibc's malloc.h and manual.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
-_NEVER = -1
+from llama.training.process import ProcessSetting
+
+# Numbers of mallopt's parameters, from glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_AFTERWARDS = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+"""Where glibc's own rule ends up once blocks of 32 MiB have been freed; the rule itself cannot be turned on again."""
 
 
-@contextmanager
-def reuse_freed_memory() -> Iterator[bool]:
+def reuse_freed_memory() -> AbstractContextManager[bool]:
     """Keeps freed memory in the process inside the block, where the C library is glibc; yields whether it does.
 
-    A training step frees every activation and asks for the same sizes again in the next. By default glibc gives blocks
-    of megabytes back to the kernel each time, and a step spends a tenth of its time on page faults. The peak is the
+    A training step frees every activation and asks for the same sizes again in the next. On the main thread glibc gives
+    the larger ones back to the kernel each time, and a step spends a tenth of its time on page faults. The peak is the
     same: what is kept is reused.
     """
+    return _SETTING.on()
+
+
+def _turn_on() -> bool:
     if platform.libc_ver()[0] != "glibc":
-        yield False
-        return
+        return False
     libc = ctypes.CDLL(None)
     libc.mallopt(_MMAP_MAX, 0)
-    libc.mallopt(_TRIM_THRESHOLD, _NEVER)
-    try:
-        yield True
-    finally:
-        for parameter, value in _DEFAULTS.items():
-            libc.mallopt(parameter, value)
-        libc.malloc_trim(0)
+    libc.mallopt(_TRIM_THRESHOLD, -1)
+    return True
+
+
+def _turn_off() -> None:
+    libc = ctypes.CDLL(None)
+    for parameter, value in _AFTERWARDS.items():
+        libc.mallopt(parameter, value)
+    libc.malloc_trim(0)
+
+
+_SETTING = ProcessSetting(_turn_on, _turn_off)

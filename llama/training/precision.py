@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
+
+from llama.training.process import ProcessSetting
 
 _MAX_ERROR = 1e-5
 """Relative error of a product, Frobenius norm: fp32 stays near 3e-7, bf16 is near 2e-3."""
 
 
-@contextmanager
-def fast_cpu_matmul() -> Iterator[bool]:
+def fast_cpu_matmul() -> AbstractContextManager[bool]:
     """Lets oneDNN multiply fp32 matrices inside the block, where that is still fp32; yields whether it does.
 
     The default library is slow on some processors. The switch that selects oneDNN also allows it bf16: a processor
     with matrix units (AMX) takes that up and loses accuracy, others compute in fp32 and only gain speed. So the error
     is measured, and where it is not that of fp32 nothing is changed.
     """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at import, unseen by mypy
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    accurate = torch.backends.mkldnn.is_available() and _product_error() < _MAX_ERROR
-    if not accurate:
-        matmul.fp32_precision = before
+    return _SETTING.on()
+
+
+_matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at import, unseen by mypy
+_default = _matmul.fp32_precision
+
+
+def _turn_on() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    accurate = False
+    _matmul.fp32_precision = "bf16"
     try:
-        yield accurate
+        accurate = _product_error() < _MAX_ERROR
     finally:
-        matmul.fp32_precision = before
+        if not accurate:
+            _turn_off()
+    return accurate
+
+
+def _turn_off() -> None:
+    _matmul.fp32_precision = _default
 
 
 def _product_error() -> float:
@@ -36,3 +48,6 @@ def _product_error() -> float:
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
     return float((a @ b - exact).norm() / exact.norm())
+
+
+_SETTING = ProcessSetting(_turn_on, _turn_off)

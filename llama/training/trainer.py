@@ -50,7 +50,10 @@ log = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    """This rank's micro-batches, without end: int64 `[micro_batch, seq_len + 1]`."""
+    """This rank's micro-batches, without end: int64 `[micro_batch, seq_len + 1]`.
+
+    `IGNORE_INDEX` is padding behind a sequence: it is not predicted, and nothing before it sees it.
+    """
 
     def __iter__(self) -> Iterator[Tensor]: ...
 
@@ -124,6 +127,12 @@ class Trainer:
             raise ValueError(
                 f"train.seq_len={config.seq_len} is longer than model.max_seq_len={model_config.max_seq_len}; "
                 "shorten the one or raise the other"
+            )
+        moe = model_config.moe
+        if moe is not None and moe.num_experts > moe.top_k == 1 and moe.normalize_top_k:
+            raise ValueError(
+                "model.moe.normalize_top_k=True with model.moe.top_k=1 makes every weight 1, and the router learns "
+                "nothing from the loss; set model.moe.normalize_top_k=False"
             )
         self.model_config = model_config
         self.config = config
@@ -270,7 +279,9 @@ class Trainer:
     def _micro_step(self, batch: Tensor, sums: _StepSums, counting: dist.Work, valid: Tensor) -> Tensor:
         """Forward pass of one micro-batch: its share of the step's loss, with the graph."""
         routing = RoutingRecord() if self._moes else None
-        cross_entropy = self.model(batch[:, :-1], attend=self._attend, routing=routing, labels=batch[:, 1:])
+        # A token that is not to be predicted may be none at all, and still has to be embedded.
+        inputs = batch[:, :-1].masked_fill(batch[:, :-1] == IGNORE_INDEX, 0)
+        cross_entropy = self.model(inputs, attend=self._attend, routing=routing, labels=batch[:, 1:])
         counting.wait()
         sums.cross_entropy += cross_entropy.detach()
         loss = cross_entropy / valid.clamp(min=1)
