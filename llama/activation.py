@@ -19,7 +19,7 @@ class Swish(nn.Module):
 
     def __init__(self, beta: float, learned: bool) -> None:
         super().__init__()
-        self.beta: float | nn.Parameter = nn.Parameter(torch.tensor([beta])) if learned else beta
+        self.beta: float | nn.Parameter = nn.Parameter(torch.tensor([float(beta)])) if learned else beta
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, same type."""

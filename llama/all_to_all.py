@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from llama.autograd import first_order
 from llama.dispatch import (
     ExpertRows,
     ExpertsFunction,
@@ -115,6 +115,6 @@ class _AllToAll(torch.autograd.Function):
         return dispatch.send(rows, leaving, arriving)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.dispatch.send(gradients[0], ctx.arriving, ctx.leaving), None, None, None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
+from llama.autocast import autocast_off
 from llama.config import ModelConfig
 from llama.norm import RMSNorm
 from llama.rope import apply_rotary
@@ -90,9 +91,10 @@ def attend_visible(
             scale=scoring.scale,
             enable_gqa=q_NHLD.shape[1] != k_NGSD.shape[1],
         )
-    q_NGRLD = q_NHLD.unflatten(1, (k_NGSD.shape[1], -1))
-    scores_NHLS = (q_NGRLD @ k_NGSD[:, :, None].transpose(-1, -2)).flatten(1, 2)
-    scores_NHLS = scores_NHLS.to(torch.promote_types(scores_NHLS.dtype, torch.float32)) * scoring.scale
+    wide = torch.promote_types(q_NHLD.dtype, torch.float32)
+    q_NGRLD = q_NHLD.to(wide).unflatten(1, (k_NGSD.shape[1], -1))
+    with autocast_off(q_NHLD):
+        scores_NHLS = (q_NGRLD @ k_NGSD.to(wide)[:, :, None].transpose(-1, -2)).flatten(1, 2) * scoring.scale
     if scoring.softcap is not None:
         scores_NHLS = scoring.softcap * torch.tanh(scores_NHLS / scoring.softcap)
     if bias is not None:

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
+
+from llama.autograd import first_order
 
 
 class ExpertsFunction(Protocol):
@@ -118,7 +119,7 @@ class _Gather(torch.autograd.Function):
         return x_TM.index_select(0, pair_R // row_TK.shape[1])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         row_TK, kept_TK = ctx.saved_tensors
         gradient_RM = gradients[0].contiguous()
@@ -133,7 +134,7 @@ class _Combine(torch.autograd.Function):
         return _weighted_sum(y_RM, row_TK, weights_TK.to(y_RM.dtype))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_RM, weights_TK, pair_R = ctx.saved_tensors
         gradient_RM = gradients[0].index_select(0, pair_R // weights_TK.shape[1])

@@ -7,9 +7,8 @@ loads once `llama.hf_model` has been imported. Nothing here needs transformers.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,18 @@ import torch
 from torch import Tensor
 
 from llama.config import ModelConfig
-from llama.hf_architectures import Architecture, UnsupportedModel
-from llama.hf_config import CARAVAN_NAME, find_architecture, read_config, write_caravan_config, write_config
-from llama.hf_files import CONFIG_FILE, DirectoryWriter, Slot, StoredTensors
+from llama.hf_architectures import Architecture
+from llama.hf_config import (
+    CARAVAN_NAME,
+    find_architecture,
+    read_architecture,
+    read_config,
+    write_caravan_config,
+    write_config,
+)
+from llama.hf_files import CONFIG_FILE, GENERATION_CONFIG_FILE, DirectoryWriter, Slot, StoredTensors
 from llama.hf_names import EMBEDDINGS, LM_HEAD, StoredTensor, stored_tensors, turn_rows
+from llama.hf_values import UnsupportedModel, read_json
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
@@ -59,8 +66,8 @@ def save_pretrained(
 ) -> str:
     """Writes a directory that `transformers.AutoModelForCausalLM` loads.
 
-    One tensor at a time is converted and written; what the directory held of an earlier model is removed first, and
-    `config.json` comes last: a directory without it is unfinished.
+    One tensor at a time is converted and written; what the directory held of an earlier model and its tokenizer is
+    removed first, and `config.json` comes last: a directory without it is unfinished.
 
     Args:
         model: a plain (unsharded) model.
@@ -70,24 +77,29 @@ def save_pretrained(
 
     Returns:
         the class that loads it: one of transformers' that computes the same function, or `CaravanForCausalLM`.
+
+    Raises:
+        ValueError: `dtype` is no floating type of 16 bits or more, or the tokenizer has more tokens than the model; the
+            directory is as it was then.
     """
     directory = Path(directory)
     config, state = model.config, model.state_dict()
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"tokenizer.vocab_size={tokenizer.vocab_size} exceeds model.vocab_size={config.vocab_size}; give the "
+            "tokenizer that the model was trained with"
+        )
     dtype = dtype or model.tok_embeddings.weight.dtype
     biased = any(bool(tensor.any()) for name, tensor in state.items() if name.endswith("router.expert_bias"))
     architecture = find_architecture(config, biased or _trains_expert_bias(config))
     entries = list(stored_tensors(config, architecture))
     slots = [Slot(entry.stored, entry.shape, torch.float32 if entry.expert_bias else dtype) for entry in entries]
-    token_ids = {
-        "bos_token_id": tokenizer.bos_id if tokenizer else None,
-        "eos_token_id": tokenizer.eos_id if tokenizer else None,
-        "pad_token_id": tokenizer.pad_id if tokenizer else None,
-    }
+    token_ids = tokenizer.named_ids if tokenizer else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     writer = DirectoryWriter(directory)
     writer.write_weights(slots, _outgoing(config, state, entries, architecture), max_shard_size)
     if tokenizer is not None:
         tokenizer.save(directory)
-    writer.write_json("generation_config.json", token_ids)
+    writer.write_json(GENERATION_CONFIG_FILE, token_ids)
     hf_config = write_caravan_config(config) if architecture is None else write_config(config, architecture)
     name = str(dtype).removeprefix("torch.")
     # transformers 5 reads dtype, 4 torch_dtype.
@@ -116,34 +128,35 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
         a model in evaluation mode with its `config`; routing biases stay fp32, Ernie's are zero where absent.
 
     Raises:
-        UnsupportedModel: another architecture or an unsupported setting; a tensor that is missing, misshapen or
-            belongs nowhere.
+        UnsupportedModel: another architecture or an unsupported setting; a damaged file; a tensor that is missing,
+            misshapen or belongs nowhere. Nothing is allocated before names and shapes agree.
         FileNotFoundError: no `config.json`.
     """
     directory = Path(directory)
     config_path = directory / CONFIG_FILE
     if not config_path.is_file():
         raise FileNotFoundError(f"{directory} holds no {CONFIG_FILE}; give a directory of a Hugging Face model")
-    config, architecture = read_config(_read_json(config_path))
+    hf = read_json(config_path)
+    architecture = read_architecture(hf)
     with StoredTensors(directory) as tensors:
-        entries = list(stored_tensors(config, architecture))
-        _check_names(directory, config, architecture, entries, tensors)
+        _check_layers(directory, hf, architecture, tensors)
+        config, _ = read_config(hf)
+        entries = _check_tensors(directory, config, architecture, tensors)
         model = _empty_model(config, dtype)
         state = model.state_dict()
         for entry in entries:
-            if entry.stored in tensors:
-                _load(directory, config, architecture, entry, tensors[entry.stored], state)
+            _load(directory, config, architecture, entry, tensors[entry.stored], state)
     return model.eval()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UnsupportedModel(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UnsupportedModel(f"{path} is not a JSON object")
-    return content
+def _check_layers(
+    directory: Path, hf: Mapping[str, Any], architecture: Architecture | None, tensors: StoredTensors
+) -> None:
+    """Refuses more layers than tensors, before anything of that length is built."""
+    settings, key = (hf, "num_hidden_layers") if architecture is not None else (hf.get("model"), "num_layers")
+    layers, most = settings.get(key) if isinstance(settings, Mapping) else None, len(tensors.names())
+    if isinstance(layers, int) and layers > most:
+        raise UnsupportedModel(f"{directory}: config.json says {key}={layers}, and the files hold {most} tensors")
 
 
 def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
@@ -159,17 +172,25 @@ def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     return model
 
 
-def _check_names(
-    directory: Path,
-    config: ModelConfig,
-    architecture: Architecture | None,
-    entries: list[StoredTensor],
-    tensors: StoredTensors,
-) -> None:
-    """Every tensor of the model is in the files, and every tensor of the files is in the model."""
-    for entry in entries:
-        optional = entry.expert_bias and architecture is not None
-        if entry.stored not in tensors and not optional:
+def _check_tensors(
+    directory: Path, config: ModelConfig, architecture: Architecture | None, tensors: StoredTensors
+) -> list[StoredTensor]:
+    """Every tensor of the model is in the files, in its shape, and every tensor of the files is in the model.
+
+    Returns:
+        those in the files; the first that is missing ends the search, however many experts `config.json` claims.
+    """
+    entries = []
+    for entry in stored_tensors(config, architecture):
+        if entry.stored in tensors:
+            entries.append(entry)
+            shape = tensors.shape(entry.stored)
+            if shape != entry.shape:
+                raise UnsupportedModel(
+                    f"{directory}: tensor {entry.stored} has shape {list(shape)}, config.json calls for "
+                    f"{list(entry.shape)}"
+                )
+        elif not entry.expert_bias or architecture is None:
             raise UnsupportedModel(f"{directory}: tensor {entry.stored} is missing; the model is incomplete")
     left = sorted(tensors.names() - {entry.stored for entry in entries})
     if architecture is not None:
@@ -188,6 +209,7 @@ def _check_names(
             f"{directory}: tensor {left[0]}{more} belongs to nothing that config.json describes; the settings and the "
             "weights are of different models"
         )
+    return entries
 
 
 def _load(
@@ -199,11 +221,6 @@ def _load(
     state: dict[str, Tensor],
 ) -> None:
     target = state[entry.name] if entry.expert is None else state[entry.name][entry.expert]
-    if tuple(tensor.shape) != entry.shape:
-        raise UnsupportedModel(
-            f"{directory}: tensor {entry.stored} has shape {list(tensor.shape)}, config.json calls for "
-            f"{list(entry.shape)}"
-        )
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         raise UnsupportedModel(
             f"{directory}: tensor {entry.stored} is {tensor.dtype}; quantised weights are not supported"

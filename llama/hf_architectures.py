@@ -13,10 +13,6 @@ from typing import Any
 from llama.config import AttentionBias, ModelConfig, QKNorm, RopeLayout
 
 
-class UnsupportedModel(ValueError):
-    """A model that has no counterpart here, or an incomplete or inconsistent directory."""
-
-
 @dataclass(frozen=True)
 class MoELayers:
     """What an architecture calls the parts of its MoE layers; the upper half are keys, the lower half tensors."""

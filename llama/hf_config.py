@@ -6,13 +6,14 @@ back as the same function has it. What none expresses is written as Caravan's ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from llama.config import Activation, AttentionBias, ModelConfig, MoEConfig, RopeScaling
-from llama.hf_architectures import ARCHITECTURES, BY_MODEL_TYPE, Architecture, UnsupportedModel
+from llama.hf_architectures import ARCHITECTURES, BY_MODEL_TYPE, Architecture
 from llama.hf_rope import folded_theta, read_rope, write_rope
+from llama.hf_values import UnsupportedModel, checked, named
 
 CARAVAN_MODEL_TYPE = "caravan"
 CARAVAN_NAME = "CaravanForCausalLM"
@@ -25,8 +26,10 @@ _ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": "glu",
 }
 """`hidden_act` is the gate's function."""
-T = TypeVar("T")
-_ONLY: dict[str, Any] = {"quantization_config": None, "per_layer_config": None}
+_ONLY: dict[str, Any] = {"quantization_config": None, "per_layer_config": None, "is_causal": True}
+_KINDS = {key: "int | None" for key in ("num_key_value_heads", "head_dim", "sliding_window")}
+_KINDS["attention_dropout"] = "float | None"
+"""Kinds of values that the type of the default does not tell."""
 
 
 def find_architecture(config: ModelConfig, expert_bias: bool) -> Architecture | None:
@@ -96,7 +99,7 @@ def _function(config: ModelConfig) -> ModelConfig:
 
 
 class _Keys:
-    """The settings of a `config.json`, absent ones by the architecture's defaults."""
+    """The settings of a `config.json`, absent ones by the architecture's defaults, numbers checked to be numbers."""
 
     def __init__(self, hf: Mapping[str, Any], architecture: Architecture) -> None:
         self._hf = dict(hf)
@@ -109,7 +112,23 @@ class _Keys:
         self._defaults = architecture.defaults
 
     def __getitem__(self, key: str) -> Any:
-        return self._hf.get(key, self._defaults[key])
+        default = self._defaults[key]
+        return checked(key, self._hf.get(key, default), _KINDS.get(key, type(default).__name__))
+
+
+def read_architecture(hf: Mapping[str, Any]) -> Architecture | None:
+    """The architecture of a `config.json`; None for Caravan's own.
+
+    Raises:
+        UnsupportedModel: another one; names it.
+    """
+    model_type = hf.get("model_type")
+    if model_type == CARAVAN_MODEL_TYPE:
+        return None
+    if str(model_type) not in BY_MODEL_TYPE:
+        known = ", ".join((*BY_MODEL_TYPE, CARAVAN_MODEL_TYPE))
+        raise UnsupportedModel(f"config.json: model_type={model_type!r} is not supported; it must be one of {known}")
+    return BY_MODEL_TYPE[str(model_type)]
 
 
 def read_config(hf: Mapping[str, Any]) -> tuple[ModelConfig, Architecture | None]:
@@ -121,14 +140,10 @@ def read_config(hf: Mapping[str, Any]) -> tuple[ModelConfig, Architecture | None
     Raises:
         UnsupportedModel: another architecture, or a setting without a counterpart; names key and value.
     """
-    model_type = hf.get("model_type")
-    if model_type == CARAVAN_MODEL_TYPE:
-        return model_config_from_json(hf.get("model")), None
-    architecture = BY_MODEL_TYPE.get(str(model_type))
+    architecture = read_architecture(hf)
     if architecture is None:
-        known = ", ".join((*BY_MODEL_TYPE, CARAVAN_MODEL_TYPE))
-        raise UnsupportedModel(f"config.json: model_type={model_type!r} is not supported; it must be one of {known}")
-    return _named(lambda: _read(hf, architecture)), architecture
+        return model_config_from_json(hf.get("model")), None
+    return named(lambda: _read(hf, architecture)), architecture
 
 
 def _read(hf: Mapping[str, Any], architecture: Architecture) -> ModelConfig:
@@ -144,7 +159,7 @@ def _read(hf: Mapping[str, Any], architecture: Architecture) -> ModelConfig:
             f"config.json: hidden_act={activation!r} is not supported; it must be one of {', '.join(_ACTIVATIONS)}"
         )
     theta, scaling, length = read_rope(hf, architecture)
-    window, full_attention_layers = _read_windows(keys, architecture)
+    window, full_attention_layers = _read_windows(keys, architecture, hf.get("layer_types"))
     config = ModelConfig(
         vocab_size=keys["vocab_size"],
         dim=keys["hidden_size"],
@@ -175,16 +190,6 @@ def _read(hf: Mapping[str, Any], architecture: Architecture) -> ModelConfig:
     return config
 
 
-def _named(build: Callable[[], T]) -> T:
-    """The value of `build()`; an error of the model's own checks becomes one about `config.json`."""
-    try:
-        return build()
-    except UnsupportedModel:
-        raise
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UnsupportedModel(f"config.json describes no valid model: {error}") from error
-
-
 def _read_attention_bias(keys: _Keys, architecture: Architecture) -> AttentionBias:
     if architecture.sets("attention_bias"):
         return "qkvo" if keys["attention_bias"] else "none"
@@ -193,14 +198,21 @@ def _read_attention_bias(keys: _Keys, architecture: Architecture) -> AttentionBi
     return architecture.attention_bias
 
 
-def _read_windows(keys: _Keys, architecture: Architecture) -> tuple[int | None, int]:
-    """The sliding window and the number of first layers without it."""
+def _read_windows(keys: _Keys, architecture: Architecture, types: Any) -> tuple[int | None, int]:
+    """The sliding window and the number of first layers without it; `types` are the `layer_types`."""
     window = keys["sliding_window"] if architecture.sets("sliding_window") else None
     if architecture.sets("use_sliding_window") and not keys["use_sliding_window"]:
         window = None
+    num_layers = keys["num_hidden_layers"]
     if architecture.slides is None:
+        same = "full_attention" if window is None else "sliding_attention"
+        # transformers makes Ministral of a Mistral that has them.
+        if types is not None and types != [same] * num_layers:
+            raise UnsupportedModel(
+                f"config.json: layer_types={types!r} is not supported in {architecture.name}; with "
+                f"sliding_window={window!r} it must be {same} for each of num_hidden_layers={num_layers}"
+            )
         return window, 0
-    num_layers, types = keys["num_hidden_layers"], keys["layer_types"]
     if types is None:
         slides = [window is not None and architecture.slides(i, keys["max_window_layers"]) for i in range(num_layers)]
     else:
@@ -256,7 +268,7 @@ def _read_moe_layers(keys: _Keys, architecture: Architecture) -> tuple[int, int,
     if architecture.sets("moe_layer_start_index"):
         every, last = keys["moe_layer_interval"], keys["moe_layer_end_index"]
         last = num_layers - 1 if last == -1 else last
-        return keys["moe_layer_start_index"], every, tuple(range(last + 1, num_layers))
+        return keys["moe_layer_start_index"], every, tuple(range(max(last + 1, 0), num_layers))
     return 0, 1, ()
 
 
@@ -343,20 +355,19 @@ def model_config_from_json(settings: Any) -> ModelConfig:
     Raises:
         UnsupportedModel: not a mapping, an unknown setting, or values that contradict each other; names it.
     """
+    return _from_json(ModelConfig, "model", settings)
+
+
+def _from_json(kind: Any, path: str, settings: Any) -> Any:
     if not isinstance(settings, Mapping):
-        raise UnsupportedModel(f"config.json: model={settings!r} must hold the settings of a ModelConfig")
-    values = dict(settings)
-    if values.get("rope_scaling") is not None:
-        values["rope_scaling"] = _from_json(RopeScaling, "model.rope_scaling", values["rope_scaling"])
-    if values.get("moe") is not None:
-        moe = dict(values["moe"])
-        moe["dense_layers"] = tuple(moe.get("dense_layers", ()))
-        values["moe"] = _from_json(MoEConfig, "model.moe", moe)
-    return _from_json(ModelConfig, "model", values)
-
-
-def _from_json(kind: Any, path: str, values: Mapping[str, Any]) -> Any:
-    unknown = sorted(set(values) - {field.name for field in fields(kind)})
-    if unknown:
-        raise UnsupportedModel(f"config.json: {path}.{unknown[0]} is not a setting of this version")
-    return _named(lambda: kind(**values))
+        raise UnsupportedModel(f"config.json: {path}={settings!r} must hold the settings of a {kind.__name__}")
+    types = {field.name: field.type for field in fields(kind)}
+    values = {}
+    for name, value in settings.items():
+        if name not in types:
+            raise UnsupportedModel(f"config.json: {path}.{name} is not a setting of this version")
+        nested = {"moe": MoEConfig, "rope_scaling": RopeScaling}.get(name)
+        if nested is not None and value is not None:
+            value = _from_json(nested, f"{path}.{name}", value)
+        values[name] = tuple(value) if isinstance(value, list) else checked(f"{path}.{name}", value, types[name])
+    return named(lambda: kind(**values))

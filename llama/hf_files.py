@@ -16,25 +16,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.counts import Shape
-from llama.hf_architectures import UnsupportedModel
+from llama.hf_values import UnsupportedModel, read_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+_REPLACED = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    INDEX_FILE,
+    "model-*-of-*.safetensors",
+    ".*.partial",
+    GENERATION_CONFIG_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""What belongs to a model and goes with it, `config.json` first."""
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor that a file is going to hold."""
+    """A tensor that a file is going to hold.
+
+    Raises:
+        ValueError: a type that is not written.
+    """
 
     name: str
     shape: Shape
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPE_NAMES:
+            known = ", ".join(map(str, _DTYPE_NAMES))
+            raise ValueError(f"dtype={self.dtype} cannot be written; give one of {known}")
 
     @property
     def num_bytes(self) -> int:
@@ -42,7 +66,7 @@ class Slot:
 
 
 class DirectoryWriter:
-    """Replaces a model's files in a directory; `config.json` goes first and comes back last, whole.
+    """Replaces a model and its tokenizer in a directory; `config.json` goes first and comes back last, whole.
 
     Between the two the directory holds no `config.json`, so nobody takes it for a model. Files appear under their names
     only when complete, and those of an earlier model are gone.
@@ -51,8 +75,7 @@ class DirectoryWriter:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        (directory / CONFIG_FILE).unlink(missing_ok=True)
-        for pattern in (WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors", ".*.partial"):
+        for pattern in _REPLACED:
             for path in directory.glob(pattern):
                 path.unlink()
 
@@ -114,30 +137,39 @@ def _split(slots: list[Slot], max_shard_size: int) -> list[list[Slot]]:
     return shards
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor: names of files in this directory, since an index must not lead elsewhere."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UnsupportedModel(f"{path}: weight_map must say for each tensor which file it is in")
+    return {name: Path(file).name for name, file in weight_map.items()}
+
+
 class StoredTensors:
     """The tensors of a directory, memory-mapped. A context manager.
 
     Raises:
-        UnsupportedModel: no safetensors file, a file or tensor that the index names is missing, or a tensor is stored
-            twice.
+        UnsupportedModel: no safetensors file, a damaged one, a bad index, a file or tensor that the index names is
+            missing or elsewhere, or a tensor is stored twice.
     """
 
     def __init__(self, directory: Path) -> None:
         self._stack = ExitStack()
         self._readers: dict[str, Any] = {}
-        expected: set[str] = set()
+        self._files: dict[str, str] = {}
+        weight_map: dict[str, str] = {}
         paths = [directory / WEIGHTS_FILE]
         # transformers prefers the single file, too.
         if not paths[0].is_file() and (directory / INDEX_FILE).is_file():
-            weight_map = json.loads((directory / INDEX_FILE).read_text("utf-8"))["weight_map"]
-            expected = set(weight_map)
-            # Only names of files in this directory: an index must not lead elsewhere.
-            paths = [directory / name for name in sorted({Path(file).name for file in weight_map.values()})]
+            weight_map = _read_index(directory / INDEX_FILE)
+            paths = [directory / file for file in sorted(set(weight_map.values()))]
         try:
             for path in paths:
                 self._open(path)
-            for name in sorted(expected - set(self._readers)):
-                raise UnsupportedModel(f"{directory}: tensor {name} of {INDEX_FILE} is in none of its files")
+            for name, file in weight_map.items():
+                found = self._files.get(name, "none of its files")
+                if found != file:
+                    raise UnsupportedModel(f"{directory}: tensor {name} of {INDEX_FILE} is in {found}, not in {file}")
         except BaseException:
             self._stack.close()
             raise
@@ -147,11 +179,14 @@ class StoredTensors:
             raise UnsupportedModel(
                 f"{path.parent} holds no {path.name}; export the model again or download its weights as safetensors"
             )
-        reader = self._stack.enter_context(safe_open(path, framework="pt"))
+        try:
+            reader = self._stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise UnsupportedModel(f"{path} is damaged: {error}; export or download it again") from error
         for name in reader.keys():  # noqa: SIM118 (not a dict)
             if name in self._readers:
                 raise UnsupportedModel(f"{path}: tensor {name} is in another file, too; remove the one that is stale")
-            self._readers[name] = reader
+            self._readers[name], self._files[name] = reader, path.name
 
     def names(self) -> set[str]:
         return set(self._readers)
@@ -161,7 +196,14 @@ class StoredTensors:
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor, its bytes read from the disk as they are touched."""
-        return self._readers[name].get_tensor(name)
+        try:
+            return self._readers[name].get_tensor(name)
+        except SafetensorError as error:
+            raise UnsupportedModel(f"{self._files[name]}: tensor {name} cannot be read: {error}") from error
+
+    def shape(self, name: str) -> Shape:
+        """As the file's header has it, which `safe_open` has compared with the file's length."""
+        return tuple(self._readers[name].get_slice(name).get_shape())
 
     def __enter__(self) -> StoredTensors:
         return self

@@ -1,6 +1,9 @@
 """Rotary scaling as `config.json` spells it, both ways.
 
 Two layouts are read: `rope_parameters` with everything in it, and the older `rope_scaling` beside `rope_theta`.
+
+The longest sequence is `max_position_embeddings`, which configs with linear and llama3 scaling state after the stretch.
+With dynamic scaling it is the length before, and with yarn it may be either.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama.config import ModelConfig, RopeScaling
-from llama.hf_architectures import Architecture, UnsupportedModel
+from llama.hf_architectures import Architecture
+from llama.hf_values import UnsupportedModel, checked
 
 _YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 _ORIGINAL = "original_max_position_embeddings"
@@ -29,10 +33,14 @@ def read_rope(hf: Mapping[str, Any], architecture: Architecture) -> tuple[float,
     """Returns theta, the scaling and the longest sequence.
 
     Raises:
-        UnsupportedModel: another `rope_type` or a setting of it that is not known here; names key and value.
+        UnsupportedModel: another `rope_type`, or a setting of it that is not known here or no number; names key and
+            value.
     """
     # transformers gives `rope_scaling` precedence, too.
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    source = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = hf.get(source) or {}
+    if not isinstance(rope, Mapping):
+        raise UnsupportedModel(f"config.json: {source}={rope!r} must hold the settings of a rope_type")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _KEYS:
         raise UnsupportedModel(
@@ -48,11 +56,13 @@ def read_rope(hf: Mapping[str, Any], architecture: Architecture) -> tuple[float,
         unused = key == _ORIGINAL and kind in ("default", "linear", "dynamic")
         if not (known or unused or value is None or value == _HARMLESS.get(key)):
             raise UnsupportedModel(f"config.json: {key}={value!r} is not supported with rope_type={kind!r}; remove it")
-    theta = rope.get("rope_theta", hf.get("rope_theta", architecture.rope_theta))
+    theta = checked("rope_theta", rope.get("rope_theta", hf.get("rope_theta", architecture.rope_theta)), "float")
     length = hf.get("max_position_embeddings", architecture.defaults["max_position_embeddings"])
-    scaling = _read_scaling(kind, rope, hf.get(_ORIGINAL) or rope.get(_ORIGINAL) or length, length)
-    if kind == "dynamic" and scaling is not None:
-        length = int(length * scaling.factor)
+    checked("max_position_embeddings", length, "int")
+    original = checked(_ORIGINAL, hf.get(_ORIGINAL) or rope.get(_ORIGINAL) or length, "int")
+    scaling = _read_scaling(kind, rope, original, length)
+    if scaling is not None and kind in ("dynamic", "yarn"):
+        length = max(length, int((original if kind == "yarn" else length) * scaling.factor))
     return float(theta), scaling, length
 
 
@@ -72,18 +82,20 @@ def _read_scaling(kind: str, rope: Mapping[str, Any], original: int, length: int
             low_freq_factor=_required(rope, "low_freq_factor", kind),
             high_freq_factor=_required(rope, "high_freq_factor", kind),
         )
-    attention_factor = rope.get("attention_factor")
-    numerator, denominator = rope.get("mscale"), rope.get("mscale_all_dim")
+    attention_factor, beta_fast, beta_slow, numerator, denominator = (
+        checked(key, rope.get(key), "float | None")
+        for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    )
     if attention_factor is None and numerator and denominator:
         attention_factor = _magnitude(factor, numerator) / _magnitude(factor, denominator)
     return RopeScaling(
         "yarn",
         factor,
         original_max_seq_len=original,
-        beta_fast=rope.get("beta_fast") or 32.0,
-        beta_slow=rope.get("beta_slow") or 1.0,
+        beta_fast=beta_fast or 32.0,
+        beta_slow=beta_slow or 1.0,
         attention_factor=attention_factor,
-        truncate=rope.get("truncate", True),
+        truncate=checked("truncate", rope.get("truncate", True), "bool"),
     )
 
 
@@ -96,7 +108,7 @@ def _required(rope: Mapping[str, Any], key: str, kind: str) -> float:
     value = rope.get(key)
     if value is None:
         raise UnsupportedModel(f"config.json: {key} is missing; rope_type={kind!r} needs it")
-    return float(value)
+    return float(checked(key, value, "float"))
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:

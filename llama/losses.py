@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from llama.autocast import autocast_dtype, autocast_off
+from llama.autograd import first_order
 
 IGNORE_INDEX = -100
 """Label of a position that is not predicted (padding, or a prompt in fine-tuning)."""
@@ -84,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if d is None else d * gradients[0].to(d.dtype) for d in ctx.saved_tensors)
         return *scaled, None, None, None

@@ -119,7 +119,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BL: `[batch, seq]` int64.
-            positions: `[batch, seq]` int64; None counts from 0 in every row.
+            positions: `[batch, seq]` int64; None counts from 0 in every row. Learned ones must lie below
+                `max_seq_len`. Windows, ALiBi and T5's bias go by distances, which the attention itself counts.
             attend: the attention to use; None is causal attention within each row, without a cache.
             routing: collects the routers' statistics when given.
             output_index: `[N]` int64 indices into the flattened `batch·seq`; only these positions' logits are computed.
@@ -131,7 +132,8 @@ class Transformer(nn.Module):
             in nats over the labelled positions, which never holds all the logits at once.
 
         Raises:
-            ValueError: without `positions`, the sequence is longer than the table of learned positions.
+            ValueError: `labels` together with `output_index`, or of another shape than the tokens; or, without
+                `positions`, the sequence is longer than the table of learned positions.
         """
         if positions is None:
             positions = self._count_positions(tokens_BL)
@@ -139,6 +141,8 @@ class Transformer(nn.Module):
         context = LayerContext(attend or self._attend, self._rotary(positions, rope_length), self._score_bias())
         for block in self.layers:
             x_BLM = block(x_BLM, context, routing)
+        if labels is not None and output_index is not None:
+            raise ValueError("labels and output_index exclude each other; label the chosen positions only")
         if output_index is not None:
             x_BLM = x_BLM.flatten(0, 1)[output_index]
         if self.norm is not None:
@@ -174,8 +178,9 @@ class Transformer(nn.Module):
             return None
         if length is None and scaling is not None and scaling.kind == "dynamic_ntk":
             length = int(positions.max()) + 1
-        with positions.device:
-            frequencies, factor = rotary_frequencies(config.resolved_head_dim, config.rope_theta, scaling, length)
+        frequencies, factor = rotary_frequencies(
+            config.resolved_head_dim, config.rope_theta, scaling, length, positions.device
+        )
         return rotary_cos_sin(positions, frequencies, factor)
 
     def _score_bias(self) -> ScoreBias | None:

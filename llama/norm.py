@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import layer_norm, rms_norm
 
+from llama.autograd import first_order
 from llama.config import Norm
 
 
@@ -29,7 +29,7 @@ class _FullPrecisionRMSNorm(torch.autograd.Function):
         return (x * reciprocal).mul_(weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, reciprocal = ctx.saved_tensors
         dim = x.shape[-1]

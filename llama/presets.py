@@ -1,4 +1,8 @@
-"""Published architectures by name, and small ones for CPUs. `dataclasses.replace` makes variants."""
+"""Published architectures by name, and small ones for CPUs.
+
+`dataclasses.replace` makes variants. A size that was derived stays as it is unless it is given anew, None included:
+`replace(preset("small"), dim=1024, head_dim=None, hidden_dim=None)`.
+"""
 
 from __future__ import annotations
 

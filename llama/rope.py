@@ -18,7 +18,11 @@ from llama.config import RopeLayout, RopeScaling
 
 
 def rotary_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None = None, length: int | None = None
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    length: int | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, float]:
     """Radians per position of each pair, and the factor that goes onto cosine and sine.
 
@@ -38,25 +42,25 @@ def rotary_frequencies(
         length: tokens of the current sequence; only dynamic_ntk depends on it. None is the original length.
 
     Returns:
-        `[head_dim / 2]` fp32 on the default device, and the factor (1.0 but for yarn).
+        `[head_dim / 2]` fp32 on `device`, and the factor (1.0 but for yarn).
     """
     if scaling is None:
-        return _frequencies(head_dim, theta), 1.0
+        return _frequencies(head_dim, theta, device), 1.0
     if scaling.kind == "linear":
-        return _frequencies(head_dim, theta) / scaling.factor, 1.0
+        return _frequencies(head_dim, theta, device) / scaling.factor, 1.0
     if scaling.kind == "yarn":
-        return _yarn(head_dim, theta, scaling)
+        return _yarn(head_dim, theta, scaling, device)
     if scaling.kind == "llama3":
-        return _llama3(_frequencies(head_dim, theta), scaling), 1.0
+        return _llama3(_frequencies(head_dim, theta, device), scaling), 1.0
     stretch = scaling.factor
     if scaling.kind == "dynamic_ntk":
         original = _original(scaling)
         stretch = scaling.factor * max(length or 0, original) / original - (scaling.factor - 1)
-    return _frequencies(head_dim, theta * stretch ** (head_dim / (head_dim - 2))), 1.0
+    return _frequencies(head_dim, theta * stretch ** (head_dim / (head_dim - 2)), device), 1.0
 
 
-def _frequencies(head_dim: int, theta: float) -> Tensor:
-    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+def _frequencies(head_dim: int, theta: float, device: torch.device | None) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
 
 
 def _original(scaling: RopeScaling) -> int:
@@ -64,7 +68,7 @@ def _original(scaling: RopeScaling) -> int:
     return scaling.original_max_seq_len
 
 
-def _yarn(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[Tensor, float]:
+def _yarn(head_dim: int, theta: float, scaling: RopeScaling, device: torch.device | None) -> tuple[Tensor, float]:
     """YaRN (arXiv:2309.00071, §3.2 and §3.4): interpolates by parts, by how often a pair turns in training.
 
     Over the original length a pair of index i turns original / (2π·theta^(2i/D)) times. Pairs from `beta_fast` turns up
@@ -72,7 +76,7 @@ def _yarn(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[Tensor, fl
     linear in i blends them (so the authors' code; the paper's ramp is linear in the turns). Cosine and sine carry
     0.1·ln(factor) + 1, which sharpens the softmax (§3.4).
     """
-    powers = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    powers = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
 
     def pair_turning(turns: float) -> float:
         return head_dim * math.log(_original(scaling) / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -83,7 +87,7 @@ def _yarn(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[Tensor, fl
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
     kept = 1 - ramp
     frequencies = 1.0 / (scaling.factor * powers) * (1 - kept) + 1.0 / powers * kept
     factor = scaling.attention_factor

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llama.attention import CausalAttend, Scoring
+from llama.autograd import first_order
 
 BLOCK = 64
 MAX_LENGTH = 1024
@@ -84,7 +84,7 @@ class _BlockCausal(torch.autograd.Function):
         return out_NRLD
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q_NRLD, k_NLD, v_NLD, *probabilities = ctx.saved_tensors
         dq_NRLD, dk_NLD, dv_NLD = torch.empty_like(q_NRLD), torch.zeros_like(k_NLD), torch.zeros_like(v_NLD)

@@ -90,7 +90,9 @@ def test_half_precision_scores_are_summed_in_fp32(name: str) -> None:
     exact = by_hand(q, k, v, SCORINGS[name])
     found = CausalAttend()(0, q.bfloat16(), k.bfloat16(), v.bfloat16(), SCORINGS[name])
     assert found.dtype == torch.bfloat16
-    assert ((found.double() - exact).norm() / exact.norm()).item() < 0.01
+    plain = CausalAttend()(0, q.bfloat16(), k.bfloat16(), v.bfloat16(), SCORINGS["plain"]).double()
+    noise = (plain - by_hand(q, k, v, SCORINGS["plain"])).norm() / plain.norm()
+    assert (found.double() - exact).norm() / exact.norm() < 1.5 * noise
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -71,3 +71,16 @@ def test_without_gradients_none_are_computed() -> None:
         total = linear_cross_entropy_sum(hidden, weight, labels)
     assert not total.requires_grad
     torch.testing.assert_close(total, by_hand(hidden, weight, labels).detach())
+
+
+def test_labels_that_do_not_fit_are_named() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    with pytest.raises(ValueError, match=r"labels of shape \[2, 4\] do not fit the tokens' \[2, 5\]"):
+        linear_cross_entropy_sum(hidden, weight, labels[:, :4])
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    hidden, weight, labels = problem(torch.float64)
+    total = linear_cross_entropy_sum(hidden, weight, labels)
+    with pytest.raises(RuntimeError, match="LinearCrossEntropy has no second derivative"):
+        torch.autograd.grad(total, hidden, create_graph=True)
