@@ -2,11 +2,12 @@
 
 `ModelConfig` is a frozen dataclass without dependencies. A recipe embeds it as it is; pydantic reads
 `__pydantic_config__` to refuse unknown keys, so no second definition of a setting exists anywhere. A setting that
-would have no effect beside the others is refused, not ignored.
+would have no effect beside the others is refused, not ignored, wherever it differs from its default.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, get_args
 
@@ -33,6 +34,22 @@ BalanceLoss = Literal[
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_types(path: str, config: object) -> None:
+    """Whole numbers, finite numbers and booleans where the annotations say so: torch would notice later, or never."""
+    for field in fields(config):  # type: ignore[arg-type]  # any of the dataclasses below
+        value, kind = getattr(config, field.name), str(field.type)
+        if value is None and kind.endswith("| None"):
+            continue
+        match kind.removesuffix(" | None"):
+            case "int":
+                _require(type(value) is int, f"{path}.{field.name}={value!r} is not a whole number")
+            case "float":
+                number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+                _require(number, f"{path}.{field.name}={value!r} is not a finite number")
+            case "bool":
+                _require(isinstance(value, bool), f"{path}.{field.name}={value!r} is neither true nor false")
 
 
 def _require_choice(path: str, value: object, choices: object) -> None:
@@ -66,6 +83,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         path = "model.rope_scaling"
+        _require_types(path, self)
         _require_choice(f"{path}.kind", self.kind, RopeScalingKind)
         _require(self.factor >= 1, f"{path}.factor={self.factor} must be at least 1; 1 changes nothing")
         own = {
@@ -145,6 +163,13 @@ class MoEConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _require_types("model.moe", self)
+        layers = tuple(self.dense_layers)  # JSON has lists
+        _require(
+            all(type(layer) is int for layer in layers),
+            f"model.moe.dense_layers={list(layers)} must be whole numbers, layers counted from 0",
+        )
+        object.__setattr__(self, "dense_layers", layers)
         _require(
             self.num_experts >= 1,
             f"model.moe.num_experts={self.num_experts} must be at least 1; for a dense model leave model.moe out",
@@ -192,21 +217,27 @@ class ModelConfig:
 
     vocab_size: int = 32000
     dim: int = 512
+    """Width of the residual stream."""
     num_layers: int = 8
     num_heads: int = 8
+    """Query heads."""
     num_kv_heads: int | None = None
     """Key/value heads (GQA, arXiv:2305.13245); None means one per query head, 1 is multi-query attention."""
     head_dim: int | None = None
+    """Size of one head; None means dim / num_heads."""
     hidden_dim: int | None = None
     """Feed-forward hidden size; None takes ⅔·4·dim rounded up to `multiple_of` (LLaMA, arXiv:2302.13971, §2.2)."""
     multiple_of: int = 64
     max_seq_len: int = 2048
+    """Tokens of the longest sequence."""
     norm: Norm = "rmsnorm"
     """layernorm is the usual one; layernorm_bessel divides by the n−1 standard deviation plus eps."""
     norm_placement: NormPlacement = "pre"
     """pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))); deepnorm: norm(α·x + f(x))."""
     norm_eps: float = 1e-5
     position: Position = "rope"
+    """rope turns queries and keys; alibi and t5 bias the scores by distance; sinusoidal and learned are added to the
+    embeddings; none leaves order to the causal mask."""
     rope_theta: float = 10000.0
     rope_layout: RopeLayout = "half"
     """Which dimensions of a head turn together: i and i + head_dim/2, or the neighbours 2i and 2i + 1."""
@@ -215,6 +246,7 @@ class ModelConfig:
     t5_max_distance: int = 128
     """Relative distances from here on share one bias."""
     activation: Activation = "swiglu"
+    """σ in w2(σ(w1·x)), or of the gate in w2(σ(w1·x) ⊙ w3·x) for glu, reglu, geglu and swiglu."""
     swish_beta: float = 1.0
     """β of x·sigmoid(β·x): fixed with `swish`, the start value with `swish_learned`."""
     ffn_bias: bool = False
@@ -241,6 +273,7 @@ class ModelConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _require_types("model", self)
         self._check_choices()
         self._check_ranges()
         self._check_effect()
@@ -249,6 +282,7 @@ class ModelConfig:
             hidden = 8 * self.dim // 3
             object.__setattr__(self, "hidden_dim", -(-hidden // self.multiple_of) * self.multiple_of)
         if self.moe is not None:
+            _require(isinstance(self.moe, MoEConfig), f"model.moe={self.moe!r} is no MoEConfig; make one of it")
             object.__setattr__(self, "moe", self._resolved_moe(self.moe))
 
     def _check_choices(self) -> None:
@@ -341,6 +375,10 @@ class ModelConfig:
         _require(
             self.position != "rope" or self.resolved_head_dim % 2 == 0,
             f"model.head_dim={self.head_dim} is odd; rotary embedding turns pairs, choose an even number",
+        )
+        _require(
+            self.norm != "layernorm_bessel" or self.dim > 1,
+            f"model.dim={self.dim} has no n-1 deviation; choose 2 or more, or model.norm=layernorm",
         )
         _require(
             self.position != "sinusoidal" or self.dim % 2 == 0,

@@ -11,11 +11,13 @@ the whole sequence.
 from __future__ import annotations
 
 import math
+import operator
 import random
+import reprlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +63,8 @@ def generate(
             its own, to which all earlier keys have to be turned anew, so each further token costs a whole sequence.
 
     Raises:
-        ValueError: an argument is out of range, or prompt and output do not fit into `model.max_seq_len`.
+        ValueError: an argument is of the wrong kind or out of range, prompt and output do not fit into
+            `model.max_seq_len`, or the model computes logits that are no numbers.
     """
     choice = _Choice(temperature, top_k, top_p, min_p, repetition_penalty)
     generation = _Generation(model, prompt, max_new_tokens, choice, stop_ids, seed, use_cache)
@@ -93,7 +96,7 @@ def stream(
     tokens the model is in the mode it was in before, and the caller may drop the iterator at any time.
 
     Raises:
-        ValueError: as `generate`, at the call.
+        ValueError: as `generate`, for its arguments at the call.
     """
     choice = _Choice(temperature, top_k, top_p, min_p, repetition_penalty)
     generation = _Generation(model, prompt, max_new_tokens, choice, stop_ids, seed, use_cache)
@@ -156,9 +159,13 @@ class _Choice:
     repetition_penalty: float
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            _require(not isinstance(value, str) and hasattr(value, "__float__"), f"{name}={value!r} is not a number")
         finite = math.isfinite(self.temperature) and self.temperature >= 0
         _require(finite, f"temperature={self.temperature} must be a number of at least 0; 0 is greedy")
-        _require(self.top_k >= 0, f"top_k={self.top_k} must not be negative; 0 turns it off")
+        top_k = _integer("top_k", self.top_k, "give a number of tokens; 0 turns it off")
+        _require(top_k >= 0, f"top_k={top_k} must not be negative; 0 turns it off")
         _require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]; 1 turns it off")
         _require(0 <= self.min_p <= 1, f"min_p={self.min_p} must lie in [0, 1]; 0 turns it off")
         penalty = self.repetition_penalty
@@ -202,6 +209,7 @@ class _Generation:
         device = model.tok_embeddings.weight.device
         prompt_BL, self.single = _as_batch(prompt, config.vocab_size)
         batch, self.length = prompt_BL.shape
+        max_new_tokens = _integer("max_new_tokens", max_new_tokens, "give a number of tokens")
         total = self.length + max_new_tokens
         _require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
         _require(
@@ -211,7 +219,7 @@ class _Generation:
         )
         self.model = model
         self.choice = choice
-        self.stop_ids = frozenset(stop_ids)
+        self.stop_ids = _stop_ids(stop_ids, config.vocab_size)
         self.max_new_tokens = max_new_tokens
         self.randoms = _randoms(seed, batch)
         self.tokens_BS = torch.zeros(batch, total, dtype=torch.int64, device=device)
@@ -241,6 +249,11 @@ class _Generation:
     def _step(self) -> list[int]:
         with _evaluating(self.model):
             logits_BV = self._logits()
+        _require(
+            bool(logits_BV.amax(dim=-1).isfinite().all()),
+            f"the model's logits after {self.length} tokens are NaN or infinite; check its weights, or use a wider "
+            "type than " + str(logits_BV.dtype).removeprefix("torch."),
+        )
         uniforms = [] if self.choice.greedy else [source.random() for source in self.randoms]
         tokens_B = self.choice.tokens(logits_BV, self.seen_BV, uniforms)
         self.tokens_BS[:, self.length] = tokens_B
@@ -286,12 +299,43 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _integer(name: str, value: Any, remedy: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{name}={value!r} is not an integer; {remedy}") from error
+
+
+def _stop_ids(stop_ids: Collection[int], vocab_size: int) -> frozenset[int]:
+    remedy = f"give a list of token ids in [0, model.vocab_size={vocab_size})"
+    try:
+        entries = list(stop_ids)
+    except TypeError as error:
+        raise ValueError(f"stop_ids={stop_ids!r} is not a list; {remedy}") from error
+    # Of a tensor's elements each hashes by what object it is, not by its value.
+    ids = frozenset(_integer("a token of stop_ids", entry, remedy) for entry in entries)
+    outside = sorted(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+    _require(not outside, f"stop_ids has {outside[:1]}, which the model has no token for; {remedy}")
+    return ids
+
+
+def _as_tensor(prompt: Prompt, vocab_size: int) -> Tensor:
+    try:
+        return torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        rows = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, str) else ()
+        lengths = {len(row) if isinstance(row, Sequence | Tensor) and not isinstance(row, str) else None for row in rows}
+        if len(lengths) > 1 and None not in lengths:
+            raise ValueError("the prompts' lengths differ; give one prompt at a time, or equally long ones") from error
+        raise ValueError(
+            f"prompt={reprlib.repr(prompt)} holds something else than token ids; give integers in "
+            f"[0, model.vocab_size={vocab_size}), in a list or a tensor"
+        ) from error
+
+
 def _as_batch(prompt: Prompt, vocab_size: int) -> tuple[Tensor, bool]:
     """The prompt as `[B, L]` int64, and whether it was a single one."""
-    try:
-        prompt_BL = torch.as_tensor(prompt)
-    except ValueError as error:
-        raise ValueError("the prompts' lengths differ; give one prompt at a time, or equally long ones") from error
+    prompt_BL = _as_tensor(prompt, vocab_size)
     single = prompt_BL.dim() == 1
     _require(
         prompt_BL.dim() in (1, 2) and prompt_BL.numel() > 0,
@@ -300,18 +344,24 @@ def _as_batch(prompt: Prompt, vocab_size: int) -> tuple[Tensor, bool]:
     )
     integers = not (prompt_BL.is_floating_point() or prompt_BL.is_complex() or prompt_BL.dtype == torch.bool)
     _require(integers, f"prompt is of {prompt_BL.dtype}; give integer token ids")
+    # Of the unsigned types torch computes with uint8 alone.
+    prompt_BL = prompt_BL.long()
     lowest, highest = (int(bound) for bound in prompt_BL.aminmax())
     _require(
         lowest >= 0 and highest < vocab_size,
         f"prompt has the token id {lowest if lowest < 0 else highest}; ids lie in [0, model.vocab_size={vocab_size})",
     )
-    return (prompt_BL[None] if single else prompt_BL).long(), single
+    return (prompt_BL[None] if single else prompt_BL), single
 
 
 def _randoms(seed: int | Sequence[int] | None, batch: int) -> list[random.Random]:
     if seed is None:
         return [random.Random() for _ in range(batch)]
-    seeds = [seed] * batch if isinstance(seed, int) else list(seed)
+    remedy = "give an integer, or one for each prompt"
+    try:
+        seeds = [_integer("a number of seed", number, remedy) for number in seed]  # type: ignore[union-attr]
+    except TypeError:  # no sequence
+        seeds = [_integer("seed", seed, remedy)] * batch
     _require(len(seeds) == batch, f"seed has {len(seeds)} numbers for {batch} prompts; give one, or one for each")
     # As text: of a negative integer `random.Random` takes the absolute value.
     return [random.Random(str(number)) for number in seeds]

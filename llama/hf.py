@@ -17,19 +17,13 @@ from torch import Tensor
 
 from llama.config import ModelConfig
 from llama.hf_architectures import Architecture
-from llama.hf_config import (
-    CARAVAN_NAME,
-    find_architecture,
-    read_architecture,
-    read_config,
-    write_caravan_config,
-    write_config,
-)
-from llama.hf_files import CONFIG_FILE, GENERATION_CONFIG_FILE, DirectoryWriter, Slot, StoredTensors
+from llama.hf_caravan import CARAVAN_NAME, write_caravan_config
+from llama.hf_config import find_architecture, read_architecture, read_config, write_config
+from llama.hf_files import DirectoryWriter, Slot, StoredTensors
 from llama.hf_names import EMBEDDINGS, LM_HEAD, StoredTensor, stored_tensors, turn_rows
-from llama.hf_values import UnsupportedModel, read_json
+from llama.hf_values import CONFIG_FILE, UnsupportedModel, read_json
 from llama.model import Transformer
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import GENERATION_CONFIG_FILE, Tokenizer
 
 __all__ = ["MAX_SHARD_SIZE", "UnsupportedModel", "export_architecture", "load_pretrained", "save_pretrained"]
 

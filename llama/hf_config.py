@@ -1,23 +1,21 @@
 """`config.json`, both ways.
 
 Which architecture expresses a model is not decided by rules: it is written as each in turn, and the first that reads
-back as the same function has it. What none expresses is written as Caravan's own, its `ModelConfig` as it is.
+back as the same function has it. What none expresses is written as Caravan's own (llama/hf_caravan.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from typing import Any
 
-from llama.config import Activation, AttentionBias, ModelConfig, MoEConfig, RopeScaling
+from llama.config import Activation, AttentionBias, ModelConfig, MoEConfig
 from llama.hf_architectures import ARCHITECTURES, BY_MODEL_TYPE, Architecture
+from llama.hf_caravan import CARAVAN_MODEL_TYPE, model_config_from_json
 from llama.hf_rope import folded_theta, read_rope, write_rope
 from llama.hf_values import UnsupportedModel, checked, named
 
-CARAVAN_MODEL_TYPE = "caravan"
-CARAVAN_NAME = "CaravanForCausalLM"
-"""The model of llama/hf_model.py."""
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "swiglu",
     "swish": "swiglu",
@@ -335,39 +333,3 @@ def _write_moe(config: ModelConfig, moe: MoEConfig, architecture: Architecture) 
         "moe_layer_end_index": layers[-1],
         "moe_layer_interval": moe.every,
     }
-
-
-# --- Caravan's own --------------------------------------------------------------------------------------------------
-
-
-def write_caravan_config(config: ModelConfig) -> dict[str, Any]:
-    """`config.json` of `CaravanForCausalLM`."""
-    return {
-        "architectures": [CARAVAN_NAME],
-        "model_type": CARAVAN_MODEL_TYPE,
-        "model": asdict(config),
-    }
-
-
-def model_config_from_json(settings: Any) -> ModelConfig:
-    """The `ModelConfig` that `dataclasses.asdict` and JSON have made `settings` of.
-
-    Raises:
-        UnsupportedModel: not a mapping, an unknown setting, or values that contradict each other; names it.
-    """
-    return _from_json(ModelConfig, "model", settings)
-
-
-def _from_json(kind: Any, path: str, settings: Any) -> Any:
-    if not isinstance(settings, Mapping):
-        raise UnsupportedModel(f"config.json: {path}={settings!r} must hold the settings of a {kind.__name__}")
-    types = {field.name: field.type for field in fields(kind)}
-    values = {}
-    for name, value in settings.items():
-        if name not in types:
-            raise UnsupportedModel(f"config.json: {path}.{name} is not a setting of this version")
-        nested = {"moe": MoEConfig, "rope_scaling": RopeScaling}.get(name)
-        if nested is not None and value is not None:
-            value = _from_json(nested, f"{path}.{name}", value)
-        values[name] = tuple(value) if isinstance(value, list) else checked(f"{path}.{name}", value, types[name])
-    return named(lambda: kind(**values))

@@ -20,12 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.counts import Shape
-from llama.hf_values import UnsupportedModel, read_json
+from llama.hf_values import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, UnsupportedModel, weight_files
+from llama.tokenizer import GENERATION_CONFIG_FILE
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
 _REPLACED = (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -137,14 +134,6 @@ def _split(slots: list[Slot], max_shard_size: int) -> list[list[Slot]]:
     return shards
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor: names of files in this directory, since an index must not lead elsewhere."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UnsupportedModel(f"{path}: weight_map must say for each tensor which file it is in")
-    return {name: Path(file).name for name, file in weight_map.items()}
-
-
 class StoredTensors:
     """The tensors of a directory, memory-mapped. A context manager.
 
@@ -157,12 +146,7 @@ class StoredTensors:
         self._stack = ExitStack()
         self._readers: dict[str, Any] = {}
         self._files: dict[str, str] = {}
-        weight_map: dict[str, str] = {}
-        paths = [directory / WEIGHTS_FILE]
-        # transformers prefers the single file, too.
-        if not paths[0].is_file() and (directory / INDEX_FILE).is_file():
-            weight_map = _read_index(directory / INDEX_FILE)
-            paths = [directory / file for file in sorted(set(weight_map.values()))]
+        paths, weight_map = weight_files(directory)
         try:
             for path in paths:
                 self._open(path)

@@ -8,12 +8,12 @@ Importing this module registers it with the Auto classes, so that
 loads what `llama.hf.save_pretrained` wrote of a model that no architecture of transformers expresses. It trains under
 `transformers.Trainer` and generates. Generation computes the whole sequence anew for each token; `Transformer.generate`
 and llama/engine keep a cache. Training takes the language model's loss only: auxiliary losses and bias balancing of a
-mixture of experts belong to llama/training.
+mixture of experts belong to llama/training. Gradient checkpointing is not supported, and transformers refuses it.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llama.attention import CausalAttend
 from llama.config import ModelConfig
-from llama.hf_config import CARAVAN_MODEL_TYPE, model_config_from_json
+from llama.hf_caravan import CARAVAN_MODEL_TYPE, CARAVAN_NAME, model_config_from_json
 from llama.losses import IGNORE_INDEX
 from llama.model import Transformer
 
@@ -37,6 +38,7 @@ class CaravanConfig(PreTrainedConfig):
 
     Raises:
         ValueError: an unknown setting, or settings that contradict each other.
+        AttributeError: another name for a setting of `model`, such as `hidden_size`; only `vocab_size` can be set.
     """
 
     model_type = CARAVAN_MODEL_TYPE
@@ -58,6 +60,10 @@ class CaravanConfig(PreTrainedConfig):
     def vocab_size(self) -> int:
         return self.model_config.vocab_size
 
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.model = asdict(replace(self.model_config, vocab_size=value))
+
     @property
     def hidden_size(self) -> int:
         return self.model_config.dim
@@ -65,6 +71,14 @@ class CaravanConfig(PreTrainedConfig):
     @property
     def num_hidden_layers(self) -> int:
         return self.model_config.num_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.model_config.num_heads
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return self.model_config.tie_embeddings
 
     @property
     def max_position_embeddings(self) -> int:
@@ -100,8 +114,15 @@ class CaravanForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.tok_embeddings
 
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]  # tokens have no other
+        self.model.tok_embeddings = value
+        self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
+
     def get_output_embeddings(self) -> nn.Module | None:
         return self.model.output
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.model.output = new_embeddings
 
     def forward(
         self,
@@ -197,3 +218,5 @@ def _loss(
 
 AutoConfig.register(CARAVAN_MODEL_TYPE, CaravanConfig, exist_ok=True)
 AutoModelForCausalLM.register(CaravanConfig, CaravanForCausalLM, exist_ok=True)
+# Trainer's label smoothing shifts the labels of the models in this table and of no others.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CARAVAN_MODEL_TYPE] = CARAVAN_NAME

@@ -1,4 +1,7 @@
-"""Values of a `config.json`, which anybody may have written: checked before anything is built of them."""
+"""What the JSON files of a Hugging Face directory say, which anybody may have written: checked before it is believed.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 T = TypeVar("T")
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
@@ -35,8 +41,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that hold a model's weights, and the one of each tensor by the index, empty if there is none to read.
+
+    All are names in `directory`, since an index must not lead elsewhere; whether they exist is not looked at.
+
+    Raises:
+        UnsupportedModel: the index is damaged.
+    """
+    # transformers prefers the single file, too.
+    if (directory / WEIGHTS_FILE).is_file() or not (directory / INDEX_FILE).is_file():
+        return [directory / WEIGHTS_FILE], {}
+    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UnsupportedModel(f"{directory / INDEX_FILE}: weight_map must say for each tensor which file it is in")
+    files = {name: Path(file).name for name, file in weight_map.items()}
+    return [directory / file for file in sorted(set(files.values()))], files
+
+
 def checked(key: str, value: Any, kind: str) -> Any:
-    """`value`, which must be of `kind`, an annotation: int, float or bool, with or without `| None`. Others pass.
+    """`value`, which must be of `kind`: int, float or bool, with or without `| None`. Of other kinds anything passes.
 
     A bool is no number, and a number is finite.
 

@@ -79,7 +79,7 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """A decoder of the LLaMA family (arXiv:2302.13971), dense or mixture of experts, by its `ModelConfig`.
 
-    The weights are uninitialised until `init_weights` or a load.
+    The weights are uninitialised until `init_weights` or a load. docs/model.md is a guide.
     """
 
     generate = generate
@@ -129,7 +129,8 @@ class Transformer(nn.Module):
 
         Returns:
             `[batch, seq, vocab]`; or `[N, vocab]` with `output_index`; or with `labels` the fp32 sum of −log p(label)
-            in nats over the labelled positions, which never holds all the logits at once.
+            in nats over the labelled positions, which never holds all the logits at once. The losses that balance
+            experts are not in it: they are functions of `routing` (llama/balance.py), which the trainer adds.
 
         Raises:
             ValueError: `labels` together with `output_index`, or of another shape than the tokens; or, without

@@ -71,15 +71,10 @@ class LayerNorm(nn.Module):
     The deviation is sqrt(σ² + eps) with the population variance (divided by n); with `bessel` it is s + eps, where s is
     the sample's standard deviation (variance divided by n − 1), as in The Annotated Transformer. The arithmetic is fp32
     for half-precision inputs.
-
-    Raises:
-        ValueError: `bessel` with `dim` 1; one number has no sample deviation.
     """
 
     def __init__(self, dim: int, eps: float, bessel: bool = False) -> None:
         super().__init__()
-        if bessel and dim < 2:
-            raise ValueError(f"model.dim={dim} has no n-1 deviation; choose 2 or more, or model.norm=layernorm")
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
         self.eps = eps

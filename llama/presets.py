@@ -1,142 +1,131 @@
-"""Published architectures by name, and small ones for CPUs.
-
-`dataclasses.replace` makes variants. A size that was derived stays as it is unless it is given anew, None included:
-`replace(preset("small"), dim=1024, head_dim=None, hidden_dim=None)`.
-"""
+"""Published architectures by name, and small ones for CPUs."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any
 
 from llama.config import ModelConfig, MoEConfig, RopeScaling
 
-_LLAMA_3 = ModelConfig(
-    vocab_size=128256,
-    dim=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    hidden_dim=14336,
-    max_seq_len=8192,
-    rope_theta=500000.0,
-    tie_embeddings=False,
-)
-
-PRESETS: dict[str, ModelConfig] = {
-    # For a CPU: the quickstart's two, and the shapes of `python -m llama.bench train`.
-    "tiny": ModelConfig(
-        vocab_size=2048, dim=192, num_layers=3, num_heads=6, num_kv_heads=2, hidden_dim=576, max_seq_len=512
-    ),
-    "tiny-moe": ModelConfig(
-        vocab_size=2048,
-        dim=192,
-        num_layers=3,
-        num_heads=6,
-        num_kv_heads=2,
-        hidden_dim=576,
-        max_seq_len=512,
-        moe=MoEConfig(num_experts=4, num_shared_experts=1, expert_hidden_dim=192),
-    ),
-    "small": ModelConfig(vocab_size=6400, dim=512, num_layers=8, num_heads=16, num_kv_heads=8, max_seq_len=2048),
-    "small-moe": ModelConfig(
-        vocab_size=6400,
-        dim=512,
-        num_layers=8,
-        num_heads=16,
-        num_kv_heads=8,
-        max_seq_len=2048,
-        moe=MoEConfig(num_experts=4, num_shared_experts=1, expert_hidden_dim=1408),
-    ),
-    # arXiv:2307.09288
-    "llama-2-7b": ModelConfig(
-        vocab_size=32000,
-        dim=4096,
-        num_layers=32,
-        num_heads=32,
-        hidden_dim=11008,
-        max_seq_len=4096,
-        tie_embeddings=False,
-    ),
-    # arXiv:2407.21783, table 3
-    "llama-3-8b": _LLAMA_3,
-    "llama-3-70b": ModelConfig(
-        vocab_size=128256,
-        dim=8192,
-        num_layers=80,
-        num_heads=64,
-        num_kv_heads=8,
-        hidden_dim=28672,
-        max_seq_len=8192,
-        rope_theta=500000.0,
-        tie_embeddings=False,
-    ),
-    "llama-3.1-8b": replace(
-        _LLAMA_3,
-        max_seq_len=131072,
-        rope_scaling=RopeScaling("llama3", factor=8.0, original_max_seq_len=8192),
-    ),
-    "llama-3.2-1b": ModelConfig(
-        vocab_size=128256,
-        dim=2048,
-        num_layers=16,
-        num_heads=32,
-        num_kv_heads=8,
-        hidden_dim=8192,
-        max_seq_len=131072,
-        rope_theta=500000.0,
-        rope_scaling=RopeScaling("llama3", factor=32.0, original_max_seq_len=8192),
-    ),
-    # arXiv:2401.04088, table 1
-    "mixtral-8x7b": ModelConfig(
-        vocab_size=32000,
-        dim=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        hidden_dim=14336,
-        max_seq_len=32768,
-        rope_theta=1e6,
-        tie_embeddings=False,
-        moe=MoEConfig(num_experts=8, expert_hidden_dim=14336),
-    ),
-    # arXiv:2505.09388, tables 1 and 2
-    "qwen3-0.6b": ModelConfig(
-        vocab_size=151936,
-        dim=1024,
-        num_layers=28,
-        num_heads=16,
-        num_kv_heads=8,
-        head_dim=128,
-        hidden_dim=3072,
-        max_seq_len=40960,
-        norm_eps=1e-6,
-        rope_theta=1e6,
-        qk_norm="head",
-    ),
-    "qwen3-30b-a3b": ModelConfig(
-        vocab_size=151936,
-        dim=2048,
-        num_layers=48,
-        num_heads=32,
-        num_kv_heads=4,
-        head_dim=128,
-        hidden_dim=6144,
-        max_seq_len=40960,
-        norm_eps=1e-6,
-        rope_theta=1e6,
-        qk_norm="head",
-        tie_embeddings=False,
-        moe=MoEConfig(num_experts=128, top_k=8, expert_hidden_dim=768),
-    ),
+_TINY = {
+    "vocab_size": 2048,
+    "dim": 192,
+    "num_layers": 3,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "hidden_dim": 576,
+    "max_seq_len": 512,
+}
+_SMALL = {"vocab_size": 6400, "dim": 512, "num_layers": 8, "num_heads": 16, "num_kv_heads": 8, "max_seq_len": 2048}
+_LLAMA_3 = {
+    "vocab_size": 128256,
+    "dim": 4096,
+    "num_layers": 32,
+    "num_heads": 32,
+    "num_kv_heads": 8,
+    "hidden_dim": 14336,
+    "max_seq_len": 8192,
+    "rope_theta": 500000.0,
+    "tie_embeddings": False,
+}
+_LLAMA_3_SCALING = {"kind": "llama3", "factor": 8.0, "original_max_seq_len": 8192}
+_QWEN_3 = {
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "max_seq_len": 40960,
+    "norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "qk_norm": "head",
 }
 
+_SETTINGS: dict[str, dict[str, Any]] = {
+    # For a CPU: the shapes of the quickstarts, and those of `python -m llama.bench`.
+    "tiny": _TINY,
+    "tiny-moe": _TINY | {"moe": {"num_experts": 4, "num_shared_experts": 1, "expert_hidden_dim": 192}},
+    "small": _SMALL,
+    "small-moe": _SMALL | {"moe": {"num_experts": 4, "num_shared_experts": 1, "expert_hidden_dim": 1408}},
+    # arXiv:2307.09288
+    "llama-2-7b": {
+        "vocab_size": 32000,
+        "dim": 4096,
+        "num_layers": 32,
+        "num_heads": 32,
+        "hidden_dim": 11008,
+        "max_seq_len": 4096,
+        "tie_embeddings": False,
+    },
+    # arXiv:2407.21783, table 3
+    "llama-3-8b": _LLAMA_3,
+    "llama-3-70b": _LLAMA_3 | {"dim": 8192, "num_layers": 80, "num_heads": 64, "hidden_dim": 28672},
+    "llama-3.1-8b": _LLAMA_3 | {"max_seq_len": 131072, "rope_scaling": _LLAMA_3_SCALING},
+    "llama-3.2-1b": _LLAMA_3
+    | {
+        "dim": 2048,
+        "num_layers": 16,
+        "hidden_dim": 8192,
+        "max_seq_len": 131072,
+        "rope_scaling": _LLAMA_3_SCALING | {"factor": 32.0},
+        "tie_embeddings": True,
+    },
+    # arXiv:2401.04088, table 1
+    "mixtral-8x7b": {
+        "vocab_size": 32000,
+        "dim": 4096,
+        "num_layers": 32,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "hidden_dim": 14336,
+        "max_seq_len": 32768,
+        "rope_theta": 1e6,
+        "tie_embeddings": False,
+        "moe": {"num_experts": 8, "expert_hidden_dim": 14336},
+    },
+    # arXiv:2505.09388, tables 1 and 2
+    "qwen3-0.6b": _QWEN_3 | {"dim": 1024, "num_layers": 28, "num_heads": 16, "num_kv_heads": 8, "hidden_dim": 3072},
+    "qwen3-30b-a3b": _QWEN_3
+    | {
+        "dim": 2048,
+        "num_layers": 48,
+        "num_heads": 32,
+        "num_kv_heads": 4,
+        "hidden_dim": 6144,
+        "tie_embeddings": False,
+        "moe": {"num_experts": 128, "top_k": 8, "expert_hidden_dim": 768},
+    },
+}
+_ROTARY = ("rope_theta", "rope_layout", "rope_scaling")
 
-def preset(name: str) -> ModelConfig:
-    """The preset called `name`.
+
+def preset_settings(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `ModelConfig` that make the preset with `changes`, as plain values.
+
+    A mapping for `moe` or `rope_scaling` changes the preset's own; without rotary positions its rotary settings go.
 
     Raises:
-        ValueError: there is none; the message lists them.
+        ValueError: there is no such preset; the message lists them.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    if name not in _SETTINGS:
+        raise ValueError(f"model.preset={name!r} is not one of {', '.join(_SETTINGS)}")
+    settings = dict(_SETTINGS[name])
+    if changes.get("position", "rope") != "rope":
+        settings = {key: value for key, value in settings.items() if key not in _ROTARY}
+    for key, value in changes.items():
+        own = settings.get(key)
+        settings[key] = {**own, **value} if isinstance(own, dict) and isinstance(value, Mapping) else value
+    return settings
+
+
+def preset(name: str, **changes: Any) -> ModelConfig:
+    """The preset called `name`, with `changes` to its settings; sizes that it leaves open follow the changed ones.
+
+    Raises:
+        ValueError: there is none, or the changes contradict each other.
+    """
+    settings = preset_settings(name, changes)
+    for key, kind in (("moe", MoEConfig), ("rope_scaling", RopeScaling)):
+        if isinstance(settings.get(key), dict):
+            settings[key] = kind(**settings[key])
+    return ModelConfig(**settings)
+
+
+PRESETS: dict[str, ModelConfig] = {name: preset(name) for name in _SETTINGS}

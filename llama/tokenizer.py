@@ -1,7 +1,8 @@
 """The tokenizer: text to token ids and back, and chat templates.
 
 A tokenizer directory holds `tokenizer.json` (Hugging Face `tokenizers` format), `tokenizer_config.json` (names of the
-special tokens) and `chat_template.jinja`, as `transformers` reads and writes them.
+special tokens) and `chat_template.jinja`, as `transformers` reads and writes them. A model's directory may hold
+`generation_config.json` beside them, whose `eos_token_id` lists every token that ends a generation.
 
 Text is data: a user who types `<|assistant|>` gets its characters, never the control token, in `encode` and inside
 chat messages alike. Only a template's own text makes control tokens. How a tokenizer is learned is in
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import tokenizers
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+GENERATION_CONFIG_FILE = "generation_config.json"
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 """What a tokenizer trained by Caravan begins its vocabulary with."""
 
@@ -49,11 +51,13 @@ class Tokenizer:
 
     Args:
         backend: the tokenizer proper; it becomes this object's, with special-token parsing, truncation and padding off.
-        bos_token, eos_token, pad_token: their strings; a missing `bos_token` or `pad_token` takes `eos_token`'s place.
+        bos_token, eos_token, pad_token: their strings; for a missing `bos_token` or `pad_token` `eos_token` stands in,
+            though not in what is saved.
         chat_template: Jinja text, or None when the model has none.
+        eos_ids: ids of further tokens that end a generation.
 
     Raises:
-        ValueError: a named token is not in the vocabulary.
+        ValueError: a named token or an id is not in the vocabulary.
     """
 
     def __init__(
@@ -64,15 +68,19 @@ class Tokenizer:
         eos_token: str = "<|eos|>",
         pad_token: str | None = "<|pad|>",
         chat_template: str | None = CHAT_TEMPLATE,
+        eos_ids: Iterable[int] = (),
     ) -> None:
         self.backend = backend
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
+        self._names = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         self.eos_token = eos_token
         self.bos_token = bos_token or eos_token
         self.pad_token = pad_token or eos_token
         self.bos_id, self.eos_id, self.pad_id = map(self._id, (self.bos_token, self.eos_token, self.pad_token))
+        self.eos_ids = frozenset((self.eos_id, *map(self._checked_id, eos_ids)))
+        """Every token that ends a generation."""
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder()
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -94,6 +102,21 @@ class Tokenizer:
         if token_id is None:
             raise ValueError(f"the tokenizer has no token {token!r}; name its special tokens in tokenizer_config.json")
         return token_id
+
+    def _checked_id(self, token_id: int) -> int:
+        if type(token_id) is not int or token_id < 0 or self.backend.id_to_token(token_id) is None:
+            raise ValueError(f"eos_token_id={token_id!r} is no id of the tokenizer's vocabulary; remove it")
+        return token_id
+
+    @property
+    def named_ids(self) -> dict[str, int | list[int] | None]:
+        """`bos_token_id`, `eos_token_id` and `pad_token_id` of a model's configs; None where no token is named."""
+        ends = [self.eos_id, *sorted(self.eos_ids - {self.eos_id})]
+        return {
+            "bos_token_id": self.bos_id if self._names["bos_token"] else None,
+            "eos_token_id": ends if len(ends) > 1 else self.eos_id,
+            "pad_token_id": self.pad_id if self._names["pad_token"] else None,
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -182,47 +205,58 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Reads a tokenizer directory.
+        """Reads a tokenizer directory, `eos_ids` from its `generation_config.json` if there is one.
 
         Raises:
             FileNotFoundError: there is no `tokenizer.json`.
-            ValueError: no end-of-text token is named, or a named token is not in the vocabulary.
+            ValueError: no end-of-text token is named, or a named token or id is not in the vocabulary.
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{directory} holds no tokenizer.json; give a directory saved by a fast tokenizer")
         config_path = directory / "tokenizer_config.json"
-        config: dict[str, Any] = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+        config = _read_settings(config_path)
         names = {key: _token_name(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
         eos_token = names["eos_token"]
         if eos_token is None:
             raise ValueError(f"{config_path} names no eos_token; generation would never end, add it")
         template_path = directory / "chat_template.jinja"
         template = template_path.read_text("utf-8") if template_path.is_file() else config.get("chat_template")
+        ends = _read_settings(directory / GENERATION_CONFIG_FILE).get("eos_token_id")
         return cls(
             tokenizers.Tokenizer.from_file(str(path)),
             bos_token=names["bos_token"],
             eos_token=eos_token,
             pad_token=names["pad_token"],
             chat_template=template,
+            eos_ids=ends if isinstance(ends, list) else [] if ends is None else [ends],
         )
 
     def save(self, directory: str | Path) -> None:
-        """Writes the directory that `load` and `transformers.AutoTokenizer` read."""
+        """Writes the directory that `load` and `transformers.AutoTokenizer` read.
+
+        `eos_ids` go into a model's `generation_config.json`, which llama/hf.py writes.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-            "pad_token": self.pad_token,
+            **self._names,
             "clean_up_tokenization_spaces": False,
         }
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         if self.chat_template is not None:
             (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty if there is none."""
+    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return settings
 
 
 def _unknown_token(backend: tokenizers.Tokenizer) -> str | None:

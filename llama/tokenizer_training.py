@@ -14,6 +14,7 @@ its name. The classical forms give that up, so two things differ from them:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -119,13 +120,15 @@ def _train_unigram(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenize
     return backend
 
 
-def _settled(pieces: list[tuple[str, float]], count: int) -> list[tuple[str, float]]:
+def _settled(pieces: list[tuple[str, float | None]], count: int) -> list[tuple[str, float]]:
     """The `count` best pieces, every byte among them, likeliest first, freed of what differs from one run to the next.
 
     The trainer sums the log-probabilities in an order that hashing draws anew, which changes their last digits: they
     are rounded. The bytes that it did not need have the lowest one plus 0.0001 for each before it, in an order of that
     kind too: they get the lowest. Which pieces it chooses has not been seen to differ.
     """
+    if None in (score for _, score in pieces):  # NaN, in JSON: there was no text
+        pieces = [(piece, -math.log(len(pieces))) for piece, _ in pieces]
     lowest = min(score for _, score in pieces)
     spare = lowest + 256 * 1e-4
     settled = [(piece, round(lowest if len(piece) == 1 and score <= spare else score, 4)) for piece, score in pieces]

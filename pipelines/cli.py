@@ -434,7 +434,7 @@ def bench_train(
     precision: Annotated[str, typer.Option(help="bf16 or fp32")] = "bf16",
     batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    rounds: Annotated[int, typer.Option(help="At least 3.")] = 5,
+    rounds: Annotated[int, typer.Option(help="At least 5.")] = 7,
     steps: Annotated[int, typer.Option(help="Optimizer steps of a contestant in each round.")] = 2,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
@@ -443,6 +443,7 @@ def bench_train(
     """Times a training step beside Hugging Face transformers', interleaved in one run; needs no cluster."""
     from llama.bench import train
 
+    signal.signal(signal.SIGTERM, _terminate)
     report = train.measure(train.TrainBench(model, precision, batch, seq_len, rounds, steps, threads, device))
     if as_json:
         _print_json(train.as_json(report))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from llama.hf_caravan import CARAVAN_NAME
 from pipelines.graph import Event
 from pipelines.report import RunSummary
 
@@ -123,6 +124,9 @@ def _rows(summary: RunSummary) -> list[tuple[str, str]]:
     rows += [("plot", path) for path in summary.plots]
     if summary.model:
         rows.append(("model", summary.model))
+    if summary.architecture:
+        hint = " (transformers knows it after `import llama.hf_model`)" if summary.architecture == CARAVAN_NAME else ""
+        rows.append(("architecture", summary.architecture + hint))
     if summary.url:
         rows.append(("endpoint", f"{summary.url}/v1"))
     return rows

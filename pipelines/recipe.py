@@ -13,7 +13,7 @@ import os
 import re
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -23,11 +23,11 @@ from pydantic_core import ErrorDetails
 
 from cluster.location import has_credentials
 from llama.config import ModelConfig
-from llama.engine.engine import EngineConfig
-from llama.presets import preset
+from llama.engine.config import EngineConfig, check_cacheable
+from llama.presets import PRESETS, preset_settings
 from llama.tokenizer_training import SMALLEST_VOCABULARY, TokenizerKind
 from llama.training.config import TrainConfig
-from llama.training.mesh import plan_mesh
+from llama.training.mesh import check_experts_split, plan_mesh
 from pipelines.sources import STDLIB
 
 _PORTS = (1, 65535)
@@ -194,7 +194,10 @@ class Recipe(_Section):
             sections = ", ".join(cls.model_fields)
             raise RecipeError(f"the recipe is {_shown(values)}, not a mapping of its sections ({sections})")
         for override in overrides:
+            if override.partition("=")[0].strip() == "model.preset":
+                values["model"] = {}  # another shape altogether, not a mixture of two
             _set(values, override)
+        _refuse_booleans(cls, values)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -210,12 +213,12 @@ class Recipe(_Section):
         """`model.preset` names a published shape; keys beside it replace its own, its vocabulary is the tokenizer's."""
         match values:
             case {"model": {"preset": str(name), **given}}:
-                shape: dict[Any, Any] = asdict(preset(name))
-                del shape["vocab_size"]
-                for key, value in given.items():
-                    own = shape.get(key)
-                    shape[key] = {**own, **value} if isinstance(own, dict) and isinstance(value, dict) else value
+                shape = preset_settings(name, {str(key): value for key, value in given.items()})
+                if "vocab_size" not in given:
+                    del shape["vocab_size"]
                 return {**values, "model": shape}
+            case {"model": {"preset": name}}:
+                raise ValueError(f"model.preset={_shown(name)} is no name; choose one of {', '.join(PRESETS)}")
         return values
 
     @model_validator(mode="before")
@@ -243,13 +246,8 @@ class Recipe(_Section):
             )
         train.accumulation_steps(train.workers)
         plan = plan_mesh(train.parallel, train.workers)
-        experts = model.moe.num_experts if model.moe else 1
-        if experts % plan.ep:
-            raise ValueError(
-                f"train.parallel.ep={plan.ep} does not divide "
-                + (f"model.moe.num_experts={experts}" if model.moe else "a model without model.moe")
-                + "; choose a divisor, 1 turns expert parallelism off"
-            )
+        check_experts_split(model, plan.ep)
+        check_cacheable(model)
         if engine.num_blocks * engine.block_size < model.max_seq_len:
             raise ValueError(
                 f"serve.engine.num_blocks={engine.num_blocks} of serve.engine.block_size={engine.block_size} tokens "
@@ -277,6 +275,22 @@ def _check_resources(section: str, unit: str, cpus: float, gpus: float, accelera
             f"{section}.accelerator_type={accelerator_type!r} names a GPU, but {section}.gpus_per_{unit}=0; "
             "set it, or leave the type out"
         )
+
+
+def _refuse_booleans(annotation: Any, value: Any, path: tuple[str | int, ...] = ()) -> None:
+    """YAML's `yes` is true, and pydantic takes true for the number 1."""
+    kinds = _alternatives(annotation)
+    if isinstance(value, bool) and bool not in kinds and {int, float} & set(map(_plain, kinds)):
+        raise RecipeError(f"{_dotted(path)}={value} is no number; give one")
+    fields_of = _fields_of(annotation)
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key in fields_of:
+            _refuse_booleans(fields_of[key], item, (*path, key))
+
+
+def _plain(annotation: Any) -> Any:
+    """`int` of `Annotated[int, ...]`."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _check_finite(value: Any, path: tuple[str | int, ...] = ()) -> None:
@@ -380,12 +394,17 @@ def _first_line(error: BaseException) -> str:
 
 
 def _similar(path: Sequence[str | int]) -> str | None:
-    """The known key that an unknown one was probably meant to be: a sibling of like name, else its name elsewhere."""
+    """The known key that an unknown one was probably meant to be: one below or beside it of its very name, a sibling
+    that contains it or is spelt alike, else its name elsewhere."""
     *parents, name = path
     section: Any = Recipe
     for part in parents:
         section = _fields_of(section).get(part) if isinstance(part, str) else _element_of(section)
-    if near := difflib.get_close_matches(str(name), _fields_of(section), n=1):
+    if below := [known for known in _known_paths(section, tuple(parents)) if known[-1] == name]:
+        return _dotted(below[0])
+    siblings = [*_fields_of(section), *(["preset"] if parents == ["model"] else [])]
+    containing = [sibling for sibling in siblings if sibling.endswith(f"_{name}") or sibling.startswith(f"{name}_")]
+    if near := containing or difflib.get_close_matches(str(name), siblings, n=1):
         return _dotted((*parents, near[0]))
     elsewhere = [known for known in _known_paths(Recipe) if known[-1] == name]
     return _dotted(elsewhere[0]) if elsewhere else None

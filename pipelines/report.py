@@ -51,6 +51,8 @@ class RunSummary:
     plots: tuple[str, ...] = ()
     model: str | None = None
     """Where the exported Hugging Face directory lies."""
+    architecture: str | None = None
+    """The class of transformers that reads it."""
 
 
 def summarise(run: Run, results: Mapping[str, StageResult], seconds: float) -> RunSummary:
@@ -74,6 +76,7 @@ def summarise(run: Run, results: Mapping[str, StageResult], seconds: float) -> R
         url=deploy.get("url") if deploy.get("kept") else None,
         plots=tuple(_draw(run.directory.child("plots"), results, evaluation)),
         model=_exported(results),
+        architecture=metadata.get("export", {}).get("architecture"),
     )
     run.directory.write_json("summary.json", asdict(summary))
     return summary

@@ -6,6 +6,7 @@ from pathlib import Path
 import xxhash
 
 from cluster.storage import Artifact, Store
+from llama.hf_values import CONFIG_FILE, weight_files
 
 _READ_BYTES = 8 << 20
 
@@ -17,7 +18,7 @@ class ModelNotFound(ValueError):
 def check_model(uri: str) -> None:
     """Raises ModelNotFound unless there is a model at `uri`; reads a file or two."""
     store = Store(uri)
-    if not store.exists("config.json") and not Artifact(store).committed:
+    if not store.exists(CONFIG_FILE) and not Artifact(store).committed:
         raise ModelNotFound(
             f"serve.model={store} is neither a Hugging Face directory (no config.json) nor a committed export; "
             "give the directory or the artifact's URI"
@@ -43,12 +44,14 @@ def fetch_model(uri: str, cache_dir: Path) -> Path:
 
 
 def weights_id(directory: Path) -> str:
-    """Names the weights, and the tokenizer that gives their input its meaning, by content.
+    """Names the model by content: its weights, what is computed with them, and the tokenizer that gives input meaning.
 
-    It is xxh3_128 over the names, sizes and bytes of the safetensors files and of tokenizer.json.
+    It is xxh3_128 over the names, sizes and bytes of config.json, of tokenizer.json and of the safetensors files that
+    are read.
     """
     checksum = xxhash.xxh3_128()
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("tokenizer.json")]):
+    weights, _ = weight_files(directory)
+    for path in filter(Path.is_file, (directory / CONFIG_FILE, directory / "tokenizer.json", *weights)):
         checksum.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))
         for block in _blocks(path):
             checksum.update(block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -52,10 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = train.measure(bench)
         print(json.dumps(train.as_json(report)) if options.json else train.as_text(report))
         return 0
+    except KeyboardInterrupt:
+        return 130
     except BenchError as error:
         print(f"llama.bench: {error}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
+    # A signal unwinds the stack, which ends the contestants and removes their weights.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
+MIN_ROUNDS = 5
+
 
 class BenchError(ValueError):
     """A comparison that cannot be made, or would not be one; the message is one line."""
@@ -25,18 +27,23 @@ class BenchError(ValueError):
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as the peer; over the rounds the median and the quartiles."""
+    """How many times as fast as the peer: over the rounds the median, the quartiles and the extremes."""
 
     median: float
     low: float
     high: float
+    least: float
+    most: float
 
     @property
     def verdict(self) -> str:
-        """faster or slower, or "no verdict" where the spread reaches across 1."""
-        if self.low > 1:
+        """faster or slower where every round says so, else "no verdict".
+
+        Between equals, all of n rounds agree by chance about once in 2ⁿ⁻¹ runs: of seven, in less than one of fifty.
+        """
+        if self.least > 1:
             return "faster"
-        return "slower" if self.high < 1 else "no verdict"
+        return "slower" if self.most < 1 else "no verdict"
 
     def __str__(self) -> str:
         return f"{self.median:.2f}× ({self.low:.2f}–{self.high:.2f}, {self.verdict})"
@@ -60,13 +67,13 @@ def ratio(seconds: Sequence[float], peer_seconds: Sequence[float]) -> Ratio:
     """How many times as fast as the peer, round by round.
 
     Raises:
-        BenchError: fewer than three rounds, which have no quartiles worth the name.
+        BenchError: fewer than `MIN_ROUNDS`, which agree by chance too often.
     """
-    if len(seconds) < 3:
-        raise BenchError(f"rounds={len(seconds)} are too few for a spread; take at least 3")
+    if len(seconds) < MIN_ROUNDS:
+        raise BenchError(f"rounds={len(seconds)} are too few for a verdict; take at least {MIN_ROUNDS}")
     ratios = [peer / own for own, peer in zip(seconds, peer_seconds, strict=True)]
     low, _, high = quantiles(ratios, n=4, method="inclusive")
-    return Ratio(median(ratios), low, high)
+    return Ratio(median(ratios), low, high, min(ratios), max(ratios))
 
 
 class Contestant:
@@ -76,7 +83,8 @@ class Contestant:
     ready. To be used as a context manager, which ends it.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, name: str, arguments: Sequence[str]) -> None:
+        self.name = name
         self._command = [sys.executable, "-m", "llama.bench", *arguments]
 
     def __enter__(self) -> Contestant:
@@ -116,12 +124,12 @@ class Contestant:
         code = self._process.wait()
         self._errors.seek(0)
         last = (self._errors.read().strip().splitlines() or [f"ended with exit code {code}"])[-1]
-        raise BenchError(f"{' '.join(self._command[1:])}: {last}")
+        raise BenchError(f"{self.name} failed: {last}")
 
 
-def serve(work: Callable[[], dict[str, float]]) -> None:
+def serve(ready: dict[str, float], work: Callable[[], dict[str, float]]) -> None:
     """The other side of `Contestant`: one call of `work` for every line on standard input."""
-    print(json.dumps({}), flush=True)
+    print(json.dumps(ready), flush=True)
     for _ in sys.stdin:
         print(json.dumps(work()), flush=True)
 

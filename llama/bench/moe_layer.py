@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llama.bench.harness import BenchError, Ratio, interleave, ratio
+from llama.bench.harness import MIN_ROUNDS, BenchError, Ratio, interleave, ratio
 from llama.feed_forward import FeedForward
 from llama.moe import MoE
 from llama.presets import PRESETS
@@ -19,7 +19,11 @@ from llama.training.precision import fast_cpu_matmul
 
 @dataclass(frozen=True)
 class MoELayerBench:
-    """What is measured: forward and backward of one layer."""
+    """What is measured: forward and backward of one layer.
+
+    Raises:
+        BenchError: a setting is out of range; names field, value and remedy.
+    """
 
     model: str = "small-moe"
     """A preset; its last layer must be a mixture of experts."""
@@ -28,6 +32,16 @@ class MoELayerBench:
     rounds: int = 9
     threads: int = 1
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("bf16", "fp32"):
+            raise BenchError(f"precision={self.precision!r} is not one of bf16, fp32")
+        for name, least in (("tokens", 1), ("rounds", MIN_ROUNDS), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise BenchError(f"{name}={getattr(self, name)} must be at least {least}")
+        sparse = [name for name, config in PRESETS.items() if config.moe is not None]
+        if self.model not in sparse:
+            raise BenchError(f"model={self.model!r} is not one of those with experts: {', '.join(sparse)}")
 
 
 @dataclass(frozen=True)
@@ -42,14 +56,7 @@ class MoELayerReport:
 
 
 def measure(bench: MoELayerBench) -> MoELayerReport:
-    """Runs the comparison.
-
-    Raises:
-        BenchError: the preset is unknown or dense.
-    """
-    sparse = [name for name, config in PRESETS.items() if config.moe is not None]
-    if bench.model not in sparse:
-        raise BenchError(f"model={bench.model!r} is not one of those with experts: {', '.join(sparse)}")
+    """Runs the comparison."""
     config = PRESETS[bench.model]
     moe = config.moe
     assert moe is not None and moe.expert_hidden_dim is not None

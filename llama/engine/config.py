@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from llama.config import ModelConfig
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -29,6 +31,20 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"engine.{name}={value!r} is not a positive integer")
+
+
+def check_cacheable(model: ModelConfig) -> None:
+    """Whether keys stay what they were when they were cached.
+
+    Raises:
+        ValueError: they do not; names field, value and remedy.
+    """
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic_ntk":
+        raise ValueError(
+            f"model.rope_scaling.kind={scaling.kind} turns every key anew as its sequence grows, the engine's "
+            "cached keys stay as they are; use ntk or yarn"
+        )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from contextlib import suppress
 from itertools import count
 
 from llama.engine.blocks import BlockEvent, BlockManager, BlockTable, CacheSnapshot, generation_root
-from llama.engine.config import EngineConfig, EngineStats
+from llama.engine.config import EngineConfig, EngineStats, check_cacheable
 from llama.engine.output import ActiveRequest, Collector, EngineFailed, Sink
 from llama.engine.request import Chunk, Completion, PromptTooLong, Request, SamplingParams, Status
 from llama.engine.runner import ModelRunner, SampledToken
@@ -62,12 +62,7 @@ class Engine:
         *,
         weights_id: str = "",
     ) -> None:
-        scaling = model.config.rope_scaling
-        if scaling is not None and scaling.kind == "dynamic_ntk":
-            raise ValueError(
-                f"model.rope_scaling.kind={scaling.kind} turns every key anew as its sequence grows, the engine's "
-                "cached keys stay as they are; use ntk or yarn"
-            )
+        check_cacheable(model.config)
         self.config = config or EngineConfig()
         self.tokenizer = tokenizer
         self.weights_id = weights_id
@@ -268,7 +263,9 @@ class Engine:
             if token is None:
                 continue
             active = self._active[item.request.request_id]
-            text, reason = active.accept(token.token_id, self.tokenizer.eos_id if self.tokenizer is not None else None)
+            text, reason = active.accept(
+                token.token_id, self.tokenizer.eos_ids if self.tokenizer is not None else frozenset()
+            )
             self._generated_tokens += 1
             if reason is not None:
                 self._scheduler.finish(item.request)

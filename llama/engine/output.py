@@ -27,12 +27,12 @@ class ActiveRequest:
     sink: Sink | None
     """None: its chunks are what `step` returns."""
 
-    def accept(self, token_id: int, eos_id: int | None) -> tuple[str, FinishReason | None]:
+    def accept(self, token_id: int, eos_ids: frozenset[int]) -> tuple[str, FinishReason | None]:
         """Appends a generated token; returns the new text and whether it ends the request."""
         request, params = self.request, self.request.params
         request.token_ids.append(token_id)
         text, stopped = "", False
-        stop_token = token_id in params.stop_token_ids or (token_id == eos_id and not params.ignore_eos)
+        stop_token = token_id in params.stop_token_ids or (token_id in eos_ids and not params.ignore_eos)
         if self.text is not None and not stop_token:
             text, stopped = self.text.push(token_id)
         if stopped:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from llama.config import ModelConfig
 from llama.training.config import ParallelConfig
 
 
@@ -32,6 +33,30 @@ class MeshPlan:
     def efsdp(self) -> int:
         """Ranks over which one slice of the experts is sharded further."""
         return self.dp_shard // self.ep
+
+
+def check_experts_split(model: ModelConfig, ep: int) -> None:
+    """Whether `ep` ranks can share the model's experts.
+
+    Raises:
+        ValueError: they cannot; names field, value and remedy.
+    """
+    if ep == 1:
+        return
+    if model.moe is None:
+        raise ValueError(
+            f"train.parallel.ep={ep} splits experts, but the model is dense; set train.parallel.ep=1 or model.moe"
+        )
+    if model.moe.num_experts % ep:
+        raise ValueError(
+            f"train.parallel.ep={ep} does not divide model.moe.num_experts={model.moe.num_experts}; "
+            f"choose a divisor of {model.moe.num_experts}"
+        )
+    if model.activation == "swish_learned":
+        raise ValueError(
+            f"train.parallel.ep={ep} splits experts, but model.activation=swish_learned has one β for all of them; "
+            "set train.parallel.ep=1 or model.activation=swish"
+        )
 
 
 def plan_mesh(parallel: ParallelConfig, world_size: int) -> MeshPlan:

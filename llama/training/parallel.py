@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from llama.all_to_all import AllToAllDispatch
 from llama.model import Transformer
 from llama.moe import Experts, MoE
-from llama.training.mesh import Meshes
+from llama.training.mesh import Meshes, check_experts_split
 
 
 def apply_parallel(model: Transformer, meshes: Meshes, precision: Literal["fp32", "bf16"]) -> Transformer:
@@ -124,22 +124,9 @@ def _split_experts(moe: MoE, sparse: DeviceMesh, policy: MixedPrecisionPolicy, r
 def _check(model: Transformer, meshes: Meshes) -> None:
     """Raises what would otherwise fail deep inside FSDP."""
     plan, moe = meshes.plan, model.config.moe
-    if plan.ep == 1 and moe is None:
-        return
+    check_experts_split(model.config, plan.ep)
     if moe is None or moe.expert_hidden_dim is None:
-        raise ValueError(
-            f"train.parallel.ep={plan.ep} splits experts, but the model is dense; set train.parallel.ep=1 or model.moe"
-        )
-    if moe.num_experts % plan.ep:
-        raise ValueError(
-            f"train.parallel.ep={plan.ep} does not divide model.moe.num_experts={moe.num_experts}; "
-            f"choose a divisor of {moe.num_experts}"
-        )
-    if plan.ep > 1 and model.config.activation == "swish_learned":
-        raise ValueError(
-            f"train.parallel.ep={plan.ep} splits experts, but model.activation=swish_learned has one β for all of "
-            "them; set train.parallel.ep=1 or model.activation=swish"
-        )
+        return
     shards = plan.efsdp if plan.ep > 1 else plan.dp_shard
     if plan.ep == 1 and moe.num_experts % shards == 0:
         return

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from torch import Tensor, nn
 
 from llama import ModelConfig, MoEConfig, Transformer
+from llama.tokenizer import Tokenizer
 
 VOCAB = 67
 
@@ -45,6 +47,13 @@ def randomize(model: nn.Module) -> None:
 
 def tokens(batch: int, length: int) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def words(size: int = VOCAB, **settings: Any) -> Tokenizer:
+    """A tokenizer of `size` words, the first three of them special tokens; no token begins or pads a text."""
+    vocab = {word: i for i, word in enumerate(["<eos>", "<end>", "<bos>", *(f"w{i}" for i in range(size - 3))])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
+    return Tokenizer(backend, **{"bos_token": None, "eos_token": "<eos>", "pad_token": None, **settings})
 
 
 def load_theirs(directory: Path, dtype: torch.dtype = torch.float32) -> Any:

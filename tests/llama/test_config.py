@@ -58,6 +58,10 @@ def test_layers_with_experts() -> None:
     assert layers(every=2, first_dense_layers=2, dense_layers=(5,)) == [3]
 
 
+def test_a_config_read_from_json_is_hashable() -> None:
+    assert hash(MoEConfig(4, dense_layers=[1])) == hash(MoEConfig(4, dense_layers=(1,)))  # type: ignore[arg-type]
+
+
 def test_windows_by_layer() -> None:
     config = ModelConfig(num_layers=3, sliding_window=7, full_attention_layers=1)
     assert [config.window(layer) for layer in range(3)] == [None, 7, 7]
@@ -88,6 +92,12 @@ def test_flops_of_a_window_count_the_keys_that_are_seen() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"dim": 16.0, "num_heads": 4}, ["model.dim=16.0", "whole number"]),
+        ({"num_layers": True}, ["model.num_layers=True", "whole number"]),
+        ({"tie_embeddings": "no"}, ["model.tie_embeddings='no'", "neither true nor false"]),
+        ({"norm_eps": float("inf")}, ["model.norm_eps=inf", "finite"]),
+        ({"attention_softcap": float("nan")}, ["model.attention_softcap=nan", "finite"]),
+        ({"norm": "layernorm_bessel", "dim": 1, "num_heads": 1, "head_dim": 2}, ["model.dim=1", "layernorm"]),
         ({"norm": "batchnorm"}, ["model.norm='batchnorm'", "rmsnorm, layernorm"]),
         ({"norm_placement": "middle"}, ["model.norm_placement='middle'", "sandwich"]),
         ({"position": "relative"}, ["model.position='relative'", "rope, alibi"]),
@@ -142,6 +152,7 @@ def test_inconsistent_settings_name_field_value_and_remedy(settings: dict, words
         ({"num_experts": 4, "num_shared_experts": -1}, ["num_shared_experts=-1"]),
         ({"num_experts": 4, "balance_loss_weight": -0.1}, ["balance_loss_weight=-0.1"]),
         ({"num_experts": 4, "expert_hidden_dim": 0}, ["expert_hidden_dim=0"]),
+        ({"num_experts": 4, "dense_layers": ["first"]}, ["model.moe.dense_layers=['first']", "whole numbers"]),
         ({"num_experts": 4, "score": "relu"}, ["model.moe.score='relu'", "sigmoid"]),
         ({"num_experts": 4, "balance_loss": "gini"}, ["model.moe.balance_loss='gini'", "switch"]),
         ({"num_experts": 4, "gate_init": "zero"}, ["model.moe.gate_init='zero'", "kaiming_uniform"]),

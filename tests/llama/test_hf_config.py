@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from llama import ModelConfig, MoEConfig
 from llama.config import RopeScaling
 from llama.hf import UnsupportedModel, export_architecture
 from llama.hf_architectures import ARCHITECTURES, Architecture
-from llama.hf_config import find_architecture, read_config, write_caravan_config, write_config
+from llama.hf_caravan import write_caravan_config
+from llama.hf_config import find_architecture, read_config, write_config
 from llama.presets import PRESETS
 
 transformers = pytest.importorskip("transformers")
@@ -69,6 +71,11 @@ ROPES: dict[str, tuple[dict[str, Any], float, RopeScaling | None]] = {
     "linear": ({"type": "linear", "factor": 2}, 7000.0, RopeScaling("linear", 2.0)),
     "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, 7000.0, RopeScaling("dynamic_ntk", 2.0, 64)),
     "yarn": ({"rope_type": "yarn", "factor": 4.0}, 7000.0, RopeScaling("yarn", 4.0, 64)),
+    "yarn beside the stretched length": (
+        {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 16},
+        7000.0,
+        RopeScaling("yarn", 2.5, 16),
+    ),
     "yarn with its own length": (
         {
             "rope_type": "yarn",
@@ -102,7 +109,25 @@ def test_both_layouts_of_rotary_scaling_are_read(
 ) -> None:
     config, _ = read_config({"model_type": "llama", "max_position_embeddings": 64, "rope_theta": 7000.0, layout: rope})
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
-    assert config.max_seq_len == (128 if rope.get("rope_type") == "dynamic" else 64)
+    # Without a length of its own yarn stretches max_position_embeddings; linear leaves it, whatever its factor.
+    lengths = {"dynamic": 128, "yarn": 256 if len(rope) == 2 else 64}
+    assert config.max_seq_len == lengths.get(rope.get("rope_type", ""), 64)
+
+
+def test_yarn_of_qwen_instruct_reaches_as_far_as_it_is_stretched() -> None:
+    rope = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config, architecture = read_config(
+        {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_scaling": rope, "rope_theta": 1000000.0}
+    )
+    assert config.max_seq_len == 131072 and architecture is not None
+    assert read_config(write_config(config, architecture)) == (config, architecture)
+
+
+def test_layer_types_that_say_what_the_window_says_are_read() -> None:
+    mistral = {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 8}
+    expected = read_config(mistral)
+    assert read_config({**mistral, "layer_types": ["sliding_attention"] * 2}) == expected
+    assert read_config({**mistral, "layer_types": None}) == expected
 
 
 @pytest.mark.parametrize(
@@ -134,11 +159,43 @@ def test_both_layouts_of_rotary_scaling_are_read(
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 30}, "every=30"),
         ({"model_type": "qwen2_moe", "moe_intermediate_size": 0}, "no valid model"),
         ({"model_type": "qwen2_moe", "shared_expert_intermediate_size": 0}, "shared_gate=True"),
-        ({"model_type": "qwen2", "num_hidden_layers": "many"}, "no valid model"),
+        ({"model_type": "qwen2", "num_hidden_layers": "many"}, "num_hidden_layers='many'"),
+        ({"model_type": "llama", "vocab_size": True}, "vocab_size=True"),
+        ({"model_type": "llama", "hidden_size": 4096.0}, "hidden_size=4096.0"),
+        ({"model_type": "llama", "max_position_embeddings": "2048"}, "max_position_embeddings='2048'"),
+        ({"model_type": "mixtral", "num_local_experts": [8]}, "num_local_experts=[8]"),
+        ({"model_type": "llama", "tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
+        ({"model_type": "llama", "rms_norm_eps": math.inf}, "rms_norm_eps=inf"),
+        ({"model_type": "llama", "rope_theta": math.nan}, "rope_theta=nan"),
+        ({"model_type": "llama", "rope_theta": 10**400}, "rope_theta=1000"),
+        ({"model_type": "llama", "rope_theta": -1.0}, "rope_theta=-1.0"),
+        ({"model_type": "llama", "rope_theta": True}, "rope_theta=True"),
+        ({"model_type": "llama", "rope_scaling": "yarn"}, "rope_scaling='yarn'"),
+        ({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2'"),
+        ({"model_type": "llama", "rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": "x"}}, "beta_fast='x'"),
+        ({"model_type": "llama", "rope_scaling": {"type": ["yarn"]}}, "no valid model"),
+        ({"model_type": "llama", "hidden_act": ["silu"]}, "no valid model"),
+        ({"model_type": "ernie4_5_moe", "moe_layer_end_index": -(10**12)}, "no expert layer"),
+        *(({"model_type": kind, "is_causal": False}, "is_causal=False") for kind in ("llama", "qwen3_moe")),
+        ({"model_type": "llama", "is_causal": None}, "is_causal=None"),
+        (
+            {"model_type": "mistral", "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types=['full_attention', 'sliding_attention']",
+        ),
+        (
+            {"model_type": "mistral", "sliding_window": None, "layer_types": ["sliding_attention"] * 32},
+            "sliding_window=None",
+        ),
         ({"model_type": "caravan"}, "model=None"),
         ({"model_type": "caravan", "model": {"wings": 2}}, "model.wings"),
         ({"model_type": "caravan", "model": {"moe": {"num_experts": 2, "legs": 4}}}, "model.moe.legs"),
+        ({"model_type": "caravan", "model": {"moe": [2]}}, "model.moe=[2]"),
+        ({"model_type": "caravan", "model": {"moe": {"num_experts": 2, "dense_layers": 1}}}, "no valid model"),
+        ({"model_type": "caravan", "model": {"rope_scaling": "yarn"}}, "model.rope_scaling='yarn'"),
         ({"model_type": "caravan", "model": {"dim": -1}}, "model.dim=-1"),
+        ({"model_type": "caravan", "model": {"dim": 512.0}}, "model.dim=512.0"),
+        ({"model_type": "caravan", "model": {"num_kv_heads": True}}, "model.num_kv_heads=True"),
+        ({"model_type": "caravan", "model": {"rope_theta": math.inf}}, "model.rope_theta=inf"),
     ],
     ids=str,
 )

@@ -15,7 +15,7 @@ from llama import ModelConfig
 from llama.config import RopeScaling
 from llama.hf import load_pretrained, save_pretrained
 from tests.distributed import run_ranks
-from tests.llama.hf_cases import VOCAB, build, error, experts, load_theirs, randomize, tokens
+from tests.llama.hf_cases import VOCAB, build, error, experts, load_theirs, randomize, tokens, words
 
 transformers = pytest.importorskip("transformers")
 from llama.hf_model import CaravanConfig, CaravanForCausalLM  # noqa: E402 (needs transformers)
@@ -147,6 +147,64 @@ def test_a_fresh_model_starts_as_ours_and_by_the_global_seed() -> None:
 def test_a_config_names_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="model.wheels"):
         CaravanConfig(model={"wheels": 4})
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    config = CaravanConfig(model=asdict(build().config))
+    assert [getattr(config, name) for name in names] == [32, 3, 4, 128] and config.tie_word_embeddings is False
+    for name in (*names, "tie_word_embeddings"):
+        with pytest.raises(AttributeError, match=name):
+            CaravanConfig(**{name: 1})
+    assert CaravanConfig(vocab_size=5).model_config.vocab_size == 5
+
+
+def test_gradient_checkpointing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"does not support (gradient|activation) checkpointing"):
+        caravan().gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_resized(tmp_path: Path, tied: bool) -> None:
+    model, batch = caravan(position="alibi", tie_embeddings=tied), tokens(2, 9)
+    with torch.no_grad():
+        before = model(batch).logits
+        for size in (VOCAB + 9, VOCAB + 2):
+            model.resize_token_embeddings(size)
+            logits = model(batch).logits
+            assert logits.shape[-1] == model.config.vocab_size == model.model.config.vocab_size == size
+            assert torch.equal(logits[..., :VOCAB], before)
+        assert model(torch.full((1, 2), size - 1)).logits.isfinite().all()
+        model.save_pretrained(tmp_path / "theirs")
+        save_pretrained(model.model, tmp_path / "ours", words(size))
+        for directory in (tmp_path / "theirs", tmp_path / "ours"):
+            assert torch.equal(load_pretrained(directory)(batch), logits)
+            assert torch.equal(load_theirs(directory)(batch).logits, logits)
+
+
+def test_label_smoothing_is_that_of_transformers(tmp_path: Path) -> None:
+    """Trainer shifts the labels only for models that it knows as language models."""
+    pytest.importorskip("accelerate")
+    model = build()
+    save_pretrained(model, tmp_path / "model")
+    llama, ours = load_theirs(tmp_path / "model"), CaravanForCausalLM(CaravanConfig(model=asdict(model.config)))
+    ours.model.load_state_dict(model.state_dict())
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True
+    )
+    batch = tokens(2, 12)
+    losses = [
+        transformers.Trainer(each, arguments)
+        .compute_loss(each, {"input_ids": batch, "labels": batch.masked_fill(batch < 9, -100)})
+        .item()
+        for each in (ours, llama)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_without_a_padding_token_every_embedding_is_trained(tmp_path: Path) -> None:
+    save_pretrained(build(), tmp_path, words())
+    llama = load_theirs(tmp_path)
+    assert llama.get_input_embeddings().padding_idx is None
+    llama(torch.zeros(1, 3, dtype=torch.long), labels=torch.zeros(1, 3, dtype=torch.long)).loss.backward()
+    assert llama.get_input_embeddings().weight.grad[0].abs().sum() > 0
 
 
 def train(directory: str, batches: list[Tensor]) -> dict[str, Tensor]:

@@ -113,11 +113,6 @@ def test_constant_rows_have_finite_gradients() -> None:
         assert grad.isfinite().all(), kind
 
 
-def test_one_number_has_no_sample_deviation() -> None:
-    with pytest.raises(ValueError, match=r"model\.dim=1 .*choose 2 or more"):
-        LayerNorm(1, 1e-5, bessel=True)
-
-
 def test_names_and_shapes_of_the_parameters() -> None:
     assert {n: p.shape for n, p in RMSNorm(3, 1e-5).named_parameters()} == {"weight": (3,)}
     assert {n: p.shape for n, p in LayerNorm(3, 1e-5).named_parameters()} == {"weight": (3,), "bias": (3,)}

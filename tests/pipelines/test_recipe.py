@@ -65,8 +65,22 @@ def test_a_preset_is_a_start_that_other_keys_change():
     assert (model.dim, model.qk_norm, model.num_layers, model.max_seq_len) == (2048, "head", 2, 4096)
     assert model.moe is not None and (model.moe.num_experts, model.moe.top_k) == (128, 3)
     assert model.vocab_size == 512
-    with pytest.raises(RecipeError, match="preset='llama-9' is not one of tiny"):
-        Recipe.from_yaml(TEXT, ["model.preset=llama-9"])
+    assert model.head_dim == 128 and model.num_heads == 32
+
+
+def test_a_preset_on_the_command_line_replaces_the_recipes_model():
+    overrides = ["model.preset=tiny", "train.parallel.ep=1", "model.dim=384", "model.head_dim=null"]
+    model = Recipe.from_yaml(TEXT, overrides).model
+    assert (model.dim, model.num_heads, model.head_dim, model.moe) == (384, 6, 64, None)
+
+
+def test_sizes_that_a_preset_leaves_open_follow_the_changes():
+    values = yaml.safe_load(TEXT)
+    values["model"] = {"preset": "llama-3.2-1b", "dim": 1024, "position": "alibi"}
+    values["train"]["parallel"] = {"ep": 1}
+    values["serve"] = {"engine": {"num_blocks": 9000}}
+    model = Recipe.from_yaml(yaml.safe_dump(values)).model
+    assert (model.head_dim, model.rope_scaling, model.rope_theta) == (32, None, 10000.0)
 
 
 def test_later_overrides_win():
@@ -92,7 +106,21 @@ ERRORS = [
     ("train.global_batch=6", "train.global_batch=6 is not divisible by train.micro_batch=2 times 2 workers; choose"),
     ("train.parallel.ep=3", "train.parallel.ep=3 does not divide dp_shard=2 (2 workers"),
     ("model.moe.num_experts=3", "train.parallel.ep=2 does not divide model.moe.num_experts=3; choose a divisor"),
-    ("model.moe=null", "train.parallel.ep=2 does not divide a model without model.moe; choose a divisor"),
+    ("model.moe=null", "train.parallel.ep=2 splits experts, but the model is dense; set train.parallel.ep=1"),
+    ("model.activation=swish_learned", "train.parallel.ep=2 splits experts, but model.activation=swish_learned"),
+    (
+        "model.rope_scaling={kind: dynamic_ntk, factor: 2, original_max_seq_len: 64}",
+        "model.rope_scaling.kind=dynamic_ntk turns every key anew",
+    ),
+    ("model.sliding_window=true", "model.sliding_window=True is no number; give one"),
+    ("model.moe.capacity_factor=yes", "model.moe.capacity_factor=True is no number; give one"),
+    ("train.steps=true", "train.steps=True is no number; give one"),
+    ("tokenizer.vocab_size=yes", "tokenizer.vocab_size=True is no number; give one"),
+    ("model.num_experts=3", "model.num_experts: unknown key; did you mean model.moe.num_experts?"),
+    ("model.dropout=0.1", "model.dropout: unknown key; did you mean model.attention_dropout?"),
+    ("model.preset=llama-9", "model.preset='llama-9' is not one of tiny, tiny-moe"),
+    ("model.preset=3", "model.preset=3 is no name; choose one of tiny"),
+    ("model.prest=tiny", "model.prest: unknown key; did you mean model.preset?"),
     ("train.workers=0", "train.workers=0 must be at least 1"),
     ("train.max_failures=-1", "train.max_failures=-1 must not be negative"),
     ("train.cpus_per_worker=0", "train.cpus_per_worker=0.0 must be positive"),

@@ -1,5 +1,6 @@
 """Finding a model by its URI, and naming its weights by content."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,5 +49,23 @@ def test_weights_and_tokenizer_are_named_by_content_not_by_place_or_time(tmp_pat
     assert weights_id(tmp_path / "three") == one
     (tmp_path / "three" / "tokenizer.json").write_text("{}")
     assert weights_id(tmp_path / "three") != one
-    (tmp_path / "two" / "model.safetensors").rename(tmp_path / "two" / "other.safetensors")
+    (tmp_path / "two" / "other.safetensors").write_bytes(b"not read")
+    assert weights_id(tmp_path / "two") == one
+    (tmp_path / "two" / "config.json").write_text('{"rope_theta": 500000.0}')
     assert weights_id(tmp_path / "two") != one
+
+
+def test_the_files_of_an_index_are_the_weights(tmp_path):
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+    def write(name: str, *weights: bytes) -> str:
+        directory = _write_model(tmp_path / name)
+        (directory / "model.safetensors").unlink()
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {str(i): file for i, file in enumerate(names)}})
+        )
+        for file, content in zip((*names, "other.safetensors"), weights, strict=False):
+            (directory / file).write_bytes(content)
+        return weights_id(directory)
+
+    assert write("one", b"a", b"b") == write("two", b"a", b"b", b"not read") != write("three", b"a", b"c")

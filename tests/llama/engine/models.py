@@ -87,7 +87,7 @@ class ScriptedModel(Transformer):
 class ByteTokenizer:
     """Token id = byte; 256 is the end of text."""
 
-    eos_id = 256
+    eos_ids = frozenset((256,))
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -303,6 +303,11 @@ def test_text_stops_at_the_end_token_and_the_stop_token():
     assert (stop_token.text, stop_token.finish_reason, stop_token.token_ids) == ("bc", "stop", [*b"bcd"])
     limited = engine.generate(["a"], replace(params, max_tokens=2))[0]
     assert (limited.text, limited.finish_reason) == ("bc", "length")
+    assert engine.tokenizer is not None
+    engine.tokenizer.eos_ids = frozenset((256, ord("e")))  # type: ignore[misc]
+    either = engine.generate(["a"], params)[0]
+    assert (either.text, either.finish_reason, either.token_ids) == ("bcd", "stop", [*b"bcde"])
+    assert engine.generate(["a"], replace(params, ignore_eos=True))[0].token_ids == [*b"bcdef", 256]
 
 
 def test_a_stop_string_ends_the_text_and_is_never_handed_out():
