@@ -64,7 +64,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(text)
             constants = environment.parse(text).find_all(nodes.Const)
-            self._sought = [value for node in constants if isinstance(value := node.value, str) and self._harmless(value)]
+            self._sought = [
+                value for node in constants if isinstance(value := node.value, str) and self._harmless(value)
+            ]
         except Exception as error:  # Jinja's own, and what Python thinks of the code that Jinja makes
             self._error = error
 

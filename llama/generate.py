@@ -324,7 +324,9 @@ def _as_tensor(prompt: Prompt, vocab_size: int) -> Tensor:
         return torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError) as error:
         rows = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, str) else ()
-        lengths = {len(row) if isinstance(row, Sequence | Tensor) and not isinstance(row, str) else None for row in rows}
+        lengths = {
+            len(row) if isinstance(row, Sequence | Tensor) and not isinstance(row, str) else None for row in rows
+        }
         if len(lengths) > 1 and None not in lengths:
             raise ValueError("the prompts' lengths differ; give one prompt at a time, or equally long ones") from error
         raise ValueError(

@@ -4,7 +4,7 @@ Legend: B batch, L sequence, H query heads, G key/value heads, R = H / G, N = BÂ
 
 Each block attends only to the keys from its window's start to its own end, so the masked part of the square is never
 computed, and the R query heads of a group share one matrix product. The probabilities are kept for backward: LÂ²/2
-numbers a head and row of the batch, which is why `MAX_LENGTH` bounds it.
+numbers a head and row of the batch, which is why `MAX_BYTES` bounds it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from llama.attention import CausalAttend, Scoring
 from llama.autograd import first_order
 
 BLOCK = 64
-MAX_LENGTH = 1024
-"""Longest sequence for which keeping the probabilities pays: beyond, they take gigabytes and gain little."""
+MAX_BYTES = 4096
+"""Longest row of probabilities, in bytes, for which keeping them pays: 1,024 fp32 numbers, or 2,048 of a half type.
+Beyond, they take gigabytes and gain little."""
 
 
 class BlockCausalAttend:
@@ -34,7 +35,7 @@ class BlockCausalAttend:
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, scoring: Scoring) -> Tensor:
         batch, length, heads, head_dim = q_BLHD.shape
-        if length > MAX_LENGTH or not scoring.plain:
+        if length * q_BLHD.element_size() > MAX_BYTES or not scoring.plain:
             return self._general(layer, q_BLHD, k_BLGD, v_BLGD, scoring)
         groups = k_BLGD.shape[2]
         # Scaling the queries is cheaper than scaling the scores, of which there are more.

@@ -35,7 +35,7 @@ from llama.config import ModelConfig
 from llama.losses import IGNORE_INDEX
 from llama.model import Transformer
 from llama.moe import RoutingRecord
-from llama.training.attention import MAX_LENGTH, BlockCausalAttend
+from llama.training.attention import BlockCausalAttend
 from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, training_tensors
 from llama.training.config import TrainConfig
 from llama.training.memory import reuse_freed_memory
@@ -158,8 +158,7 @@ class Trainer:
             model = Transformer(self.model_config)
         self.model = apply_parallel(model, meshes, self.config.precision)
         self._initialise()
-        blocks = self.device.type == "cpu" and self.config.seq_len <= MAX_LENGTH
-        self._attend = BlockCausalAttend() if blocks else None
+        self._attend = BlockCausalAttend() if self.device.type == "cpu" else None
         self._moes = moe_layers(self.model)
         dispatches = (moe.dispatch for moe in self._moes.values())
         self._dispatches = [dispatch for dispatch in dispatches if isinstance(dispatch, AllToAllDispatch)]

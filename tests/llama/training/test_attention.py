@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from llama.attention import CausalAttend, Scoring
+from llama.training import attention
 from llama.training.attention import BlockCausalAttend
 
 PLAIN = Scoring(scale=16**-0.5)
@@ -49,6 +50,17 @@ def test_a_window_hides_the_keys_before_it(window):
         found = run(lambda x, attend=attend: attend(0, *x, scoring), 200, 4, 2, torch.float64)
         for value, reference in zip(found, expected, strict=True):
             torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_long_sequences_keep_no_probabilities(monkeypatch):
+    monkeypatch.setattr(attention, "MAX_BYTES", 64 * 8)
+    monkeypatch.setattr(attention, "_BlockCausal", None)
+    expected = run(formula, 65, 4, 2, torch.float64)
+    found = run(lambda x: BlockCausalAttend()(0, *x, PLAIN), 65, 4, 2, torch.float64)
+    for value, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
+    with pytest.raises(AttributeError):
+        run(lambda x: BlockCausalAttend()(0, *x, PLAIN), 64, 4, 2, torch.float64)
 
 
 def test_what_blocks_do_not_do_is_done_all_the_same():
