@@ -1,21 +1,22 @@
 """Chat templates: Jinja text that turns a conversation into the text a model was trained on, as transformers has them.
 
-A rendered conversation mixes the template's text, in which control tokens count, with the users', in which they are
-text. To tell them apart a conversation is rendered twice: once as it is, and once with invisible marks in everything
-the messages hold. What the marks leave when taken away must be the first text, else the template looked into what it
-was not to notice, and less is marked.
+A rendered conversation mixes the template's text, in which control tokens count, with the messages', in which they are
+text. To tell them apart a conversation is rendered twice: once as it is, and once with the characters by which control
+tokens begin and end replaced in all that the messages hold. If what comes out differs in more than that, the template
+looks for such characters in messages; then they are disguised less.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -39,36 +40,36 @@ class ChatTemplateError(ValueError):
 class ChatTemplate:
     """A template and the control tokens that its text makes.
 
-    A control token is one whose first and last character are the template's; `'<|' + message['role'] + '|>'` may make
-    them. A template that measures or slices its messages, or writes them in ASCII, gets fewer marks: there, halves of a
-    control token that it joins by removing what stood between them become the token.
+    A control token is one whose first and last characters are the template's, where they are no letters or digits:
+    `'<|' + message['role'] + '|>'` may make one. Where a template looks for control tokens in messages, keeps those
+    that it finds and drops as many of its own, the found ones count: that is taken for its intention.
 
     Args:
-        text: Jinja. One that does not compile is an error when rendered, not here: a model is of use without chats.
+        text: Jinja. If it does not compile, only `render` fails: without chats the model is still of use.
         control_tokens: at least one.
     """
 
     def __init__(self, text: str, control_tokens: Collection[str]) -> None:
         self._tokens = sorted(control_tokens, key=len, reverse=True)
-        self._any_token = "|".join(map(re.escape, self._tokens))
-        self._edges = {token[0] for token in self._tokens} | {token[-1] for token in self._tokens}
-        self._error: Exception | None = None
-        self._template = Template("")
+        self._any_token = _any_of(self._tokens)
+        self._edges = sorted({token[0] for token in self._tokens} | {token[-1] for token in self._tokens})
         # A sandbox without access to Python: templates come with models from outside.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         environment.globals["raise_exception"] = _raise_exception
         environment.filters["tojson"] = _to_json
-        self._sought: list[str] = []
+        self._compiled: Template | Exception
+        sought: set[str] = set()
         try:
-            self._template = environment.from_string(text)
-            constants = environment.parse(text).find_all(nodes.Const)
-            self._sought = [
-                value for node in constants if isinstance(value := node.value, str) and self._harmless(value)
-            ]
+            self._compiled = environment.from_string(text)
+            constants = {node.value for node in environment.parse(text).find_all(nodes.Const)}
+            sought = _harmless({constant for constant in constants if isinstance(constant, str)}, self._tokens)
         except Exception as error:  # Jinja's own, and what Python thinks of the code that Jinja makes
-            self._error = error
+            self._compiled = error
+        # Letters stay: the template has to know its fields' names again.
+        edges = [edge for edge in self._edges if not edge.isalnum()]
+        self._telling = re.compile(f"(?P<token>{self._any_token})|(?P<sought>{_any_of(sought)})|{_any_of(edges)}")
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, special_tokens: Mapping[str, str]
@@ -80,91 +81,83 @@ class ChatTemplate:
             special_tokens: what `bos_token` and its kin stand for in the template.
 
         Raises:
-            ChatTemplateError: the template does not compile, it refuses the messages, or it cuts a control token that
-                they hold.
+            ChatTemplateError: the template does not compile, it refuses the messages, or it treats them so that a
+                control token which they spell cannot be told from its own.
         """
-        if self._error is not None:
-            line = f" in line {self._error.lineno}" if isinstance(self._error, TemplateError) else ""
+        if isinstance(template := self._compiled, Exception):
+            line = f" in line {template.lineno}" if isinstance(template, TemplateSyntaxError) else ""
             raise ChatTemplateError(
-                f"the chat template (chat_template.jinja, or chat_template in tokenizer_config.json) has an error{line}: "
-                f"{self._error}; correct it"
-            ) from self._error
+                f"the chat template has an error{line}: {template}; correct it, in chat_template.jinja or in "
+                "tokenizer_config.json's chat_template"
+            ) from template
         _check_messages(messages)
-        now = datetime.now()
         variables = {
             **special_tokens,
             "add_generation_prompt": add_generation_prompt,
             "tools": None,
             "documents": None,
-            "strftime_now": now.strftime,
+            "strftime_now": datetime.now().strftime,
         }
 
-        def rendered(conversation: Any) -> str:
+        def rendered(conversation: list[dict[str, Any]]) -> str:
             try:
-                return self._template.render(messages=conversation, **variables)
+                return template.render(messages=conversation, **variables)
             except Exception as error:  # a template may fail in any way Jinja's sandbox can
                 raise ChatTemplateError(f"the chat template refuses the messages: {error}") from error
 
-        plain = _map_strings(messages, str)
+        plain = _map_strings(list(messages), str)
         text = rendered(plain)
-        marks = tuple(islice((mark for mark in map(chr, range(0xF0000, 0x110000)) if mark not in text), 3))
-        for marking in (self._thorough(*marks), self._sparing(*marks)):
-            marked = _map_strings(messages, marking)
+        disguise = _Disguise(self._edges, text)
+        disguised_texts: list[str] = []
+        for hide in (disguise.mask, disguise.fence):
             try:
-                marked_text = text if marked == plain else rendered(marked)
+                disguised_text = rendered(_map_strings(plain, partial(self._telling.sub, hide)))
             except ChatTemplateError:
-                continue
-            if re.sub(f"[{''.join(marks)}]", "", marked_text) == text:
-                return list(self._pieces(marked_text, *marks))
+                disguised_text = ""
+            if disguise.removed(disguised_text) == text:
+                return self._pieces(disguised_text, disguise)
+            disguised_texts.append(disguised_text)
+        # The template changes the text by what it finds in the messages. If no control token is added, they made none.
+        pieces, masked_pieces = (self._pieces(each, disguise) for each in (text, disguised_texts[0]))
+        if _controls(pieces) == _controls(masked_pieces):
+            return pieces
         raise ChatTemplateError(
-            "the chat template takes apart text in which the messages spell control tokens; take these out: "
-            + ", ".join(sorted(token for token in self._tokens if token in str(plain)))
+            f"the messages spell a control token of the model, such as {self._tokens[0]!r}, in a place where the chat "
+            "template changes the text; take it out"
         )
 
-    def _harmless(self, constant: str) -> bool:
-        """Whether the template may look for this text in a message without a part of a control token being in it."""
-        return not any(
-            token in constant
-            or constant in token
-            or any(constant.endswith(token[:n]) or constant.startswith(token[-n:]) for n in range(1, len(token)))
-            for token in self._tokens
-        )
-
-    def _thorough(self, begin: str, end: str, cut: str) -> Callable[[str], str]:
-        """Marks control tokens, and wherever one could begin or end when the template joins texts."""
-        sought = "|".join(map(re.escape, sorted(self._sought, key=len, reverse=True))) or "(?!)"
-        edge = "|".join(map(re.escape, sorted(self._edges)))
-        pattern = re.compile(f"(?P<token>{self._any_token})|(?P<sought>{sought})|{edge}")
-
-        def mark(match: re.Match[str]) -> str:
-            if match["token"]:
-                return f"{begin}{match[0]}{end}"
-            return match[0] if match["sought"] else f"{cut}{match[0]}{cut}"
-
-        return lambda string: pattern.sub(mark, string)
-
-    def _sparing(self, begin: str, end: str, cut: str) -> Callable[[str], str]:
-        """Marks control tokens, and parts of them at the ends of a string."""
-        pattern = re.compile(self._any_token)
-        heads = tuple({token[:n] for token in self._tokens for n in range(1, len(token))})
-        tails = tuple({token[n:] for token in self._tokens for n in range(1, len(token))})
-
-        def marking(string: str) -> str:
-            marked = pattern.sub(lambda match: f"{begin}{match[0]}{end}", string)
-            return cut * string.startswith(tails) + marked + cut * string.endswith(heads)
-
-        return marking
-
-    def _pieces(self, marked_text: str, begin: str, end: str, cut: str) -> Iterator[tuple[str, bool]]:
-        pattern = re.compile(f"{begin}(?:{self._any_token}){end}|(?P<control>{self._any_token})")
-        marks = re.compile(f"[{begin}{end}{cut}]")
+    def _pieces(self, text: str, disguise: _Disguise) -> list[tuple[str, bool]]:
+        fenced = f"{disguise.begin}(?:{self._any_token}){disguise.end}"
+        pieces: list[tuple[str, bool]] = []
         start = 0
-        for match in pattern.finditer(marked_text):
+        for match in re.finditer(f"{fenced}|(?P<control>{self._any_token})", text):
             if match["control"]:
-                yield marks.sub("", marked_text[start : match.start()]), False
-                yield match["control"], True
+                pieces += [(disguise.removed(text[start : match.start()]), False), (match["control"], True)]
                 start = match.end()
-        yield marks.sub("", marked_text[start:]), False
+        return [*pieces, (disguise.removed(text[start:]), False)]
+
+
+class _Disguise:
+    """How what messages hold is hidden from the search for control tokens, by characters that are not in `text`.
+
+    A mask puts one character in the place of another, so that a template may measure and slice. A fence surrounds a
+    control token, so that a template may look for it.
+    """
+
+    def __init__(self, edges: Sequence[str], text: str) -> None:
+        free = (character for character in map(chr, range(0xF0000, 0x110000)) if character not in text)
+        self.begin, self.end, *masks = islice(free, 2 + len(edges))
+        self._masks = str.maketrans(dict(zip(edges, masks, strict=True)))
+        self._removal = str.maketrans({**dict(zip(masks, edges, strict=True)), self.begin: "", self.end: ""})
+
+    def mask(self, match: re.Match[str]) -> str:
+        return match[0] if match["sought"] else match[0].translate(self._masks)
+
+    def fence(self, match: re.Match[str]) -> str:
+        return self.begin + match[0] + self.end if match["token"] else self.mask(match)
+
+    def removed(self, text: str) -> str:
+        return text.translate(self._removal)
 
 
 class _Generation(Extension):
@@ -175,6 +168,30 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _harmless(constants: set[str], tokens: Sequence[str]) -> set[str]:
+    """Those that messages may keep as they are, for the template to find: they share nothing with a token."""
+    heads = {token[:n] for token in tokens for n in range(1, len(token) + 1)}
+    tails = {token[n:] for token in tokens for n in range(len(token))}
+
+    def is_harmless(constant: str) -> bool:
+        places = range(len(constant))
+        return not (
+            any(constant[place:] in heads or constant[: place + 1] in tails for place in places)
+            or any(constant in token or token in constant for token in tokens)
+        )
+
+    return {constant for constant in constants if is_harmless(constant)}
+
+
+def _controls(pieces: list[tuple[str, bool]]) -> list[str]:
+    return [piece for piece, is_control in pieces if is_control]
+
+
+def _any_of(strings: Collection[str]) -> str:
+    """A pattern for the longest of them; for nothing if there are none."""
+    return "|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or "(?!)"
 
 
 def _raise_exception(message: str) -> None:
@@ -188,7 +205,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As it is, where Jinja's own filter writes `<` as HTML."""
+    """Plain JSON, where Jinja's own filter writes `<` for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -161,7 +161,7 @@ class _Choice:
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             value = getattr(self, name)
-            _require(not isinstance(value, str) and hasattr(value, "__float__"), f"{name}={value!r} is not a number")
+            _require(hasattr(value, "__float__"), f"{name}={value!r} is not a number; give one")
         finite = math.isfinite(self.temperature) and self.temperature >= 0
         _require(finite, f"temperature={self.temperature} must be a number of at least 0; 0 is greedy")
         top_k = _integer("top_k", self.top_k, "give a number of tokens; 0 turns it off")

@@ -12,38 +12,21 @@ chat messages alike. Only a template's own text makes control tokens. How a toke
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import count, pairwise
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llama.chat_template import CHAT_TEMPLATE, ChatTemplate, ChatTemplateError
+
+__all__ = ["CHAT_TEMPLATE", "GENERATION_CONFIG_FILE", "SPECIAL_TOKENS", "ChatTemplateError", "Tokenizer"]
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 """What a tokenizer trained by Caravan begins its vocabulary with."""
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('messages.role=' + message['role'] + ' is unknown; use system, user or assistant') }}"
-    "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-
-class ChatTemplateError(ValueError):
-    """The messages do not fit the chat template, or there is none."""
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
 
 
 class Tokenizer:
@@ -86,16 +69,11 @@ class Tokenizer:
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
         # Some models keep these among their ordinary tokens.
         self._special |= {self.bos_token: self.bos_id, self.eos_token: self.eos_id, self.pad_token: self.pad_id}
-        longest_first = sorted(self._special, key=len, reverse=True)
         # Unknown text becomes this one; nobody has to write it out.
         unknown = {token for token in self._special if token == _unknown_token(backend)}
         self._control_ids = frozenset(self._special[token] for token in self._special.keys() - unknown)
         self._continuing = _continuing(backend)
-        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        # A sandbox without access to Python: templates come with models from outside.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_exception
-        self._template = environment.from_string(chat_template) if chat_template is not None else None
+        self._template = ChatTemplate(chat_template, self._special) if chat_template is not None else None
 
     def _id(self, token: str) -> int:
         token_id = self.backend.token_to_id(token)
@@ -118,26 +96,39 @@ class Tokenizer:
             "pad_token_id": self.pad_id if self._names["pad_token"] else None,
         }
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Number of token ids, special tokens included."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """The largest token id plus one, special tokens included: a model of this size has a row for every id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, nothing added, no control token among them."""
+        """Token ids of plain text, nothing added, no control token among them.
+
+        Raises:
+            ValueError: the text has half of a surrogate pair, which stands for no character.
+        """
         return self._encode(text, self.backend)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores that `tokenizers` may use."""
         texts = list(texts)
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:
+            for text in texts:
+                _check_surrogates(text)
+            raise
         return [
             encoding.ids if self._control_ids.isdisjoint(encoding.ids) else self.encode(text)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
     def _encode(self, text: str, backend: tokenizers.Tokenizer) -> list[int]:
-        encoding = backend.encode(text, add_special_tokens=False)
+        try:
+            encoding = backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            _check_surrogates(text)
+            raise
         if self._control_ids.isdisjoint(encoding.ids):
             return encoding.ids
         # A model may have its control tokens among its ordinary pieces and find them in text. Halves of one are text.
@@ -157,51 +148,28 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a conversation of `{"role", "content"}` messages.
 
-        Special tokens written inside a message's content stay plain text, whatever the template is.
+        Special tokens written inside a message stay plain text, in whichever field, whatever the template is (with
+        the limits that `llama.chat_template.ChatTemplate` names).
 
         Raises:
-            ChatTemplateError: there is no template, or it refuses the messages.
+            ChatTemplateError: there is no template, it does not compile, or it refuses the messages.
+            ValueError: as `encode`.
         """
         if self._template is None:
             raise ChatTemplateError("the model has no chat template; use /v1/completions or add chat_template.jinja")
-        hidden, originals = self._hide_special_tokens(messages)
-        try:
-            text = self._template.render(
-                messages=hidden,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token,
-                eos_token=self.eos_token,
-                pad_token=self.pad_token,
-            )
-        except Exception as error:  # a template may fail in any way Jinja's sandbox can
-            raise ChatTemplateError(f"the chat template refuses the messages: {error}") from error
+        names = {name: token for name, token in self._names.items() if token}
+        pieces = self._template.render(messages, add_generation_prompt=add_generation_prompt, special_tokens=names)
         ids: list[int] = []
-        for part in self._special_pattern.split(text):
-            if part in self._special:
-                ids.append(self._special[part])
-            elif part:
-                for placeholder, original in originals.items():
-                    part = part.replace(placeholder, original)
-                ids.extend(self._encode(part, self._continuing if ids else self.backend))
+        for piece, is_control in pieces:
+            if is_control:
+                ids.append(self._special[piece])
+            elif piece:
+                ids.extend(self._encode(piece, self._continuing if ids else self.backend))
         return ids
-
-    def _hide_special_tokens(
-        self, messages: Sequence[Mapping[str, str]]
-    ) -> tuple[list[dict[str, str]], dict[str, str]]:
-        """Replaces special tokens inside contents by placeholders that occur in no content."""
-        everything = "".join(message["content"] for message in messages)
-        fence = next(mark for n in count() if (mark := "\ue000" * (n + 1)) not in everything)
-        originals = {f"{fence}{n}\ue001": token for n, token in enumerate(self._special)}
-        placeholders = {token: placeholder for placeholder, token in originals.items()}
-
-        def hide(content: str) -> str:
-            return self._special_pattern.sub(lambda match: placeholders[match[0]], content)
-
-        return [{**message, "content": hide(message["content"])} for message in messages], originals
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -209,7 +177,8 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: there is no `tokenizer.json`.
-            ValueError: no end-of-text token is named, or a named token or id is not in the vocabulary.
+            ValueError: no end-of-text token is named, a named token or id is not in the vocabulary, or of several chat
+                templates none is the default.
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
@@ -222,7 +191,7 @@ class Tokenizer:
         if eos_token is None:
             raise ValueError(f"{config_path} names no eos_token; generation would never end, add it")
         template_path = directory / "chat_template.jinja"
-        template = template_path.read_text("utf-8") if template_path.is_file() else config.get("chat_template")
+        template = template_path.read_text("utf-8") if template_path.is_file() else _template_of(config, config_path)
         ends = _read_settings(directory / GENERATION_CONFIG_FILE).get("eos_token_id")
         return cls(
             tokenizers.Tokenizer.from_file(str(path)),
@@ -257,6 +226,32 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is not a JSON object")
     return settings
+
+
+def _template_of(config: dict[str, Any], path: Path) -> str | None:
+    """The chat template in tokenizer_config.json: a text, or the one called "default" of a list."""
+    template = config.get("chat_template")
+    if template is None or isinstance(template, str):
+        return template
+    entries = [entry for entry in template if isinstance(entry, dict)] if isinstance(template, list) else []
+    named = {str(entry.get("name")): entry.get("template") for entry in entries}
+    default = named.get("default")
+    if not isinstance(default, str):
+        raise ValueError(
+            f"{path}: chat_template holds no template named default, but {sorted(named)}; name one of them so, or put "
+            "it into chat_template.jinja"
+        )
+    return default
+
+
+def _check_surrogates(text: str) -> None:
+    try:
+        str.encode(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has half of a surrogate pair, {text[error.start]!r} at {error.start}, which stands for no "
+            "character; remove it"
+        ) from error
 
 
 def _unknown_token(backend: tokenizers.Tokenizer) -> str | None:

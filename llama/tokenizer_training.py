@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: TokenizerKind =
     into its likeliest pieces (Kudo, arXiv:1804.10959, §3.2).
 
     Raises:
-        ValueError: the vocabulary does not hold the bytes, or the kind is unknown.
+        ValueError: the vocabulary does not hold the bytes, the kind is unknown, or a text has half of a surrogate pair.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
@@ -113,6 +113,8 @@ def _train_unigram(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenize
     )
     trained.train_from_iterator(texts, trainer=trainer)
     pieces = json.loads(trained.to_str())["model"]["vocab"][len(SPECIAL_TOKENS) :]
+    # Of no text the trainer knows no probabilities: NaN, null in JSON.
+    pieces = [(piece, -math.log(len(pieces)) if score is None else score) for piece, score in pieces]
     vocab = [(token, 0.0) for token in SPECIAL_TOKENS]
     vocab += _settled(pieces, vocab_size - len(SPECIAL_TOKENS))
     backend = _byte_level(models.Unigram(vocab, None, False))
@@ -120,15 +122,13 @@ def _train_unigram(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenize
     return backend
 
 
-def _settled(pieces: list[tuple[str, float | None]], count: int) -> list[tuple[str, float]]:
+def _settled(pieces: list[tuple[str, float]], count: int) -> list[tuple[str, float]]:
     """The `count` best pieces, every byte among them, likeliest first, freed of what differs from one run to the next.
 
     The trainer sums the log-probabilities in an order that hashing draws anew, which changes their last digits: they
     are rounded. The bytes that it did not need have the lowest one plus 0.0001 for each before it, in an order of that
     kind too: they get the lowest. Which pieces it chooses has not been seen to differ.
     """
-    if None in (score for _, score in pieces):  # NaN, in JSON: there was no text
-        pieces = [(piece, -math.log(len(pieces))) for piece, _ in pieces]
     lowest = min(score for _, score in pieces)
     spare = lowest + 256 * 1e-4
     settled = [(piece, round(lowest if len(piece) == 1 and score <= spare else score, 4)) for piece, score in pieces]

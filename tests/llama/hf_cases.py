@@ -1,11 +1,14 @@
 """Small random models for the tests of Hugging Face directories, in shapes that hide no mistake."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llama import ModelConfig, MoEConfig, Transformer
@@ -49,11 +52,23 @@ def tokens(batch: int, length: int) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
 
 
-def words(size: int = VOCAB, **settings: Any) -> Tokenizer:
+def small_tokenizer(size: int = VOCAB, **settings: Any) -> Tokenizer:
     """A tokenizer of `size` words, the first three of them special tokens; no token begins or pads a text."""
     vocab = {word: i for i, word in enumerate(["<eos>", "<end>", "<bos>", *(f"w{i}" for i in range(size - 3))])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
     return Tokenizer(backend, **{"bos_token": None, "eos_token": "<eos>", "pad_token": None, **settings})
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
 
 
 def load_theirs(directory: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -177,6 +178,29 @@ def test_stop_ids_end_a_row_and_only_that(model):
     ]
 
 
+def test_tensors_and_numpy_numbers_serve_as_numbers(model):
+    expected = generate(model, PROMPT, max_new_tokens=20, temperature=0)
+    end = expected.index(expected[3]) + 1
+    for stop_ids in (torch.tensor([expected[3]]), np.array([expected[3]])):
+        assert generate(model, PROMPT, max_new_tokens=20, temperature=0, stop_ids=stop_ids) == expected[:end]
+    plain = generate(model, PROMPT, max_new_tokens=6, top_k=9, seed=7)
+    for kind in (torch.tensor, np.int64):
+        assert generate(model, PROMPT, max_new_tokens=kind(6), top_k=kind(9), seed=kind(7)) == plain
+    assert generate(model, [PROMPT] * 2, max_new_tokens=6, top_k=9, seed=torch.tensor([8, 7]))[1] == plain
+    for dtype in (torch.uint8, torch.uint16, torch.uint64):
+        assert generate(model, torch.tensor(PROMPT, dtype=dtype), max_new_tokens=6, top_k=9, seed=7) == plain
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_no_numbers_are_an_error(temperature, value):
+    model = random_model(PLAIN)
+    with torch.no_grad():
+        model.norm.weight[0] = value
+    with pytest.raises(ValueError, match="the model's logits after 9 tokens are NaN or infinite; .* than float32"):
+        generate(model, PROMPT, max_new_tokens=6, temperature=temperature)
+
+
 def test_a_stream_gives_the_same_tokens(model):
     expected = generate(model, PROMPT, max_new_tokens=12, seed=5, **SAMPLED)
     assert list(stream(model, PROMPT, max_new_tokens=12, seed=5, **SAMPLED)) == expected
@@ -222,6 +246,22 @@ def test_the_model_is_left_as_it_was():
         ([1, 61], {}, r"prompt has the token id 61; ids lie in \[0, model.vocab_size=61\)"),
         ([-1, 3], {}, "prompt has the token id -1"),
         ([0.5], {}, "float32; give integer"),
+        (["a", "b"], {}, r"prompt=\['a', 'b'\] holds something else than token ids; give integers in \[0, model"),
+        ("ab", {}, "prompt='ab' holds something else"),
+        ([2**70], {}, r"prompt=\[11805\d+\] holds something else"),
+        ([1, [2]], {}, r"prompt=\[1, \[2\]\] holds something else"),
+        ([torch.tensor([1, 2]), torch.tensor([3])], {}, "lengths differ"),
+        (torch.tensor([1, 61], dtype=torch.uint16), {}, "prompt has the token id 61"),
+        (PROMPT, {"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not an integer; give a number of tokens"),
+        (PROMPT, {"top_k": 2.5}, "top_k=2.5 is not an integer; give a number of tokens; 0 turns it off"),
+        (PROMPT, {"temperature": "hot"}, "temperature='hot' is not a number; give one"),
+        (PROMPT, {"seed": "x"}, "a number of seed='x' is not an integer; give an integer, or one for each prompt"),
+        (PROMPT, {"seed": 1.5}, "seed=1.5 is not an integer"),
+        (PROMPT, {"seed": [1.5]}, "a number of seed=1.5 is not an integer"),
+        (PROMPT, {"stop_ids": 5}, r"stop_ids=5 is not a list; give a list of token ids in \[0, model.vocab_size=61\)"),
+        (PROMPT, {"stop_ids": [1.0]}, "a token of stop_ids=1.0 is not an integer; give a list of token ids"),
+        (PROMPT, {"stop_ids": [3, 61]}, r"stop_ids has \[61\], which the model has no token for; give a list"),
+        (PROMPT, {"stop_ids": torch.tensor([-1])}, r"stop_ids has \[-1\]"),
     ],
 )
 def test_what_cannot_be_is_refused_at_the_call(model, prompt, settings, message):

@@ -15,7 +15,7 @@ from llama import ModelConfig
 from llama.config import RopeScaling
 from llama.hf import load_pretrained, save_pretrained
 from tests.distributed import run_ranks
-from tests.llama.hf_cases import VOCAB, build, error, experts, load_theirs, randomize, tokens, words
+from tests.llama.hf_cases import VOCAB, build, error, experts, load_theirs, randomize, small_tokenizer, tokens
 
 transformers = pytest.importorskip("transformers")
 from llama.hf_model import CaravanConfig, CaravanForCausalLM  # noqa: E402 (needs transformers)
@@ -173,7 +173,7 @@ def test_embeddings_are_resized(tmp_path: Path, tied: bool) -> None:
             assert torch.equal(logits[..., :VOCAB], before)
         assert model(torch.full((1, 2), size - 1)).logits.isfinite().all()
         model.save_pretrained(tmp_path / "theirs")
-        save_pretrained(model.model, tmp_path / "ours", words(size))
+        save_pretrained(model.model, tmp_path / "ours", small_tokenizer(size))
         for directory in (tmp_path / "theirs", tmp_path / "ours"):
             assert torch.equal(load_pretrained(directory)(batch), logits)
             assert torch.equal(load_theirs(directory)(batch).logits, logits)
@@ -200,7 +200,7 @@ def test_label_smoothing_is_that_of_transformers(tmp_path: Path) -> None:
 
 
 def test_without_a_padding_token_every_embedding_is_trained(tmp_path: Path) -> None:
-    save_pretrained(build(), tmp_path, words())
+    save_pretrained(build(), tmp_path, small_tokenizer())
     llama = load_theirs(tmp_path)
     assert llama.get_input_embeddings().padding_idx is None
     llama(torch.zeros(1, 3, dtype=torch.long), labels=torch.zeros(1, 3, dtype=torch.long)).loss.backward()

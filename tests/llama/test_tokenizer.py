@@ -89,7 +89,7 @@ def test_an_end_token_among_the_ordinary_ones_is_still_a_control_token() -> None
     vocab = {"[UNK]": 0, "</s>": 1, "hi": 2, "user": 3}
     backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    template = "{{ bos_token }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
+    template = "{{ eos_token }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
     tokenizer = Tokenizer(backend, bos_token=None, eos_token="</s>", pad_token=None, chat_template=template)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi user"}]) == [1, 2, 3, 1]
 
@@ -157,6 +157,18 @@ def test_a_model_that_has_control_tokens_among_its_pieces_makes_none_of_text(for
     if text == "a <s> d</s>" and foreign.eos_token == "</s>":
         assert control & set(foreign.backend.encode(text).ids)
         assert foreign.decode(foreign.encode(text)).replace(" ", "") == "a<s>d</s>"
+
+
+def test_vocab_size_covers_every_id() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "hi": 4, "</s>": 9}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(backend, bos_token=None, eos_token="</s>", pad_token=None)
+    assert tokenizer.vocab_size == tokenizer.eos_id + 1 == 10
+
+
+def test_half_of_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
+        with pytest.raises(ValueError, match=r"half of a surrogate pair, '\\ud800' at 1, .* remove it"):
+            encode("a\ud800b")
 
 
 def test_missing_parts_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:

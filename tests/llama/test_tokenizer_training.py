@@ -143,6 +143,14 @@ def test_the_smallest_vocabulary_is_the_bytes(kind):
         train_tokenizer(TEXTS, SMALLEST_VOCABULARY - 1, kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("texts", [[], [""]])
+def test_no_text_gives_the_bytes(kind, texts):
+    tokenizer = train_tokenizer(texts, 300, kind)
+    assert tokenizer.vocab_size == SMALLEST_VOCABULARY
+    assert len(tokenizer.encode("the 漢")) == 7 and plain(tokenizer, "the 漢") == "the 漢"
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match=r"tokenizer\.kind='word' is not one of bpe, wordpiece, unigram"):
         train_tokenizer(TEXTS, 300, "word")
