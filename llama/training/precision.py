@@ -22,25 +22,28 @@ def fast_cpu_matmul() -> AbstractContextManager[bool]:
     return _SETTING.on()
 
 
-_matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at import, unseen by mypy
-_default = _matmul.fp32_precision
+class _Switch:
+    """The process's setting, and what it was before."""
 
+    def __init__(self) -> None:
+        self._matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at import, unseen by mypy
+        self._before = self._matmul.fp32_precision
 
-def _turn_on() -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    accurate = False
-    _matmul.fp32_precision = "bf16"
-    try:
-        accurate = _product_error() < _MAX_ERROR
-    finally:
-        if not accurate:
-            _turn_off()
-    return accurate
+    def turn_on(self) -> bool:
+        if not torch.backends.mkldnn.is_available():
+            return False
+        accurate = False
+        self._before = self._matmul.fp32_precision
+        self._matmul.fp32_precision = "bf16"
+        try:
+            accurate = _product_error() < _MAX_ERROR
+        finally:
+            if not accurate:
+                self.turn_off()
+        return accurate
 
-
-def _turn_off() -> None:
-    _matmul.fp32_precision = _default
+    def turn_off(self) -> None:
+        self._matmul.fp32_precision = self._before
 
 
 def _product_error() -> float:
@@ -50,4 +53,5 @@ def _product_error() -> float:
     return float((a @ b - exact).norm() / exact.norm())
 
 
-_SETTING = ProcessSetting(_turn_on, _turn_off)
+_SWITCH = _Switch()
+_SETTING = ProcessSetting(_SWITCH.turn_on, _SWITCH.turn_off)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from llama.training import precision
@@ -20,6 +21,25 @@ def test_products_stay_fp32_and_the_setting_comes_back():
         assert product_error() < 1e-5
         assert (setting() != before) == fast
     assert setting() == before
+
+
+def test_an_interrupted_probe_leaves_the_setting_as_it_was(monkeypatch):
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(precision, "_product_error", interrupted)
+            with pytest.raises(KeyboardInterrupt), fast_cpu_matmul():
+                pass
+        assert setting() == "ieee"
+        with fast_cpu_matmul():
+            pass
+        assert setting() == "ieee"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 def test_an_inaccurate_processor_is_left_alone(monkeypatch):
