@@ -44,10 +44,10 @@ def _require_types(path: str, config: object) -> None:
             continue
         match kind.removesuffix(" | None"):
             case "int":
-                _require(type(value) is int, f"{path}.{field.name}={value!r} is not a whole number")
+                _require(type(value) is int, f"{path}.{field.name}={value!r} is not a whole number; give an int")
             case "float":
                 number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-                _require(number, f"{path}.{field.name}={value!r} is not a finite number")
+                _require(number, f"{path}.{field.name}={value!r} is not a finite number; give a float")
             case "bool":
                 _require(isinstance(value, bool), f"{path}.{field.name}={value!r} is neither true nor false")
 
@@ -274,6 +274,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_types("model", self)
+        for name, kind in (("moe", MoEConfig), ("rope_scaling", RopeScaling)):
+            value = getattr(self, name)
+            _require(
+                value is None or isinstance(value, kind),
+                f"model.{name}={value!r} is no {kind.__name__}; make one of it",
+            )
         self._check_choices()
         self._check_ranges()
         self._check_effect()
@@ -282,7 +288,6 @@ class ModelConfig:
             hidden = 8 * self.dim // 3
             object.__setattr__(self, "hidden_dim", -(-hidden // self.multiple_of) * self.multiple_of)
         if self.moe is not None:
-            _require(isinstance(self.moe, MoEConfig), f"model.moe={self.moe!r} is no MoEConfig; make one of it")
             object.__setattr__(self, "moe", self._resolved_moe(self.moe))
 
     def _check_choices(self) -> None:

@@ -60,12 +60,13 @@ def save_pretrained(
 ) -> str:
     """Writes a directory that `transformers.AutoModelForCausalLM` loads.
 
-    One tensor at a time is converted and written; what the directory held of an earlier model and its tokenizer is
-    removed first, and `config.json` comes last: a directory without it is unfinished.
+    One tensor at a time is converted and written; what the directory held of an earlier model is removed first, and
+    `config.json` comes last: a directory without it is unfinished.
 
     Args:
         model: a plain (unsharded) model.
-        tokenizer: written beside the weights when given, chat template included.
+        tokenizer: written beside the weights when given, chat template included, in place of all that the directory
+            held of another. Without one, a tokenizer that is there stays, as with transformers' own `save_pretrained`.
         dtype: floating type of the stored weights; None keeps the model's. Routing biases are always fp32.
         max_shard_size: bytes of one weights file; more make several and an index.
 
@@ -89,11 +90,12 @@ def save_pretrained(
     entries = list(stored_tensors(config, architecture))
     slots = [Slot(entry.stored, entry.shape, torch.float32 if entry.expert_bias else dtype) for entry in entries]
     token_ids = tokenizer.named_ids if tokenizer else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    writer = DirectoryWriter(directory)
+    writer = DirectoryWriter(directory, with_tokenizer=tokenizer is not None)
     writer.write_weights(slots, _outgoing(config, state, entries, architecture), max_shard_size)
     if tokenizer is not None:
         tokenizer.save(directory)
-    writer.write_json(GENERATION_CONFIG_FILE, token_ids)
+    if tokenizer is not None or not (directory / GENERATION_CONFIG_FILE).exists():
+        writer.write_json(GENERATION_CONFIG_FILE, token_ids)
     hf_config = write_caravan_config(config) if architecture is None else write_config(config, architecture)
     name = str(dtype).removeprefix("torch.")
     # transformers 5 reads dtype, 4 torch_dtype.

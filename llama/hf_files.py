@@ -23,12 +23,9 @@ from llama.counts import Shape
 from llama.hf_values import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, UnsupportedModel, weight_files
 from llama.tokenizer import GENERATION_CONFIG_FILE
 
-_REPLACED = (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    INDEX_FILE,
-    "model-*-of-*.safetensors",
-    ".*.partial",
+_MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors", ".*.partial")
+"""What belongs to a model and goes with it, `config.json` first."""
+_TOKENIZER_FILES = (
     GENERATION_CONFIG_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,7 +33,6 @@ _REPLACED = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-"""What belongs to a model and goes with it, `config.json` first."""
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -63,16 +59,16 @@ class Slot:
 
 
 class DirectoryWriter:
-    """Replaces a model and its tokenizer in a directory; `config.json` goes first and comes back last, whole.
+    """Replaces a model in a directory, and its tokenizer if told to; `config.json` goes first and comes back last.
 
     Between the two the directory holds no `config.json`, so nobody takes it for a model. Files appear under their names
     only when complete, and those of an earlier model are gone.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, with_tokenizer: bool) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        for pattern in _REPLACED:
+        for pattern in _MODEL_FILES + (_TOKENIZER_FILES if with_tokenizer else ()):
             for path in directory.glob(pattern):
                 path.unlink()
 

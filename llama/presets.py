@@ -111,7 +111,10 @@ def preset_settings(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         settings = {key: value for key, value in settings.items() if key not in _ROTARY}
     for key, value in changes.items():
         own = settings.get(key)
-        settings[key] = {**own, **value} if isinstance(own, dict) and isinstance(value, Mapping) else value
+        if isinstance(own, dict) and isinstance(value, Mapping):
+            # Another kind of rotary scaling has settings of its own.
+            value = {**own, **value} if value.get("kind", own.get("kind")) == own.get("kind") else dict(value)
+        settings[key] = value
     return settings
 
 

@@ -83,7 +83,9 @@ class Tokenizer:
 
     def _checked_id(self, token_id: int) -> int:
         if type(token_id) is not int or token_id < 0 or self.backend.id_to_token(token_id) is None:
-            raise ValueError(f"eos_token_id={token_id!r} is no id of the tokenizer's vocabulary; remove it")
+            raise ValueError(
+                f"eos_token_id={token_id!r} of {GENERATION_CONFIG_FILE} is no id of the vocabulary; remove it"
+            )
         return token_id
 
     @property
@@ -222,7 +224,10 @@ class Tokenizer:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """A JSON object from a file, empty if there is none."""
-    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    try:
+        settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is not a JSON object")
     return settings

@@ -26,7 +26,7 @@ from llama.config import ModelConfig
 from llama.engine.config import EngineConfig, check_cacheable
 from llama.presets import PRESETS, preset_settings
 from llama.tokenizer_training import SMALLEST_VOCABULARY, TokenizerKind
-from llama.training.config import TrainConfig
+from llama.training.config import TrainConfig, check_trainable
 from llama.training.mesh import check_experts_split, plan_mesh
 from pipelines.sources import STDLIB
 
@@ -193,9 +193,10 @@ class Recipe(_Section):
         if not isinstance(values, dict):
             sections = ", ".join(cls.model_fields)
             raise RecipeError(f"the recipe is {_shown(values)}, not a mapping of its sections ({sections})")
-        for override in overrides:
-            if override.partition("=")[0].strip() == "model.preset":
-                values["model"] = {}  # another shape altogether, not a mixture of two
+        # First the preset, which is another shape altogether and not a mixture of two, then what changes it.
+        for override in sorted(overrides, key=lambda override: not _sets_preset(override)):
+            if _sets_preset(override):
+                values["model"] = {}
             _set(values, override)
         _refuse_booleans(cls, values)
         try:
@@ -247,6 +248,7 @@ class Recipe(_Section):
         train.accumulation_steps(train.workers)
         plan = plan_mesh(train.parallel, train.workers)
         check_experts_split(model, plan.ep)
+        check_trainable(model)
         check_cacheable(model)
         if engine.num_blocks * engine.block_size < model.max_seq_len:
             raise ValueError(
@@ -286,6 +288,8 @@ def _refuse_booleans(annotation: Any, value: Any, path: tuple[str | int, ...] = 
     for key, item in value.items() if isinstance(value, dict) else ():
         if key in fields_of:
             _refuse_booleans(fields_of[key], item, (*path, key))
+    for index, item in enumerate(value) if isinstance(value, list) else ():
+        _refuse_booleans(_element_of(annotation), item, (*path, index))
 
 
 def _plain(annotation: Any) -> Any:
@@ -326,6 +330,10 @@ def _parse_yaml(text: str, what: str) -> Any:
         raise RecipeError(f"{what} is not valid YAML{line}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{what} is not valid YAML: {_first_line(error)}") from error
+
+
+def _sets_preset(override: str) -> bool:
+    return override.partition("=")[0].strip() == "model.preset"
 
 
 def _set(values: dict[str, Any], override: str) -> None:

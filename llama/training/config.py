@@ -5,10 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from llama.config import ModelConfig
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def check_trainable(model: ModelConfig) -> None:
+    """Whether every part of the model gets a gradient.
+
+    Raises:
+        ValueError: one does not; names field, value and remedy.
+    """
+    moe = model.moe
+    _require(
+        moe is None or moe.top_k > 1 or moe.num_experts == 1 or not moe.normalize_top_k,
+        "model.moe.normalize_top_k=True with model.moe.top_k=1 makes every weight 1, and the router learns nothing "
+        "from the loss; set model.moe.normalize_top_k=False",
+    )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from llama.model import Transformer
 from llama.moe import RoutingRecord
 from llama.training.attention import BlockCausalAttend
 from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, training_tensors
-from llama.training.config import TrainConfig
+from llama.training.config import TrainConfig, check_trainable
 from llama.training.memory import reuse_freed_memory
 from llama.training.mesh import build_mesh
 from llama.training.metrics import StepMetrics, TrainSummary
@@ -128,12 +128,7 @@ class Trainer:
                 f"train.seq_len={config.seq_len} is longer than model.max_seq_len={model_config.max_seq_len}; "
                 "shorten the one or raise the other"
             )
-        moe = model_config.moe
-        if moe is not None and moe.num_experts > moe.top_k == 1 and moe.normalize_top_k:
-            raise ValueError(
-                "model.moe.normalize_top_k=True with model.moe.top_k=1 makes every weight 1, and the router learns "
-                "nothing from the loss; set model.moe.normalize_top_k=False"
-            )
+        check_trainable(model_config)
         self.model_config = model_config
         self.config = config
         self.loader = loader

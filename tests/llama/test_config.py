@@ -98,6 +98,8 @@ def test_flops_of_a_window_count_the_keys_that_are_seen() -> None:
         ({"norm_eps": float("inf")}, ["model.norm_eps=inf", "finite"]),
         ({"attention_softcap": float("nan")}, ["model.attention_softcap=nan", "finite"]),
         ({"norm": "layernorm_bessel", "dim": 1, "num_heads": 1, "head_dim": 2}, ["model.dim=1", "layernorm"]),
+        ({"moe": {"num_experts": 4}}, ["model.moe={'num_experts': 4}", "MoEConfig"]),
+        ({"rope_scaling": "yarn"}, ["model.rope_scaling='yarn'", "RopeScaling"]),
         ({"norm": "batchnorm"}, ["model.norm='batchnorm'", "rmsnorm, layernorm"]),
         ({"norm_placement": "middle"}, ["model.norm_placement='middle'", "sandwich"]),
         ({"position": "relative"}, ["model.position='relative'", "rope, alibi"]),

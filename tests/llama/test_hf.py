@@ -71,7 +71,7 @@ def test_shards_keep_to_their_size_and_the_index_lists_every_tensor(tmp_path: Pa
 def test_files_are_what_the_safetensors_library_writes(tmp_path: Path) -> None:
     tensors = {"b": torch.randn(3, 5).bfloat16(), "a": torch.randn(7), "scalar": torch.tensor(2.5)}
     slots = [Slot(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    DirectoryWriter(tmp_path).write_weights(slots, tensors.values(), 10**6)
+    DirectoryWriter(tmp_path, with_tokenizer=False).write_weights(slots, tensors.values(), 10**6)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(tensors)
@@ -91,7 +91,7 @@ def test_no_more_than_one_tensor_is_held_beside_the_model(tmp_path: Path) -> Non
             del tensor
 
     slots = [Slot(f"t{i}", (4, 4), torch.float32) for i in range(9)]
-    DirectoryWriter(tmp_path).write_weights(slots, stream(), 4 * 64)
+    DirectoryWriter(tmp_path, with_tokenizer=False).write_weights(slots, stream(), 4 * 64)
     assert len(alive) == 9 and len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
@@ -102,13 +102,21 @@ def test_an_older_model_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for size in (SHARD, 10**9, SHARD):
         model = build(num_layers=2)
-        save_pretrained(model, tmp_path, max_shard_size=size)
+        save_pretrained(model, tmp_path, small_tokenizer(), max_shard_size=size)
         assert same_weights(load_pretrained(tmp_path), model)
-        save_pretrained(model, tmp_path / "fresh", max_shard_size=size)
+        save_pretrained(model, tmp_path / "fresh", small_tokenizer(), max_shard_size=size)
         assert contents(tmp_path) - {"notes.txt", "fresh"} == contents(tmp_path / "fresh")
-    save_pretrained(model, tmp_path, small_tokenizer())
     save_pretrained(model, tmp_path, small_tokenizer(chat_template=None))
     assert "tokenizer.json" in contents(tmp_path) and "chat_template.jinja" not in contents(tmp_path)
+
+
+def test_a_tokenizer_stays_where_none_is_given(tmp_path: Path) -> None:
+    save_pretrained(build(), tmp_path, small_tokenizer(), max_shard_size=SHARD)
+    before = {name: (tmp_path / name).read_bytes() for name in contents(tmp_path) if not name.startswith("model")}
+    del before["config.json"]
+    save_pretrained(load_pretrained(tmp_path), tmp_path, dtype=torch.bfloat16)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert "model.safetensors.index.json" not in contents(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -39,3 +39,11 @@ def test_counts_agree_with_the_built_model(name: str) -> None:
 def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"preset='llama-9' is not one of tiny, .*qwen3-30b-a3b"):
         preset("llama-9")
+
+
+def test_changes_merge_into_a_presets_own_sections_unless_they_are_of_another_kind() -> None:
+    assert preset("tiny-moe", moe={"num_shared_experts": 2}).num_parameters() > preset("tiny-moe").num_parameters()
+    stretched = preset("llama-3.2-1b", rope_scaling={"factor": 8.0}).rope_scaling
+    assert stretched == preset("llama-3.1-8b").rope_scaling
+    assert preset("llama-3.2-1b", rope_scaling={"kind": "linear", "factor": 2.0}).rope_scaling is not None
+    assert preset("small", dim=1024).head_dim == 64

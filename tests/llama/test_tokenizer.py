@@ -188,3 +188,20 @@ def test_missing_parts_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     config.write_text(json.dumps({"eos_token": "<|eos|>"}))
     with pytest.raises(ChatTemplateError, match="no chat template"):
         Tokenizer.load(tmp_path).apply_chat_template(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{broken", ["generation_config.json is not JSON"]),
+        ("[]", ["generation_config.json is not a JSON object"]),
+        ('{"eos_token_id": -1}', ["eos_token_id=-1 of generation_config.json", "remove it"]),
+        ('{"eos_token_id": [1, 99999]}', ["eos_token_id=99999 of generation_config.json"]),
+    ],
+)
+def test_a_bad_generation_config_is_named(tmp_path: Path, tokenizer: Tokenizer, content: str, words: list[str]) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError) as error:
+        Tokenizer.load(tmp_path)
+    assert all(word in str(error.value) for word in words), error.value

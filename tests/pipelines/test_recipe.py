@@ -69,9 +69,9 @@ def test_a_preset_is_a_start_that_other_keys_change():
 
 
 def test_a_preset_on_the_command_line_replaces_the_recipes_model():
-    overrides = ["model.preset=tiny", "train.parallel.ep=1", "model.dim=384", "model.head_dim=null"]
+    overrides = ["model.num_layers=2", "model.preset=tiny", "train.parallel.ep=1", "model.dim=384"]
     model = Recipe.from_yaml(TEXT, overrides).model
-    assert (model.dim, model.num_heads, model.head_dim, model.moe) == (384, 6, 64, None)
+    assert (model.num_layers, model.dim, model.num_heads, model.head_dim, model.moe) == (2, 384, 6, 64, None)
 
 
 def test_sizes_that_a_preset_leaves_open_follow_the_changes():
@@ -116,6 +116,8 @@ ERRORS = [
     ("model.moe.capacity_factor=yes", "model.moe.capacity_factor=True is no number; give one"),
     ("train.steps=true", "train.steps=True is no number; give one"),
     ("tokenizer.vocab_size=yes", "tokenizer.vocab_size=True is no number; give one"),
+    ("model.moe.dense_layers=[true]", "model.moe.dense_layers[0]=True is no number; give one"),
+    ("model.moe.top_k=1", "model.moe.normalize_top_k=True with model.moe.top_k=1 makes every weight 1"),
     ("model.num_experts=3", "model.num_experts: unknown key; did you mean model.moe.num_experts?"),
     ("model.dropout=0.1", "model.dropout: unknown key; did you mean model.attention_dropout?"),
     ("model.preset=llama-9", "model.preset='llama-9' is not one of tiny, tiny-moe"),
