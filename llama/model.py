@@ -31,7 +31,7 @@ class TransformerBlock(nn.Module):
     """Attention, then a feed-forward, each on a residual stream with norms placed as `config.norm_placement` says.
 
     pre: x + f(norm(x)) (LLaMA). post: norm(x + f(x)) (arXiv:1706.03762, §3.1). sandwich: x + norm(f(norm(x)))
-    (CogView, arXiv:2105.13290, §2.4). deepnorm: norm(α·x + f(x)) (arXiv:2203.00555, §3.1).
+    (CogView, arXiv:2105.13290, §2.4). deepnorm: norm(α·x + f(x)) (arXiv:2203.00555, figure 2).
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
