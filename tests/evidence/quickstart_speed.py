@@ -3,8 +3,8 @@
     python tests/evidence/quickstart_speed.py [COMMIT] [--rounds N]
 
 Clones this repository at COMMIT beside the working tree and trains the recipes' models at their settings on random
-tokens, two ranks under gloo, no Ray. Needs the environment of `make setup` and two quiet cores; three minutes. Exits
-non-zero when a median ratio is below 1.
+tokens, two ranks under gloo, no Ray. Needs the environment of `make setup` and two quiet cores; six minutes. Exits
+non-zero when a median ratio is below 1 by more than the noise.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from statistics import median, quantiles
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BEFORE_THE_MODEL_LIBRARY = "9676944"
+NOISE = 0.05
+"""Two runs of the same code have differed by this much on a shared machine with two cores."""
 RECIPES = ("quickstart", "quickstart-dense")
 
 
@@ -72,7 +74,7 @@ def measure(checkout: Path, recipe: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("commit", nargs="?", default=BEFORE_THE_MODEL_LIBRARY)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6, help="an even number")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -86,15 +88,17 @@ def main() -> None:
         subprocess.run(["git", "clone", "-q", str(REPOSITORY), str(before)], check=True)
         subprocess.run(["git", "-C", str(before), "checkout", "-q", options.commit], check=True)
         for recipe in RECIPES:
-            pairs = [(measure(before, recipe), measure(REPOSITORY, recipe)) for _ in range(options.rounds)]
-            ratios = [now / then for then, now in pairs]
+            checkouts = {"then": before, "now": REPOSITORY}
+            rates: dict[str, list[float]] = {"then": [], "now": []}
+            for turn in range(options.rounds):
+                for name in ("then", "now") if turn % 2 == 0 else ("now", "then"):
+                    rates[name].append(measure(checkouts[name], recipe))
+            ratios = [now / then for then, now in zip(rates["then"], rates["now"], strict=True)]
             low, _, high = quantiles(ratios, n=4, method="inclusive")
-            then, now = (median(rates) for rates in zip(*pairs, strict=True))
-            slower |= median(ratios) < 1
-            print(
-                f"{'ok  ' if median(ratios) >= 1 else 'FAIL'}  {recipe:<18} {then:,.0f} → {now:,.0f} tokens/s, ", end=""
-            )
-            print(f"{median(ratios):.2f}× ({low:.2f}–{high:.2f})", flush=True)
+            holds = median(ratios) >= 1 - NOISE
+            slower |= not holds
+            figure = f"{median(rates['then']):,.0f} → {median(rates['now']):,.0f} tokens/s, {median(ratios):.2f}×"
+            print(f"{'ok  ' if holds else 'FAIL'}  {recipe:<18} {figure} ({low:.2f}–{high:.2f})", flush=True)
     sys.exit(1 if slower else 0)
 
 
