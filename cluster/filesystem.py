@@ -92,6 +92,7 @@ _ERRNO_REMEDIES = {
     errno.EACCES: ("no permission", "change the folder's permissions, or choose another store"),
     errno.EPERM: ("no permission", "change the folder's permissions, or choose another store"),
     errno.EROFS: ("the disk is read-only", "choose another store"),
+    errno.EEXIST: ("the path, or a parent of it, is a file", "choose another store, or move that file away"),
     errno.ENOTDIR: ("a parent of the path is a file", "choose another store, or move that file away"),
     errno.EISDIR: ("the path is a folder", "choose another store, or move that folder away"),
 }
@@ -215,7 +216,7 @@ class ObjectFiles:
     def create(self, key: str, exclusive: bool = False) -> "ObjectSink":
         if exclusive and self.is_file(key):  # pyarrow offers no conditional put: a rival may still come in between
             raise AlreadyExists(f"{key}: there is such an object already")
-        return ObjectSink(self._filesystem, key)
+        return ObjectSink(self._filesystem, key, exclusive)
 
     def stats(self, key: str) -> dict[str, FileStat]:
         selector = pafs.FileSelector(key, recursive=True, allow_not_found=True)
@@ -237,11 +238,14 @@ class ObjectSink:
     pyarrow's output streams have no abort: closing one, even by garbage collection after an exception, publishes what
     was written so far. So nothing is sent before the first block is full, and a failed longer write is deleted again;
     in between a reader could see a truncated object, which is why only a manifest makes an object count.
+
+    An exclusive write is held back whole until commit(), and never deleted: a rival's object may lie there.
     """
 
-    def __init__(self, filesystem: Any, key: str) -> None:
+    def __init__(self, filesystem: Any, key: str, exclusive: bool = False) -> None:
         self._filesystem = filesystem
         self._key = key
+        self._exclusive = exclusive
         self._head = bytearray()
         self._stream: Any = None
 
@@ -250,11 +254,12 @@ class ObjectSink:
             self._stream.write(data)
             return
         self._head += data
-        if len(self._head) > BLOCK_BYTES:
+        if len(self._head) > BLOCK_BYTES and not self._exclusive:
             self._open()
 
     def _open(self) -> None:
-        self._stream = self._filesystem.open_output_stream(self._key)
+        # by default pyarrow would compress what goes into a name such as x.gz, once more if it is gzip already
+        self._stream = self._filesystem.open_output_stream(self._key, compression=None)
         self._stream.write(self._head)
         self._head = bytearray()
 
@@ -269,8 +274,9 @@ class ObjectSink:
         # the store may be what failed; then the truncated object stays, uncommitted
         with suppress(OSError):
             self._stream.close()
-        with suppress(OSError):
-            self._filesystem.delete_file(self._key)
+        if not self._exclusive:
+            with suppress(OSError):
+                self._filesystem.delete_file(self._key)
 
 
 class BlockCachedFile(io.RawIOBase):

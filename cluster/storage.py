@@ -2,6 +2,7 @@
 
     {store}/manifest.json                   written last; names the winning attempt, every file's size and checksum
     {store}/attempts/{attempt}/...          one folder for every try
+    {store}/parts/...                       what unfinished tries have finished so far; see cluster/parts.py
 
 Rival writers (a zombie, a retried stage, two drivers) each write below their own attempt, so they can waste work and
 never mix files. Existence of a file proves nothing; only the manifest does.
@@ -17,7 +18,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from fcntl import LOCK_EX, flock
 from itertools import pairwise
@@ -184,7 +185,7 @@ class Store:
             raise ValueError(f"{self.uri}: {path} is not valid JSON: {error}") from error
 
     def write_json(self, path: str, value: Any, *, exclusive: bool = False) -> FileEntry:
-        """`write_bytes` of `value`. Raises ValueError if it holds a NaN or an infinity, which JSON has not."""
+        """`write_bytes` of `value`. Raises ValueError for a NaN or an infinity, which JSON has not."""
         try:
             text = json.dumps(value, indent=2, allow_nan=False)
         except ValueError as error:
@@ -226,10 +227,14 @@ class Store:
     def download(self, path: str, local_path: str | os.PathLike[str]) -> FileEntry:
         """Copy a file to this machine's disk, whole or not at all; returns what was copied."""
         target = Path(local_path).absolute()
-        with self.open_input(path) as source, Store(target.parent).open_output(target.name) as output:
+        return replace(self.copy(path, Store(target.parent), target.name), path=path)
+
+    def copy(self, path: str, target: "Store", target_path: str) -> FileEntry:
+        """Copy a file to another store, whole or not at all; returns what was copied."""
+        with self.open_input(path) as source, target.open_output(target_path) as output:
             for block in self._blocks(source, path):
                 output.write(block)
-        return FileEntry(path, output.entry.size, output.entry.checksum)
+        return output.entry
 
     # -- folders
 
@@ -315,9 +320,6 @@ class Manifest:
     metadata: dict[str, JSON]
     created: str
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: Any) -> "Manifest":
         """Raises ValueError, TypeError or KeyError for anything but a manifest, paths that leave it included."""
@@ -357,17 +359,17 @@ class Artifact:
     @property
     def files(self) -> Store:
         """The winning attempt's files. Raises NotFound if nothing is committed."""
-        return self._attempt_store(self._require().attempt)
+        return self.attempt_store(self._require().attempt)
 
     def begin(self) -> "Attempt":
         """A new try, in a folder of its own that no other try shares."""
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:12]}"
-        return Attempt(self, name, self._attempt_store(name))
+        return Attempt(self, name, self.attempt_store(name))
 
     def verify(self) -> Manifest:
         """Read every file against the manifest. Raises CorruptArtifact naming the first file that differs."""
         manifest = self._require()
-        files = self._attempt_store(manifest.attempt)
+        files = self.attempt_store(manifest.attempt)
         self._check_sizes(manifest, files.sizes())
         for expected in manifest.files:
             self._check_entry(expected, files.entry(expected.path))
@@ -381,7 +383,7 @@ class Artifact:
         one that was killed in the middle leaves nothing that a later one would take for whole. Raises CorruptArtifact.
         """
         manifest = self._require()
-        files = self._attempt_store(manifest.attempt)
+        files = self.attempt_store(manifest.attempt)
         own = files.local_path()
         if own is not None:
             self._check_sizes(manifest, files.sizes())
@@ -391,22 +393,42 @@ class Artifact:
         target, partial = cache / manifest.attempt, cache / f"{manifest.attempt}.partial"
         with open(cache / f"{manifest.attempt}.lock", "wb") as lock:
             flock(lock, LOCK_EX)  # ends with the process, however that ends
-            if target.is_dir() and _is_whole(manifest, Store(target).sizes()):
+            sizes = Store(target).sizes()
+            if all(sizes.get(file.path) == file.size for file in manifest.files) and target.is_dir():
                 return target
             for stale in (partial, target):
                 shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir()
             for expected in manifest.files:
-                self._check_entry(expected, files.download(expected.path, partial / expected.path))
+                self.copy_file(manifest, expected, partial / expected.path)
             partial.rename(target)
         return target
+
+    def check_sizes(self) -> Manifest:
+        """One listing against the manifest. Raises CorruptArtifact naming a file that is missing or not of its size."""
+        manifest = self._require()
+        self._check_sizes(manifest, self.attempt_store(manifest.attempt).sizes())
+        return manifest
+
+    def copy_file(self, manifest: Manifest, expected: FileEntry, local_path: str | os.PathLike[str]) -> None:
+        """Copy one of the manifest's files to this machine's disk.
+
+        Raises CorruptArtifact if it is missing, or what was copied is not what the manifest says.
+        """
+        try:
+            found = self.attempt_store(manifest.attempt).download(expected.path, local_path)
+        except NotFound as error:
+            raise self._corrupt(expected.path, f"is missing, the manifest says {expected.size} bytes") from error
+        self._check_entry(expected, found)
 
     def delete(self) -> None:
         """Remove the artifact. The manifest goes first, so that a delete cut short leaves nothing that counts."""
         self.store.delete(_MANIFEST)
+        self.store.delete("parts")
         self.store.delete("attempts")
 
-    def _attempt_store(self, name: str) -> Store:
+    def attempt_store(self, name: str) -> Store:
+        """Where the try `name` writes."""
         return self.store.child("attempts", name)
 
     def _require(self) -> Manifest:
@@ -433,10 +455,6 @@ class Artifact:
         return CorruptArtifact(f"{self.store.uri}: {path} {problem}; delete the artifact and run its stage again")
 
 
-def _is_whole(manifest: Manifest, sizes: dict[str, int]) -> bool:
-    return all(sizes.get(file.path) == file.size for file in manifest.files)
-
-
 @dataclass(frozen=True)
 class Attempt:
     """One try at writing an artifact. Nothing that it writes counts before `commit`."""
@@ -453,15 +471,14 @@ class Attempt:
 
         On disk the manifest is linked into place, so exactly one of several tries wins and all are told which. An
         object store (or a disk without hard links) is asked first and written to then: two tries may both find no
-        manifest, both be told that they won, and the later manifest replaces the earlier. A reader still sees one whole
-        try, never a mixture: a manifest is one object, it names files of its own attempt's folder only, all of them are
-        durable before it is written, and the loser's files stay, so whoever read the earlier manifest finds what it
-        names. Both are tries at the same content key, so either is as good.
+        manifest, and the later manifest replaces the earlier. A reader still sees one whole try, never a mixture: a
+        manifest is one object and names durable files of its own attempt's folder only, and the loser's files stay for
+        those who read the earlier one. Both are tries at the same content key, so either is as good.
         """
+        stored = self.store.sizes()  # before the question: a rival that has committed may remove what lies here
         earlier = self.artifact.manifest()
         if earlier is not None:
             return earlier
-        stored = self.store.sizes()
         if entries is None:
             entries = [self.store.entry(path) for path in sorted(stored)]
         files = tuple(sorted(entries, key=lambda entry: entry.path))
@@ -476,7 +493,7 @@ class Attempt:
                 )
         manifest = Manifest(self.name, files, metadata, datetime.now(UTC).isoformat(timespec="seconds"))
         try:
-            self.artifact.store.write_json(_MANIFEST, manifest.to_json(), exclusive=True)
+            self.artifact.store.write_json(_MANIFEST, asdict(manifest), exclusive=True)
         except AlreadyExists:
             return self.artifact._require()
         return self.artifact.manifest() or manifest

@@ -110,14 +110,17 @@ def attend_visible(
 
 
 class CausalAttend:
-    """Every token attends to itself and those before it in its row; nothing is kept.
+    """Every token attends to itself and those before it in its row; no key is kept.
 
     Args:
-        documents: `[B, L]` int64: packed sequences, where a token sees only tokens of its own document.
+        documents: `[B, L]` int64: packed sequences, where a token sees only tokens of its own document. What hides the
+            others is computed once for all layers.
     """
 
     def __init__(self, documents: Tensor | None = None) -> None:
         self._documents = documents
+        self._visible: dict[int | None, Tensor] = {}
+        """With documents: the mask by window."""
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, scoring: Scoring) -> Tensor:
         q_BHLD, k_BGLD, v_BGLD = (x.transpose(1, 2) for x in (q_BLHD, k_BLGD, v_BLGD))
@@ -136,12 +139,18 @@ class CausalAttend:
             return out_BHLD.transpose(1, 2)
         # Distances within a row or a document are those of the indices, whatever position it starts at.
         index_L = torch.arange(length, device=q_BLHD.device)
-        visible = visible_keys(index_L, index_L, scoring.window)
-        if self._documents is not None:
-            same_BLL = self._documents[:, :, None] == self._documents[:, None, :]
-            visible = (visible & same_BLL)[:, None]
+        if self._documents is None:
+            visible = visible_keys(index_L, index_L, scoring.window)
+        else:
+            visible = self._within_documents(self._documents, index_L, scoring.window)
         bias = scoring.bias(index_L, index_L) if scoring.bias is not None else None
         return attend_visible(q_BHLD, k_BGLD, v_BGLD, visible, scoring, bias).transpose(1, 2)
+
+    def _within_documents(self, documents_BL: Tensor, index_L: Tensor, window: int | None) -> Tensor:
+        if window not in self._visible:
+            same_BLL = documents_BL[:, :, None] == documents_BL[:, None, :]
+            self._visible[window] = (visible_keys(index_L, index_L, window) & same_BLL)[:, None]
+        return self._visible[window]
 
 
 def document_positions(documents: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ A rendered conversation mixes the template's text, in which control tokens count
 text. To tell them apart a conversation is rendered twice: once as it is, and once with the characters by which control
 tokens begin and end replaced in all that the messages hold. If what comes out differs in more than that, the template
 looks for such characters in messages; then they are disguised less.
+
+Which text an assistant wrote, for training on nothing else, a template says by `{% generation %}` blocks. One without
+them is asked: what it puts behind the prompt for an answer, once there is one, is the answer.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
@@ -31,6 +35,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+
+Pieces: TypeAlias = list[tuple[str, bool]]
+"""Text in pieces: each a control token (True) or text (False)."""
+Span: TypeAlias = tuple[int, int]
+"""Characters from the first up to, and without, the second."""
+
+_MOST_ASKED = 4096  # messages; asking after each answer costs the square of them
+_MARKS = ("begin_of_generation", "end_of_generation")  # variables of a template: what stands around such a block
 
 
 class ChatTemplateError(ValueError):
@@ -60,10 +73,13 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.filters["tojson"] = _to_json
         self._compiled: Template | Exception
+        self._marks_generation = False
         sought: set[str] = set()
         try:
             self._compiled = environment.from_string(text)
-            constants = {node.value for node in environment.parse(text).find_all(nodes.Const)}
+            parsed = environment.parse(text)
+            self._marks_generation = any(name.name == _MARKS[0] for name in parsed.find_all(nodes.Name))
+            constants = {node.value for node in parsed.find_all(nodes.Const)}
             sought = _harmless({constant for constant in constants if isinstance(constant, str)}, self._tokens)
         except Exception as error:  # Jinja's own, and what Python thinks of the code that Jinja makes
             self._compiled = error
@@ -73,8 +89,8 @@ class ChatTemplate:
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, special_tokens: Mapping[str, str]
-    ) -> list[tuple[str, bool]]:
-        """The conversation in pieces: each a control token (True) or text (False).
+    ) -> Pieces:
+        """The conversation in pieces.
 
         Args:
             messages: `{"role", "content"}` and whatever else the template knows.
@@ -84,57 +100,145 @@ class ChatTemplate:
             ChatTemplateError: the template does not compile, it refuses the messages, or it treats them so that a
                 control token which they spell cannot be told from its own.
         """
+        renderer = self._renderer(special_tokens, datetime.now())
+        pieces, _ = self._tell_apart(messages, renderer, add_generation_prompt)
+        return pieces
+
+    def render_answered(
+        self, messages: Sequence[Mapping[str, Any]], *, special_tokens: Mapping[str, str], now: datetime
+    ) -> tuple[Pieces, list[Span]]:
+        """The conversation in pieces, without a prompt for an answer, and which of its characters an assistant wrote:
+        what it says, and the control token that ends its turn.
+
+        Args:
+            now: for templates that ask for the date.
+
+        Raises:
+            ChatTemplateError: as `render`; or the template has no `{% generation %}` blocks, and does not put the
+                answers behind its prompt for them, or there are too many messages to ask it after each.
+        """
+        renderer = self._renderer(special_tokens, now)
+        if self._marks_generation:
+            return self._tell_apart(messages, renderer, False, marked=True)
+        pieces, _ = self._tell_apart(messages, renderer, False)
+        return pieces, _answers(messages, pieces, renderer)
+
+    def _renderer(self, special_tokens: Mapping[str, str], now: datetime) -> _Renderer:
         if isinstance(template := self._compiled, Exception):
             line = f" in line {template.lineno}" if isinstance(template, TemplateSyntaxError) else ""
             raise ChatTemplateError(
                 f"the chat template has an error{line}: {template}; correct it, in chat_template.jinja or in "
                 "tokenizer_config.json's chat_template"
             ) from template
+        variables = {**special_tokens, "tools": None, "documents": None, "strftime_now": now.strftime}
+        return _Renderer(template, variables)
+
+    def _tell_apart(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        renderer: _Renderer,
+        add_generation_prompt: bool,
+        marked: bool = False,
+    ) -> tuple[Pieces, list[Span]]:
+        """The conversation in pieces and, if its `{% generation %}` blocks are to be marked, what stands in them."""
         _check_messages(messages)
-        variables = {
-            **special_tokens,
-            "add_generation_prompt": add_generation_prompt,
-            "tools": None,
-            "documents": None,
-            "strftime_now": datetime.now().strftime,
-        }
-
-        def rendered(conversation: list[dict[str, Any]]) -> str:
-            try:
-                return template.render(messages=conversation, **variables)
-            except Exception as error:  # a template may fail in any way Jinja's sandbox can
-                raise ChatTemplateError(f"the chat template refuses the messages: {error}") from error
-
         plain = _map_strings(list(messages), str)
-        text = rendered(plain)
+        text = renderer(plain, add_generation_prompt)
         disguise = _Disguise(self._edges, text)
+        marks = disguise.marks if marked else ("", "")
         disguised_texts: list[str] = []
         for hide in (disguise.mask, disguise.fence):
             try:
-                disguised_text = rendered(_map_strings(plain, partial(self._telling.sub, hide)))
+                conversation = _map_strings(plain, partial(self._telling.sub, hide))
+                disguised_text, spans = disguise.without_marks(renderer(conversation, add_generation_prompt, marks))
             except ChatTemplateError:
-                disguised_text = ""
+                disguised_text, spans = "", []
             if disguise.removed(disguised_text) == text:
-                return self._pieces(disguised_text, disguise)
+                return self._pieces(disguised_text, disguise), spans
             disguised_texts.append(disguised_text)
         # The template changes the text by what it finds in the messages. If no control token is added, they made none.
         pieces, masked_pieces = (self._pieces(each, disguise) for each in (text, disguised_texts[0]))
+        marked_text, spans = (
+            disguise.without_marks(renderer(plain, add_generation_prompt, marks)) if marked else (text, [])
+        )
+        if marked_text != text:
+            raise ChatTemplateError(
+                "the chat template changes what its {% generation %} blocks give; take the blocks out, or what changes "
+                "them"
+            )
         if _controls(pieces) == _controls(masked_pieces):
-            return pieces
+            return pieces, spans
         raise ChatTemplateError(
             f"the messages spell a control token of the model, such as {self._tokens[0]!r}, in a place where the chat "
             "template changes the text; take it out"
         )
 
-    def _pieces(self, text: str, disguise: _Disguise) -> list[tuple[str, bool]]:
+    def _pieces(self, text: str, disguise: _Disguise) -> Pieces:
         fenced = f"{disguise.begin}(?:{self._any_token}){disguise.end}"
-        pieces: list[tuple[str, bool]] = []
+        pieces: Pieces = []
         start = 0
         for match in re.finditer(f"{fenced}|(?P<control>{self._any_token})", text):
             if match["control"]:
                 pieces += [(disguise.removed(text[start : match.start()]), False), (match["control"], True)]
                 start = match.end()
         return [*pieces, (disguise.removed(text[start:]), False)]
+
+
+@dataclass(frozen=True)
+class _Renderer:
+    template: Template
+    variables: dict[str, Any]
+
+    def __call__(self, messages: Sequence[Any], add_generation_prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
+        """The template's text; `marks` surround its `{% generation %}` blocks. Raises ChatTemplateError."""
+        variables = {**self.variables, **dict(zip(_MARKS, marks, strict=True))}
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+        except Exception as error:  # a template may fail in any way Jinja's sandbox can
+            raise ChatTemplateError(f"the chat template refuses the messages: {error}") from error
+
+
+def _answers(messages: Sequence[Mapping[str, Any]], pieces: Pieces, renderer: _Renderer) -> list[Span]:
+    """Where the assistant's messages stand in the text of `pieces`: each from the end of the prompt for it on, up to
+    the control token that ends it, or to where the conversation so far ends."""
+    if len(messages) > _MOST_ASKED:
+        raise ChatTemplateError(
+            f"{len(messages)} messages are more than the {_MOST_ASKED} of which a chat template without "
+            "{% generation %} blocks can be asked what the assistant wrote; put such blocks around it in the template, "
+            "or split the conversation"
+        )
+    text = "".join(piece for piece, _ in pieces)
+    plain = _map_strings(list(messages), str)
+    spans: list[Span] = []
+    for index, message in enumerate(plain):
+        if message.get("role") != "assistant":
+            continue
+        prompt, answered = renderer(plain[:index], True), renderer(plain[: index + 1], False)
+        for begin, whole, what in (
+            (prompt, answered, "does not put it behind the prompt for it"),
+            (answered, text, "gives it another text when messages follow"),
+        ):
+            if not whole.startswith(begin):
+                raise ChatTemplateError(
+                    f"messages[{index}]: the chat template {what}, so what the assistant wrote cannot be told; put "
+                    "{% generation %} blocks around it in the template"
+                )
+        spans.append((len(prompt), _end_of_turn(pieces, len(prompt), len(answered))))
+    return spans
+
+
+def _end_of_turn(pieces: Pieces, begin: int, end: int) -> int:
+    """`end`, but before it the white space behind a last control token: nobody is asked to write that."""
+    place = ends = 0
+    blank = False  # whether all behind `ends` is white space
+    for piece, is_control in pieces:
+        inside = piece[max(begin - place, 0) : max(end - place, 0)]
+        place += len(piece)
+        if is_control and inside:
+            ends, blank = min(place, end), True
+        elif inside.strip():
+            blank = False
+    return ends if blank else end
 
 
 class _Disguise:
@@ -146,7 +250,9 @@ class _Disguise:
 
     def __init__(self, edges: Sequence[str], text: str) -> None:
         free = (character for character in map(chr, range(0xF0000, 0x110000)) if character not in text)
-        self.begin, self.end, *masks = islice(free, 2 + len(edges))
+        self.begin, self.end, begin, end, *masks = islice(free, 4 + len(edges))
+        self.marks = begin, end
+        """What stands around a `{% generation %}` block."""
         self._masks = str.maketrans(dict(zip(edges, masks, strict=True)))
         self._removal = str.maketrans({**dict(zip(masks, edges, strict=True)), self.begin: "", self.end: ""})
 
@@ -159,15 +265,35 @@ class _Disguise:
     def removed(self, text: str) -> str:
         return text.translate(self._removal)
 
+    def without_marks(self, text: str) -> tuple[str, list[Span]]:
+        """The text, disguised as it was, and what stood between marks, in characters of the text undisguised."""
+        kept: list[str] = []
+        spans: list[Span] = []
+        place = depth = begin = 0
+        for part in re.split(f"([{''.join(self.marks)}])", text):
+            if part == self.marks[0]:
+                begin = begin if depth else place
+                depth += 1
+            elif part == self.marks[1] and depth:
+                depth -= 1
+                if not depth:
+                    spans.append((begin, place))
+            elif part not in self.marks:
+                kept.append(part)
+                place += len(self.removed(part))
+        return "".join(kept), [*spans, (begin, place)] if depth else spans
+
 
 class _Generation(Extension):
-    """`{% generation %}` ... `{% endgeneration %}` says which text an assistant wrote; here it is the text alone."""
+    """`{% generation %}` ... `{% endgeneration %}` says which text an assistant wrote: it comes between two marks."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (nodes.Output([nodes.Name(mark, "load")], lineno=line) for mark in _MARKS)
+        return nodes.Scope([begin, *body, end], lineno=line)
 
 
 def _harmless(constants: set[str], tokens: Sequence[str]) -> set[str]:

@@ -12,21 +12,25 @@ chat messages alike. Only a template's own text makes control tokens. How a toke
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
-from llama.chat_template import CHAT_TEMPLATE, ChatTemplate, ChatTemplateError
+from llama.chat_template import CHAT_TEMPLATE, ChatTemplate, ChatTemplateError, Span
 
 __all__ = ["CHAT_TEMPLATE", "GENERATION_CONFIG_FILE", "SPECIAL_TOKENS", "ChatTemplateError", "Tokenizer"]
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 """What a tokenizer trained by Caravan begins its vocabulary with."""
+
+_STRETCH_CHARS = 1 << 18  # until it is dropped, an encoding is more than a hundred times its text
 
 
 class Tokenizer:
@@ -109,41 +113,81 @@ class Tokenizer:
         Raises:
             ValueError: the text has half of a surrogate pair, which stands for no character.
         """
-        return self._encode(text, self.backend)
+        ids, _ = self._encode(text, self.backend)
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores that `tokenizers` may use."""
+        return self._encode_batch(list(texts), self.backend)
+
+    def encode_arrays(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_batch` for very much text: all ids one after the other, `[tokens]` of an integer `dtype` that holds
+        them, and how many each text has, int64 `[texts]`.
+
+        Long texts are encoded in `stretches`, so what this costs beside the arrays does not grow with a text. The ids
+        of our own tokenizers are those of `encode`. One from outside may have pieces that reach across such a place:
+        there, once in 2¹⁸ characters, the ids may be others for the same text.
+        """
         texts = list(texts)
-        try:
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError:
-            for text in texts:
-                _check_surrogates(text)
-            raise
+        if max(map(len, texts), default=0) <= _STRETCH_CHARS:
+            return self._encode_arrays(texts, dtype, self.backend)
+        streams, lengths = [], np.zeros(len(texts), np.int64)
+        for index, text in enumerate(texts):
+            for number, stretch in enumerate(stretches(text)):
+                ids, _ = self._encode_arrays([stretch], dtype, self._within_text if number else self.backend)
+                streams.append(ids)
+                lengths[index] += len(ids)
+        return np.concatenate(streams), lengths
+
+    def _encode_arrays(
+        self, texts: list[str], dtype: np.dtype, backend: tokenizers.Tokenizer
+    ) -> tuple[np.ndarray, np.ndarray]:
+        ids, lengths = _joined(_encode_all(texts, backend), dtype)
+        if self._is_control[ids].any():
+            ids, lengths = _joined(self._encode_batch(texts, backend), dtype)
+        return ids, lengths
+
+    def _encode_batch(self, texts: list[str], backend: tokenizers.Tokenizer) -> list[list[int]]:
         return [
-            encoding.ids if self._control_ids.isdisjoint(encoding.ids) else self.encode(text)
-            for text, encoding in zip(texts, encodings, strict=True)
+            ids if self._control_ids.isdisjoint(ids) else self._encode(text, backend)[0]
+            for text, ids in zip(texts, _encode_all(texts, backend), strict=True)
         ]
 
-    def _encode(self, text: str, backend: tokenizers.Tokenizer) -> list[int]:
+    @cached_property
+    def _is_control(self) -> np.ndarray:
+        """By id, bool `[vocab_size]`."""
+        table = np.zeros(self.vocab_size, bool)
+        table[list(self._control_ids)] = True
+        return table
+
+    @cached_property
+    def _within_text(self) -> tokenizers.Tokenizer:
+        """The backend for text that other text precedes."""
+        return _continuing(self.backend, within_text=True)
+
+    def _encode(self, text: str, backend: tokenizers.Tokenizer) -> tuple[list[int], list[Span]]:
+        """Ids of a text and the characters of it that each stands for; some models leave out white space there."""
         try:
             encoding = backend.encode(text, add_special_tokens=False)
         except TypeError:
             _check_surrogates(text)
             raise
         if self._control_ids.isdisjoint(encoding.ids):
-            return encoding.ids
+            return encoding.ids, encoding.offsets
         # A model may have its control tokens among its ordinary pieces and find them in text. Halves of one are text.
-        control = [token_id in self._control_ids for token_id in encoding.ids]
-        spans = [span for span, found in zip(encoding.offsets, control, strict=True) if found]
+        found = list(zip(encoding.ids, encoding.offsets, strict=True))
+        spans = [span for token_id, span in found if token_id in self._control_ids]
         cuts = [(start + end) // 2 for start, end in spans if end - start > 1]
         if not cuts:
-            return [token_id for token_id, found in zip(encoding.ids, control, strict=True) if not found]
-        first, *others = (text[start:end] for start, end in pairwise((0, *cuts, len(text))))
-        ids = self._encode(first, backend)
-        for other in others:
-            ids += self._encode(other, self._continuing)
-        return ids
+            kept = [(token_id, span) for token_id, span in found if token_id not in self._control_ids]
+            return [token_id for token_id, _ in kept], [span for _, span in kept]
+        ids: list[int] = []
+        places: list[Span] = []
+        for start, end in pairwise((0, *cuts, len(text))):
+            part_ids, part_places = self._encode(text[start:end], self._within_text if start else backend)
+            ids += part_ids
+            places += [(start + begin, start + stop) for begin, stop in part_places]
+        return ids, places
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that form no character become U+FFFD."""
@@ -161,17 +205,66 @@ class Tokenizer:
             ChatTemplateError: there is no template, it does not compile, or it refuses the messages.
             ValueError: as `encode`.
         """
+        template, names = self._chat()
+        ids: list[int] = []
+        for piece, is_control in template.render(
+            messages, add_generation_prompt=add_generation_prompt, special_tokens=names
+        ):
+            for part_ids, _, _ in self._encode_piece(piece, is_control, first=not ids):
+                ids += part_ids
+        return ids
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, now: datetime | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of a whole conversation, and which of them an assistant wrote: those to learn from.
+
+        The ids are those of `apply_chat_template` without a generation prompt. The assistant's are what stands in the
+        template's `{% generation %}` blocks; without such blocks, what it puts behind its prompt for an answer, the
+        control token that ends the turn included. A token that belongs to both sides counts as the assistant's.
+
+        Args:
+            now: what a template that asks for the date is told, so that the ids depend on no clock.
+
+        Raises:
+            ChatTemplateError: as `apply_chat_template`; or the template does not let the answers be told.
+            ValueError: as `encode`.
+        """
+        template, names = self._chat()
+        pieces, spans = template.render_answered(messages, special_tokens=names, now=now or datetime.now())
+        answered = bytearray(sum(len(piece) for piece, _ in pieces))
+        for begin, end in spans:
+            answered[begin:end] = b"\1" * (end - begin)
+        ids: list[int] = []
+        learned: list[bool] = []
+        place = 0
+        for piece, is_control in pieces:
+            for part_ids, offsets, at in self._encode_piece(piece, is_control, first=not ids):
+                ids += part_ids
+                previous = 0
+                for begin, end in offsets:
+                    if begin == end:  # the white space before it, or something that the tokenizer puts in
+                        begin = min(previous, begin)
+                    learned.append(answered.find(1, place + at + begin, place + at + max(end, begin + 1)) >= 0)
+                    previous = end
+            place += len(piece)
+        return ids, learned
+
+    def _chat(self) -> tuple[ChatTemplate, dict[str, str]]:
+        """The template, and the special tokens under the names that it knows them by."""
         if self._template is None:
             raise ChatTemplateError("the model has no chat template; use /v1/completions or add chat_template.jinja")
-        names = {name: token for name, token in self._names.items() if token}
-        pieces = self._template.render(messages, add_generation_prompt=add_generation_prompt, special_tokens=names)
-        ids: list[int] = []
-        for piece, is_control in pieces:
-            if is_control:
-                ids.append(self._special[piece])
-            elif piece:
-                ids.extend(self._encode(piece, self._continuing if ids else self.backend))
-        return ids
+        return self._template, {name: token for name, token in self._names.items() if token}
+
+    def _encode_piece(self, piece: str, is_control: bool, first: bool) -> Iterator[tuple[list[int], list[Span], int]]:
+        """`_encode` of a piece of a rendered conversation by its `stretches`, and where in it each begins."""
+        if is_control:
+            yield [self._special[piece]], [(0, len(piece))], 0
+            return
+        backend, at = self.backend if first else self._continuing, 0
+        for stretch in stretches(piece) if piece else ():
+            yield *self._encode(stretch, backend), at
+            backend, at = self._within_text, at + len(stretch)
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -222,6 +315,24 @@ class Tokenizer:
             (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
 
 
+def stretches(text: str) -> Iterator[str]:
+    """The text in parts of at most 2¹⁸ characters, which can be encoded one by one.
+
+    A part ends where a letter or digit is followed by a space or line feed. No match of GPT-2's pattern has such a
+    place inside it or depends on what is behind it, so a tokenizer that cuts text by that pattern finds the same ids
+    in the parts as in the whole; so do those that cut by white space, or as GPT-4's and Llama 3's do. Where there is no
+    such place a part ends anywhere between two characters.
+    """
+    begin = 0
+    while len(text) - begin > _STRETCH_CHARS:
+        end = begin + _STRETCH_CHARS
+        places = (at for at in range(end, begin, -1) if text[at] in " \n" and text[at - 1].isalnum())
+        end = next(places, end)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
     """A JSON object from a file, empty if there is none."""
     try:
@@ -249,6 +360,22 @@ def _template_of(config: dict[str, Any], path: Path) -> str | None:
     return default
 
 
+def _encode_all(texts: list[str], backend: tokenizers.Tokenizer) -> list[list[int]]:
+    """Ids of each text as the model finds them, control tokens that it keeps among its pieces included."""
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    except TypeError:
+        for text in texts:
+            _check_surrogates(text)
+        raise
+
+
+def _joined(lists: Sequence[Sequence[int]], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """All numbers one after the other, and how many each list has."""
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    return np.fromiter(chain.from_iterable(lists), dtype, int(lengths.sum())), lengths
+
+
 def _check_surrogates(text: str) -> None:
     try:
         str.encode(text)
@@ -267,18 +394,36 @@ def _unknown_token(backend: tokenizers.Tokenizer) -> str | None:
     return None if unknown_id is None else backend.id_to_token(unknown_id)
 
 
-def _continuing(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """`backend` for text that does not begin a sequence: without the "▁" that some put in front of the first word."""
-    if backend.pre_tokenizer is None or b'"first"' not in backend.pre_tokenizer.__getstate__():
+def _continuing(backend: tokenizers.Tokenizer, within_text: bool = False) -> tokenizers.Tokenizer:
+    """`backend` for text that does not begin a sequence: without the "▁" that some put in front of the first word.
+
+    With `within_text` also without what some put in front of every text, for one that goes on in the middle."""
+    normalizers = _steps(backend.normalizer, "normalizers")
+    pre_tokenizers = _steps(backend.pre_tokenizer, "pretokenizers")
+    kept = [step for step in normalizers if not (within_text and step["type"] == "Prepend")]
+    changed = [_without_prefix(step, within_text) for step in pre_tokenizers]
+    if (kept, changed) == (normalizers, pre_tokenizers):
         return backend
     state = json.loads(backend.to_str())
-    outer = state["pre_tokenizer"]
-    for part in (outer, *outer.get("pretokenizers", ())):
-        if part.get("prepend_scheme") == "first":
-            part["prepend_scheme"] = "never"
+    state["normalizer"] = {"type": "Sequence", "normalizers": kept}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": changed}
     continuing = tokenizers.Tokenizer.from_str(json.dumps(state))
     continuing.encode_special_tokens = True
     return continuing
+
+
+def _without_prefix(pre_tokenizer: dict[str, Any], within_text: bool) -> dict[str, Any]:
+    if pre_tokenizer.get("prepend_scheme") in ("first", "always" if within_text else "first"):
+        return pre_tokenizer | {"prepend_scheme": "never"}
+    if within_text and "add_prefix_space" in pre_tokenizer:
+        return pre_tokenizer | {"add_prefix_space": False}
+    return pre_tokenizer
+
+
+def _steps(part: Any, inner: str) -> list[dict[str, Any]]:
+    """The settings of a normalizer or pre-tokenizer, or of those that a sequence consists of; none of None."""
+    state = None if part is None else json.loads(part.__getstate__())
+    return [] if state is None else state.get(inner, [state])
 
 
 def _token_name(value: Any) -> str | None:

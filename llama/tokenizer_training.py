@@ -16,12 +16,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from itertools import chain
 from typing import Literal
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from llama.tokenizer import SPECIAL_TOKENS, Tokenizer
+from llama.tokenizer import SPECIAL_TOKENS, Tokenizer, stretches
 
 TokenizerKind = Literal["bpe", "wordpiece", "unigram"]
 
@@ -52,6 +53,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: TokenizerKind =
             f"tokenizer.vocab_size={vocab_size} does not hold the 256 bytes and {len(SPECIAL_TOKENS)} special tokens; "
             f"use at least {SMALLEST_VOCABULARY}"
         )
+    texts = chain.from_iterable(map(stretches, texts))  # which have the same words, in bounded memory
     if kind == "bpe":
         backend = _train_bpe(texts, vocab_size)
     elif kind == "wordpiece":

@@ -6,23 +6,24 @@ are imported by the command that needs them: `--help` must not wait for either.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from pipelines.cli_bench import bench
+from pipelines.screen import INTERRUPTED, TERMINATED, JsonOption, err, fail, out, print_error, print_json, terminate
 
 if TYPE_CHECKING:
     from cluster.session import Session
@@ -38,10 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # it would take the [default: ...] of the help texts for markup
     add_completion=False,
 )
-out, err = Console(), Console(stderr=True)
-
-_INTERRUPTED, _TERMINATED = 130, 143
-"""Exit codes after Ctrl-C (typer's own) and SIGTERM: 128 and the signal's number."""
+app.add_typer(bench, name="bench")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 RunArgument = Annotated[str, typer.Argument(help="Id of a run in the store.")]
@@ -59,7 +57,6 @@ AddressOption = Annotated[
 RunIdOption = Annotated[str | None, typer.Option(help="Name of the new run [default: time and a random part]")]
 UntilOption = Annotated[str | None, typer.Option(help="Run this stage and what it needs, nothing more.")]
 KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the endpoint serving.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")]
 
 
 # --- the local cluster ----------------------------------------------------------------------------------------------
@@ -78,7 +75,7 @@ def up(
 
     record = head.up(num_cpus=num_cpus, num_gpus=num_gpus, port=port, dashboard_port=dashboard_port)
     if as_json:
-        _print_json(asdict(record))
+        print_json(asdict(record))
     else:
         out.print(f"Ray is up at {record.address}, dashboard {record.dashboard_url}", highlight=False)
 
@@ -90,7 +87,7 @@ def down(as_json: JsonOption = False) -> None:
 
     record = head.down()
     if as_json:
-        _print_json(asdict(record))
+        print_json(asdict(record))
     else:
         out.print(f"Ray at {record.address} is down", highlight=False)
 
@@ -115,7 +112,7 @@ def run(
 
     parsed = Recipe.load(recipe, overrides or [])
     opened = _open_store(store)
-    _drive(parsed, lambda: Run.create(opened, parsed.to_yaml(), run_id), until, keep, address, as_json)
+    _drive(parsed, lambda: Run.create(opened, parsed.to_yaml(), run_id), store, until, keep, address, as_json)
 
 
 @app.command()
@@ -140,7 +137,7 @@ def resume(
             found.replace_recipe(recipe.to_yaml())
         return found
 
-    _drive(recipe, open_run, until, keep, address, as_json)
+    _drive(recipe, open_run, store, until, keep, address, as_json)
 
 
 @app.command()
@@ -176,7 +173,7 @@ def submit(
         created.delete()
         raise
     if as_json:
-        _print_json({"run_id": created.id, "job_id": job.id, "store": created.store.uri})
+        print_json({"run_id": created.id, "job_id": job.id, "store": created.store.uri})
     else:
         out.print(f"submitted run {created.id} to {created.store.uri}", highlight=False, markup=False)
     if follow:
@@ -217,11 +214,17 @@ def _follow(run_id: str, address: str | None) -> None:
         sys.stdout.flush()
     job = jobs.status(run_id, address)
     if job.status != "SUCCEEDED":
-        _fail(f"job {job.id} is {job.status}: {job.message}")
+        fail(f"job {job.id} is {job.status}: {job.message}")
 
 
 def _drive(
-    recipe: Recipe, open_run: Callable[[], Run], until: str | None, keep: bool, address: str | None, as_json: bool
+    recipe: Recipe,
+    open_run: Callable[[], Run],
+    store: str | None,
+    until: str | None,
+    keep: bool,
+    address: str | None,
+    as_json: bool,
 ) -> None:
     """Runs the stages of a recipe on a cluster and prints how it went.
 
@@ -239,7 +242,7 @@ def _drive(
     console = err if as_json else out
     console.print("[dim]connecting to Ray, or starting it[/]")
     with session.connect(address) as connected:
-        signal.signal(signal.SIGTERM, _terminate)  # Ray has put a handler there that ends in a crash
+        signal.signal(signal.SIGTERM, terminate)  # Ray has put a handler there that ends in a crash
         dashboard_url = connected.dashboard_url or ""
         if until in (None, "deploy"):
             # Now, and not after minutes of training.
@@ -251,11 +254,13 @@ def _drive(
             with RunDisplay(console, run.directory.uri) as display:
                 results = graph.run(run.store, run, until=until, on_event=display)
         except BaseException:
-            console.print(f"go on with it: caravan resume {run.id}", highlight=False)
+            options = {"--store": run.store.uri if store else None, "--until": until, "--address": address}
+            again = resume_command(run.id, options, keep)
+            console.print(f"go on with it: {again}", highlight=False, markup=False, soft_wrap=True)
             raise
         summary = summarise(run, results, time.monotonic() - started)
         if as_json:
-            _print_json(asdict(summary))
+            print_json(asdict(summary))
         else:
             print_summary(out, summary)
         if keep and connected.owned and summary.url:
@@ -265,13 +270,15 @@ def _drive(
                     time.sleep(3600)
 
 
+def resume_command(run_id: str, options: Mapping[str, str | None], keep: bool) -> str:
+    """What goes on with a run as it was begun, for a shell."""
+    given = [part for option, value in options.items() if value is not None for part in (option, value)]
+    return shlex.join(["caravan", "resume", run_id, *given, *(["--keep"] if keep else [])])
+
+
 def _check_keep(keep: bool, until: str | None) -> None:
     if keep and until not in (None, "deploy"):
-        _fail(f"--keep leaves an endpoint running, but --until={until} starts none; leave one of them out")
-
-
-def _terminate(signum: int, frame: object) -> None:
-    raise SystemExit(_TERMINATED)
+        fail(f"--keep leaves an endpoint running, but --until={until} starts none; leave one of them out")
 
 
 # --- serving --------------------------------------------------------------------------------------------------------
@@ -320,7 +327,7 @@ def deploy(
             port=config.port,
         )
     if as_json:
-        _print_json(asdict(endpoint))
+        print_json(asdict(endpoint))
     else:
         out.print(f"serving {endpoint.served_name} at {endpoint.url}/v1", highlight=False)
 
@@ -359,7 +366,7 @@ def status(address: AddressOption = None, as_json: JsonOption = False) -> None:
 
     found = control.status(dashboard_url=_dashboard_url(address))
     if as_json:
-        _print_json(asdict(found))
+        print_json(asdict(found))
         return
     state = f"{found.endpoint.served_name} at {found.endpoint.url}/v1: {found.state} {found.message}".rstrip()
     out.print(state, markup=False)
@@ -394,7 +401,7 @@ def _join(address: str | None) -> Session:
     from cluster import head, session
 
     if address in (None, "local") and not os.environ.get("RAY_ADDRESS") and head.recorded() is None:
-        _fail("no cluster is up here; start one with caravan up, or name a running one: --address auto")
+        fail("no cluster is up here; start one with caravan up, or name a running one: --address auto")
     return session.connect(address)
 
 
@@ -416,53 +423,10 @@ def _open_store(uri: str | None) -> Store:
     from cluster.storage import Store, has_credentials
 
     if uri is not None and has_credentials(uri):
-        _fail("--store carries credentials; put them in the environment of the cluster's nodes")
+        fail("--store carries credentials; put them in the environment of the cluster's nodes")
     store = Store(uri or caravan_home() / "store")
     store.check_writable()
     return store
-
-
-# --- benchmarks -------------------------------------------------------------------------------------------------------
-
-bench = typer.Typer(help="Ours beside its peers, in one run.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(bench, name="bench")
-
-
-@bench.command("train")
-def bench_train(
-    model: Annotated[str, typer.Option(help="Preset: small, small-moe, ...")] = "small",
-    precision: Annotated[str, typer.Option(help="bf16 or fp32")] = "bf16",
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    rounds: Annotated[int, typer.Option(help="At least 5.")] = 7,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of a contestant in each round.")] = 2,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    as_json: JsonOption = False,
-) -> None:
-    """Times a training step beside Hugging Face transformers', interleaved in one run; needs no cluster."""
-    from llama.bench import train
-
-    signal.signal(signal.SIGTERM, _terminate)
-    report = train.measure(train.TrainBench(model, precision, batch, seq_len, rounds, steps, threads, device))
-    if as_json:
-        _print_json(train.as_json(report))
-    else:
-        out.print(train.as_text(report), markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
-def _fail(message: str) -> NoReturn:
-    _print_error(message)
-    raise typer.Exit(1)
-
-
-def _print_error(message: str) -> None:
-    err.print("[bold red]error:[/]", end=" ")
-    err.print(" ".join(message.split()), highlight=False, markup=False, soft_wrap=True)
 
 
 def _explanation(error: BaseException) -> str | None:
@@ -481,14 +445,14 @@ def main() -> None:
     try:
         app()
     except SystemExit as ended:
-        if ended.code in (_INTERRUPTED, _TERMINATED):
-            err.print("interrupted" if ended.code == _INTERRUPTED else "terminated")
+        if ended.code in (INTERRUPTED, TERMINATED):
+            err.print("interrupted" if ended.code == INTERRUPTED else "terminated")
         raise
     except Exception as error:
         explanation = _explanation(error)
         if explanation is None:
             raise
-        _print_error(explanation)
+        print_error(explanation)
         raise SystemExit(1) from None
 
 

@@ -18,15 +18,19 @@ from cluster.placement import WorkerNeeds, run_on_cluster
 from cluster.storage import JSON, Artifact
 from llama.config import ModelConfig
 from llama.engine import Engine, EngineConfig, SamplingParams
-from llama.losses import IGNORE_INDEX
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
+from llama.training.batch import loss_sum
 from llama.training.checkpoint import load_model_weights
 from pipelines.baselines import measure_baselines
 from pipelines.graph import Stage, StageContext
-from pipelines.loader import ShardSet, held_out_batches
+from pipelines.loader import held_out_batches
 from pipelines.recipe import EvaluateConfig
+from pipelines.shard_set import ShardSet
 from pipelines.vocabulary import load_tokenizer
+
+_CACHE_BYTES = 1 << 30
+"""Shards are read one after the other; the validation split twice, so that it had better fit."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,10 @@ def evaluate_checkpoint(task: EvaluateTask) -> dict[str, Any]:
     model = load_checkpoint(task.model, task.checkpoint).to(task.device)
     tokenizer = load_tokenizer(task.tokenizer)
     with tempfile.TemporaryDirectory() as cache:
-        shards = ShardSet(task.shards, cache)
+        shards = ShardSet(task.shards, cache, _CACHE_BYTES)
         rows = max(1, task.config.max_tokens // shards.seq_len) if task.config.max_tokens else None
-        nats, tokens = score(model, shards, task.config.batch_size, rows)
         baselines = measure_baselines(shards, tokenizer, rows)
+        nats, tokens = score(model, shards, task.config.batch_size, rows)
     return {
         "loss": nats / tokens,
         "perplexity": math.exp(min(nats / tokens, 700.0)),
@@ -108,12 +112,12 @@ def evaluate_checkpoint(task: EvaluateTask) -> dict[str, Any]:
 
 @torch.inference_mode()
 def score(model: Transformer, shards: ShardSet, batch_size: int, max_rows: int | None) -> tuple[float, int]:
-    """Summed −log p in nats of the validation split's targets, and their number."""
+    """Summed −log p in nats of the validation split's targets, and their number; packed documents each by itself."""
     device = model.tok_embeddings.weight.device
     nats, tokens = 0.0, 0
-    for inputs, labels in held_out_batches(shards, batch_size, max_rows=max_rows):
-        nats += model(inputs.to(device), labels=labels.to(device)).item()
-        tokens += int((labels != IGNORE_INDEX).sum())
+    for batch in held_out_batches(shards, batch_size, max_rows=max_rows):
+        nats += loss_sum(model, batch.to(device)).item()
+        tokens += int(batch.num_targets())
     return nats, tokens
 
 

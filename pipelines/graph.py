@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -23,7 +23,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from cluster.storage import JSON, Artifact, Attempt, FileEntry, Manifest, StorageError, Store
+from cluster.parts import clear_parts, discard
+from cluster.storage import JSON, Artifact, Attempt, FileEntry, StorageError, Store
 from pipelines.runs import Run, StageStatus, one_line
 
 _log = logging.getLogger(__name__)
@@ -81,6 +82,12 @@ class StageContext:
         """Name files that make up the output, as `open_output` returned them. Without any, all that lies in the
         attempt counts, and is read once more for its checksum."""
         self.entries.extend(entries)
+
+    def forget(self, paths: Collection[str]) -> None:
+        """Files that were recorded and turn out not to be part of the output; they are deleted."""
+        self.entries[:] = [entry for entry in self.entries if entry.path not in paths]
+        for path in sorted(paths):
+            self.attempt.store.delete(path)
 
     def emit(self, message: str, *, fraction: float | None = None, values: Mapping[str, float] | None = None) -> None:
         """Tell whoever watches how far the stage is."""
@@ -208,15 +215,21 @@ class Graph:
         context = StageContext(stage.name, self.keys[stage.name], inputs, store, run.directory, [], attempt, progress)
         try:
             metadata = stage.run(context)
-        except BaseException:
+        except BaseException as error:
             if attempt is not None:
-                with suppress(StorageError):  # no manifest names it; the first error is the one to report
-                    attempt.artifact.store.delete(f"attempts/{attempt.name}")
+                with suppress(StorageError, ValueError, TypeError, KeyError):  # the first error is the one to report
+                    discard(attempt)
+                with suppress(StorageError):
+                    # on a disk a rival that commits removes what the others wrote, who then miss it
+                    if isinstance(error, StorageError) and (winner := attempt.artifact.manifest()):
+                        clear_parts(attempt)
+                        return winner.metadata
             raise
         if attempt is None:
             return metadata
-        manifest: Manifest = attempt.commit(metadata, context.entries or None)
-        return manifest.metadata
+        winner = attempt.commit(metadata, context.entries or None)
+        clear_parts(attempt)
+        return winner.metadata
 
 
 def _harmless(on_event: Callable[[Event], None]) -> Callable[[Event], None]:

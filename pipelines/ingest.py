@@ -1,139 +1,206 @@
-"""Ingest: the sources' text as documents, each text once, divided into training and validation.
+"""Ingest: the sources' text, cleaned, as documents, divided into training and validation.
 
-    {split}/part-00000.parquet    columns id, text, source, split; parts and rows in the order of the corpus
-    quarantine.json               what could not be read: file, byte offset, reason
+    {split}/00-00000-000.parquet    source number, task number, file number of the task; see documents.py
+    quarantine/{task}.jsonl         what could not be read: path, offset, reason; of what could not be listed: listing
+    left_out.jsonl                  files of the sources that are not read on purpose, with the reason
 
-A document's id is the hash of its text. Equal ids keep only the first document. The split is a function of the id, so
-neither a duplicate nor a rerun with more data can move a text from one split to the other.
+A document's id is the hash of its cleaned text and its split a function of the id, so neither a duplicate nor a rerun
+with more data can move a text from one split to the other. The rules of `data.clean` and `data.min_document_chars` are
+for text: a conversation or a pair of answers is taken as it is, once it is valid.
 
-Parts are read by Ray Data tasks wherever they run. Local files must therefore be the same on every machine; a task
-that finds a file of another size than the driver listed stops the stage (see `read_documents`). Parts, rows and bytes
-depend on corpus and configuration alone, never on the number of workers.
+A task reads a stretch of one source and writes files of at most about `data.part_bytes` of text, however much comes out
+of a compressed file: a worker holds a file for each split and the document at hand. With `data.max_bytes` sources are
+read only as far as their shares go, in bytes of cleaned text (mixture.py).
+
+Tasks run wherever Ray puts them. Local files must therefore be the same on every machine; a task that finds another
+file than the driver listed stops the stage (see `read_piece`). What is written depends on corpus and configuration
+alone, never on the number of workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from tempfile import SpooledTemporaryFile
+from typing import Any, Self
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from cluster.storage import JSON, Artifact, FileEntry, NotFound, Store
+from cluster.storage import JSON, FileEntry, Store
+from pipelines.clean import Cleaner, Dropped, Kept
+from pipelines.data_config import DataConfig
+from pipelines.documents import PARTS, SPLITS, Document, Part, Split, document_id, write_part
+from pipelines.formats import read_piece
 from pipelines.graph import Stage, StageContext
-from pipelines.ray_map import map_on_cluster
-from pipelines.sources import Corpus, DataError, Piece, Quarantined, Source, find_corpus, read_documents
+from pipelines.language import check_language
+from pipelines.mixture import Claim, Take, take_parts
+from pipelines.parts import Written, map_parts
+from pipelines.records import Limits, Record
+from pipelines.sources import Corpus, DataError, LeftOut, Piece, Quarantined, Source, find_corpus, group_pieces
+from pipelines.tally import IN_MANIFEST, Tally, describe, in_order
 
-if TYPE_CHECKING:
-    from pipelines.recipe import DataConfig
-
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, ...] = ("train", "validation")
-
-_SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("source", pa.string()), ("split", pa.string())])
-_QUARANTINED_IN_MANIFEST = 20
+_PART_DOCUMENTS = 1 << 16  # short documents cost more than their text
+_SPOOL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class PartTask:
-    """Part number `index`: what to read, where to write, and the rules."""
+class IngestTask:
+    """Pieces of one source. With `limit`, only the first documents that come to at most so many bytes."""
 
-    index: int
-    sources: tuple[Source, ...]
+    name: str
+    source: Source
     pieces: tuple[Piece, ...]
-    output: Store
-    validation_fraction: float
-    min_document_chars: int
-
-
-@dataclass(frozen=True)
-class PartFile:
-    """A written part; `ids` are its documents' in order, `sizes` the bytes (UTF-8) of their texts."""
-
-    entry: FileEntry
-    split: Split
-    ids: tuple[str, ...]
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PartResult:
-    files: tuple[PartFile, ...]
-    too_short: int
-    quarantined: tuple[Quarantined, ...]
+    limit: int | None = None
 
 
 def ingest_stage(config: DataConfig) -> Stage:
     """The stage `ingest`. Lists the sources now: a missing one is a DataError before anything runs, and a file that
     changed gives the stage another key."""
-    corpus = find_corpus(config.sources, config.max_bytes)
-    return Stage(
-        name="ingest",
-        version=1,
-        config={"data": config, "files": corpus.fingerprint},
-        run=partial(_ingest, config, corpus),
-    )
+    corpus = find_corpus(config.sources)
+    return Stage("ingest", 2, _key(config, corpus), partial(_ingest, config, corpus))
+
+
+def _key(config: DataConfig, corpus: Corpus) -> dict[str, Any]:
+    """All that decides what is written: not how documents are told apart, packed and counted in tokens later."""
+    later = {"dedup", "decontaminate", "packing", "max_tokens", "sources"}
+    unused = {"max_tokens"} if config.max_bytes is not None else {"max_tokens", "weight"}
+    return {
+        "data": config.model_dump(mode="json", exclude=later),
+        "sources": [source.model_dump(mode="json", exclude=unused) for source in config.sources],
+        "files": corpus.fingerprint,
+        "unicode": unicodedata.unidata_version if config.clean.unicode else None,
+        "language_model": check_language(config.clean.language) if config.clean.language else None,
+    }
 
 
 def _ingest(config: DataConfig, corpus: Corpus, context: StageContext) -> dict[str, JSON]:
+    if config.strict and corpus.quarantined:
+        raise _strict(corpus.quarantined[0])
+    by_source = _read_sources(config, corpus, context)
+    total = Tally()
+    for tally, unreadable in zip(by_source, corpus.unreadable, strict=True):
+        for item in unreadable:
+            tally.put_in_quarantine(item)
+        total.add(tally)
+    splits = {split: _totals(total.parts, split) for split in SPLITS}
+    _check_splits(config, total, splits)
+    if total.quarantined:
+        context.emit(f"{total.quarantined} documents could not be read and are left out: see the folder quarantine")
+    for source, tally in zip(corpus.sources, by_source, strict=True):
+        if not tally.documents:
+            limit = "" if config.max_bytes is None else f", or raise data.max_bytes={config.max_bytes}"
+            context.emit(
+                f"data.sources[{source.index}].uri={source.uri!r} yields no document: {tally.quarantined} could not be "
+                f"read and {tally.documents_in} were dropped; check its settings{limit}"
+            )
+    left_out = [item for items in corpus.left_out for item in items]
     output = context.attempt.store
-    tasks = [
-        PartTask(index, corpus.sources, pieces, output, config.validation_fraction, config.min_document_chars)
-        for index, pieces in enumerate(corpus.parts(config.part_bytes))
-    ]
-
-    def on_result(finished: int) -> None:
-        context.emit(f"read {finished} of {len(tasks)} parts", fraction=finished / len(tasks))
-
-    results = map_on_cluster(write_part, tasks, on_result)
-    files, duplicates = _drop_duplicates(results, output)
-    quarantined = [item for result in results for item in result.quarantined]
-    if quarantined:
-        context.emit(f"{len(quarantined)} documents could not be read and are left out: see quarantine.json")
+    context.record(*_write_lines(corpus.quarantined, output, "quarantine/listing.jsonl"))
+    context.record(*_write_lines(left_out, output, "left_out.jsonl"))
     metadata: dict[str, Any] = {
-        "splits": {split: _totals(split, files) for split in SPLITS},
-        "sources": [{"uri": source.uri} | _read_from(index, corpus) for index, source in enumerate(corpus.sources)],
-        "duplicates": duplicates,
-        "too_short": sum(result.too_short for result in results),
-        "quarantined": len(quarantined),
-        "quarantine": [f"{item.path}: {item.reason}" for item in quarantined[:_QUARANTINED_IN_MANIFEST]],
+        "sources": [_source(index, corpus, tally) for index, tally in enumerate(by_source)],
+        PARTS: [asdict(part) for part in total.parts],
+        "dropped": {rule: asdict(drops) for rule, drops in in_order(total.dropped).items()},
+        "changed": in_order(total.changed),
+        "quarantined": total.quarantined,
+        "quarantine": total.quarantine,
+        "left_out": [f"{item.path}: {item.reason}" for item in left_out[:IN_MANIFEST]],
+        "splits": splits,
     }
-    _check_splits(config, metadata)
-    context.record(*(file.entry for file in files))
-    context.record(output.write_json("quarantine.json", [asdict(item) for item in quarantined]))
     return metadata
 
 
-def _read_from(index: int, corpus: Corpus) -> dict[str, int]:
-    pieces = [piece for piece in corpus.pieces if piece.file.source == index]
-    return {"files": len(pieces), "bytes": sum(piece.size for piece in pieces)}
+def _read_sources(config: DataConfig, corpus: Corpus, context: StageContext) -> list[Tally]:
+    """What became of each source, as far as its share of the budget goes."""
+    groups = [group_pieces(pieces, config.part_bytes) for pieces in corpus.pieces]
+    sizes = [[sum(piece.size for piece in group) for group in of] for of in groups]
+    parts = sum(map(len, groups))
+    ran: list[Tally] = []
+    read = 0  # bytes of storage
+
+    def run(takes: Sequence[Take]) -> list[Tally]:
+        nonlocal read
+        size = sum(sizes[take.source][take.index] for take in takes)
+
+        def on_result(finished: int) -> None:
+            if config.max_bytes is None:
+                context.emit(f"read {finished} of {parts} parts", fraction=finished / parts)
+                return
+            # a byte of storage comes to so many of text as before: what it did is known only when a wave has ended
+            found = sum(tally.bytes for tally in ran)
+            yielded = found / read if found else 1.0
+            goal = min(config.max_bytes, yielded * sum(map(sum, sizes)))
+            fraction = min(1.0, (found + yielded * size * finished / len(takes)) / goal)
+            context.emit(f"read {len(ran) + finished} parts, {fraction:.0%} of what is wanted", fraction=fraction)
+
+        tasks = [
+            IngestTask(_name(take), corpus.sources[take.source], groups[take.source][take.index], take.limit)
+            for take in takes
+        ]
+        results = map_parts(context, partial(read_task, config), {task.name: task for task in tasks}, on_result)
+        tallies = [Tally.from_json(results[task.name]) for task in tasks]
+        ran.extend(tallies)
+        read += size
+        return tallies
+
+    claims = [Claim(source.config.weight) for source in corpus.sources]
+    taken = take_parts(config.max_bytes, claims, sizes, run, lambda tally: tally.bytes)
+    by_source = []
+    for found in taken:
+        tally = Tally()
+        for _, each in found:
+            tally.add(each)
+        by_source.append(tally)
+    context.forget({path for tally in ran for path in tally.files}.difference(*(tally.files for tally in by_source)))
+    return by_source
 
 
-def _totals(split: Split, files: list[PartFile]) -> dict[str, Any]:
-    chosen = [file for file in files if file.split == split]
+def _name(take: Take) -> str:
+    """The limit follows from the corpus and the budget, which are in the stage's key."""
+    return f"{take.source:02d}-{take.index:05d}" + ("" if take.limit is None else "-limited")
+
+
+def _source(index: int, corpus: Corpus, tally: Tally) -> dict[str, Any]:
+    source = corpus.sources[index]
     return {
-        "documents": sum(len(file.ids) for file in chosen),
-        "bytes": sum(sum(file.sizes) for file in chosen),
-        "parts": [{"path": file.entry.path, "bytes": sum(file.sizes)} for file in chosen],
+        "uri": source.uri,
+        "format": source.format,
+        "kind": source.kind,
+        "files": len({piece.file.path for piece in corpus.pieces[index]}),
+        "left_out": len(corpus.left_out[index]),
+        "documents_in": tally.documents_in,
+        "bytes_in": tally.bytes_in,
+        "documents": tally.documents,
+        "bytes": tally.bytes,
+        "dropped": {rule: drops.documents for rule, drops in in_order(tally.dropped).items()},
+        "quarantined": tally.quarantined,
     }
 
 
-def _check_splits(config: DataConfig, metadata: dict[str, Any]) -> None:
-    documents = {split: metadata["splits"][split]["documents"] for split in SPLITS}
-    if not any(documents.values()):
+def _totals(parts: Sequence[Part], split: Split) -> dict[str, int]:
+    chosen = [part for part in parts if part.split == split]
+    return {"documents": sum(part.documents for part in chosen), "bytes": sum(part.bytes for part in chosen)}
+
+
+def _check_splits(config: DataConfig, total: Tally, splits: dict[Split, dict[str, int]]) -> None:
+    if not total.documents:
+        rules = ", ".join(f"{rule}: {drops.documents}" for rule, drops in in_order(total.dropped).items())
+        dropped = sum(drops.documents for drops in total.dropped.values())
+        limit = "" if config.max_bytes is None else f", data.max_bytes={config.max_bytes}"
         raise DataError(
-            f"the corpus is empty: {metadata['quarantined']} documents could not be read and {metadata['too_short']} "
-            f"are shorter than data.min_document_chars={config.min_document_chars}; check data.sources"
+            f"the corpus is empty: {total.quarantined} documents could not be read"
+            f"{f' ({total.quarantine[0]})' if total.quarantine else ''} and {dropped} were dropped"
+            f"{f' ({rules})' if rules else ''}; check data.sources and their text_column, data.min_document_chars, "
+            f"data.clean{limit}"
         )
     for split in SPLITS:
-        if not documents[split]:
+        if not splits[split]["documents"]:
             remedy = "lower" if split == "train" else "raise"
             raise DataError(
                 f"the {split} split is empty: data.validation_fraction={config.validation_fraction} of "
-                f"{sum(documents.values())} documents; add text, or {remedy} data.validation_fraction"
+                f"{total.documents} documents; add text, or {remedy} data.validation_fraction"
             )
 
 
@@ -142,92 +209,135 @@ def split_of(document_id: str, validation_fraction: float) -> Split:
     return "validation" if int(document_id[:16], 16) / 2**64 < validation_fraction else "train"
 
 
-def write_part(task: PartTask) -> PartResult:
-    """Read a part's pieces and write its documents, one file for each split that has any. Idempotent."""
-    rows: dict[Split, list[dict[str, str]]] = {split: [] for split in SPLITS}
-    quarantined = []
-    too_short = 0
-    for piece in task.pieces:
-        for found in read_documents(task.sources[piece.file.source], piece):
-            if isinstance(found, Quarantined):
-                quarantined.append(found)
-            elif len(found.text) < task.min_document_chars:
-                too_short += 1
-            else:
-                split = split_of(found.id, task.validation_fraction)
-                source = found.path if piece.whole else f"{found.path}@{found.offset}"
-                rows[split].append({"id": found.id, "text": found.text, "source": source, "split": split})
-    name = f"part-{task.index:05d}.parquet"
-    files = tuple(
-        _write_table(pa.Table.from_pylist(rows[split], _SCHEMA), task.output, f"{split}/{name}", split)
-        for split in SPLITS
-        if rows[split]
+def read_task(config: DataConfig, task: IngestTask, output: Store) -> Written:
+    """Read, clean and write the documents of a task; its result is a Tally. Idempotent.
+
+    Raises DataError for a file that is not the one that was listed, with `data.strict` for the first thing that cannot
+    be read, and StorageError."""
+    with _Lines() as quarantine:
+        reading = _Reading(config, task, output, quarantine)
+        reading.read()
+        entries = (*reading.files.entries, *quarantine.write(output, f"quarantine/{task.name}.jsonl"))
+    reading.tally.parts = reading.files.parts
+    reading.tally.files = [entry.path for entry in entries]
+    return Written(entries, reading.tally.to_json())
+
+
+class _Reading:
+    """A task at work."""
+
+    def __init__(self, config: DataConfig, task: IngestTask, output: Store, quarantine: _Lines) -> None:
+        self._config = config
+        self._task = task
+        self._quarantine = quarantine
+        self._clean = Cleaner(config.clean, config.min_document_chars) if task.source.kind == "text" else Kept
+        self.files = _PartFiles(task, config.part_bytes, output)
+        self.tally = Tally()
+
+    def read(self) -> None:
+        limits = Limits(self._config.max_document_bytes, self._config.max_decompressed_bytes)
+        for piece in self._task.pieces:
+            for found in read_piece(self._task.source, piece, limits):
+                if isinstance(found, Quarantined):
+                    self._put_in_quarantine(found)
+                elif not self._take(found):
+                    return self.files.finish()
+        self.files.finish()
+
+    def _take(self, record: Record) -> bool:
+        """False if the limit is reached: this document and those behind it are as if they were not there."""
+        outcome = self._clean(record.text)
+        size_in = len(record.text.encode())
+        if isinstance(outcome, Dropped):
+            self.tally.drop(size_in, outcome, record.path, record.offset, record.text)
+            return True
+        size = len(outcome.text.encode()) if outcome.changed else size_in
+        if outcome.changed and size > self._config.max_document_bytes:
+            limit = f"data.max_document_bytes={self._config.max_document_bytes}"
+            reason = f"{size} bytes in normal form {self._config.clean.unicode}, more than {limit}"
+            self._put_in_quarantine(Quarantined(record.path, record.offset, reason))
+            return True
+        if self._task.limit is not None and self.tally.bytes + size > self._task.limit:
+            return False
+        self.tally.keep(size_in, size, outcome.changed)
+        document = Document(document_id(outcome.text), outcome.text, record.path, record.offset, record.metadata)
+        self.files.add(document, size, split_of(document.id, self._config.validation_fraction))
+        return True
+
+    def _put_in_quarantine(self, item: Quarantined) -> None:
+        if self._config.strict:
+            raise _strict(item)
+        self.tally.put_in_quarantine(item)
+        self._quarantine.add(item)
+
+
+class _PartFiles:
+    """A task's documents on their way into part files."""
+
+    def __init__(self, task: IngestTask, part_bytes: int, output: Store) -> None:
+        self._task = task
+        self._part_bytes = part_bytes
+        self._output = output
+        self._waiting: dict[Split, list[Document]] = {split: [] for split in SPLITS}
+        self._bytes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+        self.entries: list[FileEntry] = []
+        self.parts: list[Part] = []
+
+    def add(self, document: Document, size: int, split: Split) -> None:
+        """`size` of its text in bytes."""
+        waiting = self._waiting[split]
+        size += len(document.metadata)
+        if waiting and (self._bytes[split] + size > self._part_bytes or len(waiting) >= _PART_DOCUMENTS):
+            self._write(split)
+        self._waiting[split].append(document)
+        self._bytes[split] += size
+
+    def finish(self) -> None:
+        for split in SPLITS:
+            if self._waiting[split]:
+                self._write(split)
+
+    def _write(self, split: Split) -> None:
+        path = f"{split}/{self._task.name}-{len(self.parts):03d}.parquet"
+        source = self._task.source
+        entry, part = write_part(self._output, path, source.index, split, source.kind, self._waiting[split])
+        self.entries.append(entry)
+        self.parts.append(part)
+        self._waiting[split], self._bytes[split] = [], 0
+
+
+class _Lines:
+    """JSON lines, on the local disk if they are many, for a file that is there only if there is a line."""
+
+    def __init__(self) -> None:
+        self._file = SpooledTemporaryFile(_SPOOL_BYTES)  # noqa: SIM115 - closed by __exit__
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def add(self, item: Quarantined | LeftOut) -> None:
+        self._file.write(json.dumps(asdict(item)).encode() + b"\n")
+
+    def write(self, output: Store, path: str) -> tuple[FileEntry, ...]:
+        if not self._file.tell():
+            return ()
+        self._file.seek(0)
+        with output.open_output(path) as target:
+            shutil.copyfileobj(self._file, target)
+        return (target.entry,)
+
+
+def _write_lines(items: Iterable[Quarantined | LeftOut], output: Store, path: str) -> tuple[FileEntry, ...]:
+    with _Lines() as lines:
+        for item in items:
+            lines.add(item)
+        return lines.write(output, path)
+
+
+def _strict(item: Quarantined) -> DataError:
+    return DataError(
+        f"{describe(item)}; mend it, or turn data.strict off: what cannot be read is then put in quarantine"
     )
-    return PartResult(files, too_short, tuple(quarantined))
-
-
-def _write_table(table: pa.Table, output: Store, path: str, split: Split) -> PartFile:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
-    entry = output.write_bytes(path, buffer.getvalue().to_pybytes())
-    sizes = pc.binary_length(table["text"]).to_pylist()
-    return PartFile(entry, split, tuple(table["id"].to_pylist()), tuple(sizes))
-
-
-def _drop_duplicates(results: list[PartResult], output: Store) -> tuple[list[PartFile], int]:
-    """Keep each id's first document. A part that loses rows is written anew under another name: a straggling task
-    that writes the old one again then changes nothing that counts."""
-    seen: set[str] = set()
-    keep: list[list[int]] = []
-    files = [file for result in results for file in result.files]
-    for file in files:
-        rows = []
-        for row, document_id in enumerate(file.ids):
-            if document_id not in seen:
-                seen.add(document_id)
-                rows.append(row)
-        keep.append(rows)
-    losing = [index for index, file in enumerate(files) if len(keep[index]) < len(file.ids)]
-    rewritten = map_on_cluster(
-        partial(_keep_rows, output), [(files[index], keep[index]) for index in losing if keep[index]]
-    )
-    replacements = dict(zip([index for index in losing if keep[index]], rewritten, strict=True))
-    for index in losing:
-        output.delete(files[index].entry.path)
-    kept = [replacements.get(index, file) for index, file in enumerate(files) if keep[index]]
-    return kept, sum(len(file.ids) - len(rows) for file, rows in zip(files, keep, strict=True))
-
-
-def _keep_rows(output: Store, task: tuple[PartFile, list[int]]) -> PartFile:
-    file, rows = task
-    table = _read_table(output, file.entry.path).take(pa.array(rows, pa.int64()))
-    return _write_table(table, output, file.entry.path.replace(".parquet", "-unique.parquet"), file.split)
-
-
-def _read_table(store: Store, path: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(store.read_bytes(path)))
-
-
-@dataclass(frozen=True)
-class Part:
-    """A committed file of documents; `bytes` of their texts as UTF-8."""
-
-    path: str
-    bytes: int
-
-
-def list_parts(documents: Artifact, split: Split) -> list[Part]:
-    """The split's parts of a committed `ingest` artifact, in order. Raises NotFound if nothing is committed."""
-    manifest = documents.manifest()
-    if manifest is None:
-        raise NotFound(f"{documents.store.uri}: nothing is committed here; run the stage ingest")
-    metadata: Any = manifest.metadata
-    return [Part(**part) for part in metadata["splits"][split]["parts"]]
-
-
-def read_parts(documents: Artifact, paths: list[str]) -> Iterator[tuple[str, str]]:
-    """(id, text) of every document in the given parts of a committed `ingest` artifact, in order, part by part."""
-    files = documents.files
-    for path in paths:
-        table = _read_table(files, path)
-        yield from zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True)

@@ -1,107 +1,47 @@
-"""Reading shards: memory-mapped rows, in training order or one after the other.
+"""Micro-batches of training rows, in an order whose whole state is the number of samples consumed.
 
-The training order needs no list and no buffer: sample number p of a run is row `permutation(seed, epoch)(index)` with
-`epoch, index = divmod(p, rows)`. A loader's whole state is therefore the number of samples consumed, whatever the
-number of ranks: at every step rank r takes the r-th contiguous slice of the global batch.
+At every step rank r takes the r-th contiguous slice of the global batch, whatever the number of ranks; which row a
+sample is, pipelines/permutation.py says. So a run goes on exactly where it was, on another number of ranks too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
-import pyarrow as pa
-import torch
 
 from cluster.storage import Artifact
-from llama.losses import IGNORE_INDEX
-from pipelines.ingest import Split
-from pipelines.shards import Shard
+from llama.training.batch import Batch
+from pipelines.documents import Split
+from pipelines.permutation import SampleOrder
+from pipelines.prefetch import Prefetch
+from pipelines.shard_set import ShardSet
 from pipelines.sources import DataError
 
-_ROUNDS = 6
-
-
-class ShardSet:
-    """A committed `shards` artifact, opened for reading. Shards are mapped when first touched.
-
-    Shards of a local store are mapped where they lie; remote ones are copied to `cache_dir` first, each verified by its
-    checksum, once a machine. Raises CorruptArtifact naming a shard that is missing or not of its size, NotFound if
-    nothing is committed, and ValueError for a remote store without `cache_dir`.
-    """
-
-    def __init__(self, artifact: Artifact, cache_dir: str | Path | None = None) -> None:
-        manifest = artifact.manifest()
-        if cache_dir is None and artifact.store.local_path() is None:
-            raise ValueError(f"{artifact.store.uri} is remote; give a cache_dir on this machine's disk")
-        self.folder = artifact.fetch(cache_dir or ".")
-        assert manifest is not None  # fetch has raised otherwise
-        metadata: Any = manifest.metadata
-        self.seq_len: int = metadata["seq_len"]
-        self.vocab_size: int = metadata["vocab_size"]
-        self.tokenizer: str = metadata["tokenizer"]
-        self._splits = {
-            split: _SplitIndex.of([Shard(**shard) for shard in found["shards"]])
-            for split, found in metadata["splits"].items()
-        }
-        self._mapped: dict[str, np.ndarray] = {}
-
-    def shards(self, split: Split) -> tuple[Shard, ...]:
-        return self._splits[split].shards
-
-    def full_rows(self, split: Split) -> int:
-        """Rows without padding."""
-        return int(self._splits[split].first_row[-1])
-
-    def rows(self, shard: Shard) -> np.ndarray:
-        """A shard's rows, the padded one included: `[rows, seq_len + 1]`, uint16 or uint32, mapped from disk."""
-        if shard.path not in self._mapped:
-            with pa.memory_map(str(self.folder / shard.path)) as source:
-                batch = pa.ipc.open_file(source).get_batch(0)
-            flat = batch.column("tokens").values.to_numpy(zero_copy_only=True)
-            self._mapped[shard.path] = flat.reshape(-1, self.seq_len + 1)
-        return self._mapped[shard.path]
-
-    def gather(self, split: Split, indices: np.ndarray) -> np.ndarray:
-        """Full rows by number, over all shards of the split: int64 `[len(indices), seq_len + 1]`."""
-        index = self._splits[split]
-        numbers = np.searchsorted(index.first_row, indices, side="right") - 1
-        out = np.empty((len(indices), self.seq_len + 1), np.int64)
-        for position, (number, row) in enumerate(zip(numbers, indices - index.first_row[numbers], strict=True)):
-            out[position] = self.rows(index.shards[number])[row]
-        return out
-
-
-@dataclass(frozen=True)
-class _SplitIndex:
-    """Full row r of a split lies in the shard i with first_row[i] <= r < first_row[i + 1]."""
-
-    shards: tuple[Shard, ...]
-    first_row: np.ndarray
-
-    @classmethod
-    def of(cls, shards: list[Shard]) -> _SplitIndex:
-        return cls(tuple(shards), np.cumsum([0, *(shard.full_rows for shard in shards)]))
+_LOCATED = 1 << 10  # samples that are located at once: to permute a few costs as much as to permute many
 
 
 class ShardLoader:
-    """Endless micro-batches of one rank: int64 tensors `[micro_batch, seq_len + 1]`, inputs and targets in one.
+    """Endless micro-batches of one rank.
 
-    Epochs follow each other without a gap; each row without padding comes once in each. The state counts samples of
-    whole steps: taken in the middle of a step it is that of the step's beginning.
+    Epochs follow each other without a gap; each row that training draws comes once in each. The state counts samples
+    of whole steps: taken in the middle of a step it is that of the step's beginning. It is that of the batches handed
+    out, however many are prepared.
 
     Args:
         artifact: a committed `shards` artifact.
         split: whose rows to read.
         seq_len: must be the shards'.
         global_batch: samples a step, over all ranks; a multiple of `micro_batch * world_size`.
-        cache_dir: see ShardSet.
+        shuffle_shards: how many shards' rows are mixed with one another; see SampleOrder.
+        cache_dir, cache_bytes: see ShardSet. The shards of the current window and of the next one are copied in the
+            background, so two windows must fit in a bounded cache.
+        prefetch: batches prepared in a background thread; 0 prepares each when it is asked for.
 
     Raises:
-        DataError: the split has no full row.
+        DataError: the split has no row to train on.
         ValueError: sizes that do not fit each other.
     """
 
@@ -116,9 +56,12 @@ class ShardLoader:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        shuffle_shards: int | None = None,
         cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
+        prefetch: int = 2,
     ) -> None:
-        self.shards = ShardSet(artifact, cache_dir)
+        self.shards = ShardSet(artifact, cache_dir, cache_bytes)
         if seq_len != self.shards.seq_len:
             raise ValueError(f"seq_len={seq_len}, but the shards were packed for {self.shards.seq_len}; pack them anew")
         if not 0 <= rank < world_size:
@@ -127,97 +70,119 @@ class ShardLoader:
             raise ValueError(
                 f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} x world_size={world_size}"
             )
-        self.rows = self.shards.full_rows(split)
-        if self.rows == 0:
+        if prefetch < 0:
+            raise ValueError(f"prefetch={prefetch} must not be negative; 0 prepares nothing in advance")
+        samples = [shard.samples for shard in self.shards.shards(split)]
+        self.samples = sum(samples)
+        if self.samples == 0:
             raise DataError(f"the {split} split has no row of {seq_len + 1} tokens; add text or lower seq_len")
+        self._order = SampleOrder(samples, seed, shuffle_shards)
+        if self.shards.remote and cache_bytes is not None:
+            _check_windows_fit(self.shards, split, cache_bytes, shuffle_shards)
         self._split: Split = split
         self._global_batch = global_batch
         self._micro_batch = micro_batch
         self._first = rank * (global_batch // world_size)
         self._micro_batches = global_batch // world_size // micro_batch
-        self._seed = seed
-        self._consumed = 0
-        self._micro = 0
+        self._depth = prefetch
+        self._start = 0
+        self._taken = 0
+        self._source: _Source | None = None
+        self._prefetch: Prefetch[Batch] | None = None
 
     @property
     def epoch(self) -> float:
         """Passes over the split consumed so far, with the fraction."""
-        return self._consumed / self.rows
+        return self._consumed / self.samples
+
+    @property
+    def _consumed(self) -> int:
+        return self._start + self._taken // self._micro_batches * self._global_batch
 
     def __iter__(self) -> ShardLoader:
         return self
 
-    def __next__(self) -> torch.Tensor:
-        begin = self._consumed + self._first + self._micro * self._micro_batch
-        batch = self.shards.gather(self._split, self._row_numbers(np.arange(begin, begin + self._micro_batch)))
-        self._micro += 1
-        if self._micro == self._micro_batches:
-            self._micro = 0
-            self._consumed += self._global_batch
-        return torch.from_numpy(batch)
-
-    def _row_numbers(self, samples: np.ndarray) -> np.ndarray:
-        numbers = np.empty_like(samples)
-        epochs, indices = np.divmod(samples, self.rows)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            numbers[chosen] = permute(indices[chosen], self.rows, self._seed, int(epoch))
-        return numbers
+    def __next__(self) -> Batch:
+        """Raises CorruptArtifact naming a shard that is missing or wrong, StorageError if the store fails."""
+        if self._source is None:
+            self._source = _Source(self, self._start)
+            if self._depth:
+                self._prefetch = Prefetch(self._source, self._taken, self._depth)
+        try:
+            batch = next(self._prefetch) if self._prefetch is not None else self._source(self._taken)
+        except BaseException:
+            self._stop()
+            raise
+        self._taken += 1
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         return {"samples_consumed": self._consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Raises ValueError for anything but a loader's state."""
-        if set(state) != {"samples_consumed"} or state["samples_consumed"] < 0:
+        consumed = state.get("samples_consumed")
+        if set(state) != {"samples_consumed"} or type(consumed) is not int or consumed < 0:
             raise ValueError(f"{state!r} is no loader state; expected {{'samples_consumed': n}}")
-        self._consumed = int(state["samples_consumed"])
-        self._micro = 0
+        self._stop()
+        self._start, self._taken = consumed, 0
+
+    def close(self) -> None:
+        """Ends the threads; a batch that is asked for later starts them again."""
+        self._stop()
+        self.shards.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _stop(self) -> None:
+        if self._prefetch is not None:
+            self._prefetch.close()
+        self._prefetch = self._source = None
 
 
-def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a pseudo-random bijection of 0..size-1, keyed by seed and epoch, sends `indices` (int64).
+class _Source:
+    """Micro-batch n of a rank, counted from a number of samples. Knows nothing of the loader that takes them."""
 
-    A Feistel network over the smallest even number of bits that holds `size` (Luby & Rackoff 1988), with cycle walking
-    (Black & Rogaway 2002, §4): what falls outside is sent through again. At most four times the work on average, no
-    memory.
-    """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    sequence = np.random.SeedSequence([seed, epoch])
-    keys = sequence.generate_state(_ROUNDS, np.uint64)
-    out = indices.astype(np.uint64)
-    todo = np.arange(len(out))
-    while len(todo):
-        left, right = out[todo] >> bits, out[todo] & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
-        out[todo] = (left << bits) | right
-        todo = todo[out[todo] >= size]
-    return out.astype(np.int64)
+    def __init__(self, loader: ShardLoader, start: int) -> None:
+        self._shards, self._split, self._order = loader.shards, loader._split, loader._order
+        self._global_batch, self._micro_batch = loader._global_batch, loader._micro_batch
+        self._first, self._micro_batches = start + loader._first, loader._micro_batches
+        self._most = max(1, _LOCATED // self._micro_batch)
+        self._numbers = range(0)
+        self._located: tuple[np.ndarray, np.ndarray] = (np.empty(0), np.empty(0))
+        self._next_window = -1
+
+    def __call__(self, number: int) -> Batch:
+        if number not in self._numbers:
+            self._numbers = range(number, number + min(2 * len(self._numbers) or 1, self._most))
+            self._located = self._order.locate(self._samples(np.array(self._numbers)))
+        first = int(self._samples(np.array([number]))[0, 0])
+        if first >= self._next_window:
+            ahead, self._next_window = self._order.ahead(first)
+            self._shards.prepare(self._split, ahead)
+        shards, rows = (located[number - self._numbers.start] for located in self._located)
+        return self._shards.gather(self._split, shards, rows).batch()
+
+    def _samples(self, numbers: np.ndarray) -> np.ndarray:
+        """`[n]` micro-batches → `[n, micro_batch]` samples of the run."""
+        steps, micros = np.divmod(numbers, self._micro_batches)
+        begins = self._first + steps * self._global_batch + micros * self._micro_batch
+        return begins[:, None] + np.arange(self._micro_batch)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every bit of the input moves every bit of the output."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def held_out_rows(shards: ShardSet, split: Split = "validation", max_rows: int | None = None) -> Iterator[np.ndarray]:
-    """The split's rows in order, once, the padded ones included and cut to what is text: each 2 to seq_len + 1 tokens.
-
-    Together their tokens after the first of each are the split's targets, each once (see `pipelines.shards`).
-    """
-    left = max_rows
-    for shard in shards.shards(split):
-        rows = shards.rows(shard)[:left]
-        for number, row in enumerate(rows):
-            yield row[: min(shards.seq_len + 1, shard.tokens - number * shards.seq_len)]
-        if left is not None:
-            left -= len(rows)
-            if left == 0:
-                return
+def _check_windows_fit(shards: ShardSet, split: Split, cache_bytes: int, shuffle_shards: int | None) -> None:
+    sizes = sorted((shards.stored_bytes(shard) for shard in shards.shards(split) if shard.samples), reverse=True)
+    needed = sum(sizes if shuffle_shards is None else sizes[: 2 * shuffle_shards])
+    if cache_bytes < needed:
+        windows = "all shards, which" if shuffle_shards is None else "two windows of shards, as"
+        raise ValueError(
+            f"cache_bytes={cache_bytes} does not hold {windows} shuffle_shards={shuffle_shards} needs; "
+            f"set cache_bytes={needed}, or a smaller shuffle_shards"
+        )
 
 
 def held_out_batches(
@@ -228,27 +193,11 @@ def held_out_batches(
     max_rows: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(inputs, labels) of the split's rows in order, once; int64 `[rows, seq_len]`, at most `batch_size` rows.
+) -> Iterator[Batch]:
+    """The split's rows in order, once, at most `batch_size` at a time.
 
-    Padding is 0 in the inputs and IGNORE_INDEX in the labels. Rank r takes every `world_size`-th row from r on, so
-    ranks may differ in their number of batches. Labels that count sum up to the split's targets over all ranks.
+    Rank r takes every `world_size`-th row from r on, so ranks may differ in their number of batches. Labels that count
+    are the split's targets, each once over all ranks.
     """
-    batch: list[np.ndarray] = []
-    for number, row in enumerate(held_out_rows(shards, split, max_rows)):
-        if number % world_size == rank:
-            batch.append(row)
-        if len(batch) == batch_size:
-            yield _pad(batch, shards.seq_len)
-            batch = []
-    if batch:
-        yield _pad(batch, shards.seq_len)
-
-
-def _pad(rows: list[np.ndarray], seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = np.zeros((len(rows), seq_len), np.int64)
-    labels = np.full((len(rows), seq_len), IGNORE_INDEX, np.int64)
-    for index, row in enumerate(rows):
-        inputs[index, : len(row) - 1] = row[:-1]
-        labels[index, : len(row) - 1] = row[1:]
-    return torch.from_numpy(inputs), torch.from_numpy(labels)
+    for rows in shards.in_order(split, batch_size, max_rows=max_rows, rank=rank, world_size=world_size):
+        yield rows.batch()

@@ -76,6 +76,8 @@ class WorkerTask:
     train: TrainConfig
     threads: int
     shards: Artifact
+    shuffle_shards: int | None
+    cache_bytes: int | None
     output: Store
     """The artifact's folder: checkpoints, metrics, incarnations."""
     attempt: Store
@@ -85,6 +87,7 @@ class WorkerTask:
 def pretrain_stage(model: ModelConfig, train: TrainRecipe) -> Stage:
     """The stage `pretrain`, downstream of `shards`."""
     settings = {item.name: getattr(train, item.name) for item in fields(TrainConfig) if item.name not in _LAYOUT}
+    settings["shuffle_shards"] = train.shuffle_shards  # the order of the samples
     return Stage("pretrain", 1, {"model": model, "train": settings}, partial(_pretrain, model, train), ("shards",))
 
 
@@ -97,6 +100,8 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, context: StageContext) -> 
             train=settings,
             threads=max(1, int(train.cpus_per_worker)),
             shards=context.inputs["shards"],
+            shuffle_shards=train.shuffle_shards,
+            cache_bytes=train.cache_bytes,
             output=context.artifact_store,
             attempt=context.attempt.store,
             incarnation=incarnation,
@@ -128,7 +133,7 @@ def _train_with_restarts(
     for failures in range(train.max_failures + 1):
         step_before = latest_step()
         try:
-            emit(f"starting {train.workers} workers")
+            emit(f"starting {train.workers} worker{'s' if train.workers > 1 else ''}")
             _train_once(train, task(f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"))
             return
         except TrainingFailedError as error:
@@ -235,7 +240,9 @@ def train_worker(config: Mapping[str, WorkerTask]) -> None:
             if train.checkpoint_every and step.step % train.checkpoint_every == 0:
                 metrics.flush()  # a run resumed from this step's checkpoint will not repeat these lines
 
-    loader = ShardLoader(
+    device = get_device()
+    assert isinstance(device, torch.device)
+    with ShardLoader(
         task.shards,
         seq_len=train.seq_len,
         global_batch=train.global_batch,
@@ -243,14 +250,14 @@ def train_worker(config: Mapping[str, WorkerTask]) -> None:
         rank=rank,
         world_size=world_size,
         seed=train.seed,
+        shuffle_shards=task.shuffle_shards,
         cache_dir=node_folder("shards"),
-    )
-    device = get_device()
-    assert isinstance(device, torch.device)
-    trainer = Trainer(
-        task.model, train, loader, checkpointer, on_metrics=on_metrics, on_resume=on_resume, device=device
-    )
-    summary: TrainSummary = trainer.fit()
+        cache_bytes=task.cache_bytes,
+    ) as loader:
+        trainer = Trainer(
+            task.model, train, loader, checkpointer, on_metrics=on_metrics, on_resume=on_resume, device=device
+        )
+        summary: TrainSummary = trainer.fit()
     if rank == 0:
         metrics.flush()
         task.attempt.write_json(SUMMARY, asdict(summary))

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from llama.hf_caravan import CARAVAN_NAME
 from pipelines.graph import Event
 from pipelines.report import RunSummary
+from pipelines.runs import INTERRUPTED
 
 PLAIN_INTERVAL_SECONDS = 5.0
 
@@ -22,13 +23,14 @@ class RunDisplay:
     """Shows a graph's events; call it with each. A context manager.
 
     On a terminal the running stage has a bar, and finished stages stay as lines above it. Elsewhere a stage's progress
-    is printed at most every `PLAIN_INTERVAL_SECONDS`, so that a log stays readable.
+    is printed at most every `PLAIN_INTERVAL_SECONDS`, so that a log stays readable, and how far it came at its end.
     """
 
     def __init__(self, console: Console, run_folder: str) -> None:
         self._console = console
         self._run_folder = run_folder
         self._last_number = float("-inf")
+        self._held_back = ""
         self._task: TaskID | None = None
         self._progress: Progress | None = None
         if console.is_terminal:
@@ -60,6 +62,7 @@ class RunDisplay:
         if self._progress and self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
+        self._print_held_back(event.stage)
         if event.kind == "running":
             self._last_number = float("-inf")
             if self._progress:
@@ -70,6 +73,8 @@ class RunDisplay:
             self._print(event.stage, f"[green]done[/] in {event.seconds:.1f} s")
         elif event.kind == "skipped":
             self._print(event.stage, f"[dim]skipped, {escape(event.message)}[/]")
+        elif event.message == INTERRUPTED:
+            self._print(event.stage, f"[red]{INTERRUPTED}[/]")
         else:
             self._print(event.stage, f"[red]failed[/], see {escape(self._run_folder)}/errors/{event.stage}.txt")
 
@@ -79,11 +84,21 @@ class RunDisplay:
             if event.fraction is None:  # news rather than a number: worth keeping
                 self._print(event.stage, escape(event.message))
             return
-        now = time.monotonic()
-        if event.fraction in (None, 1.0) or now - self._last_number >= PLAIN_INTERVAL_SECONDS:
-            if event.fraction is not None:
-                self._last_number = now
+        if event.fraction is None:
+            self._print_held_back(event.stage)
             self._print(event.stage, escape(event.message))
+        elif time.monotonic() - self._last_number >= PLAIN_INTERVAL_SECONDS:
+            self._print_number(event.stage, event.message)
+        else:
+            self._held_back = event.message
+
+    def _print_held_back(self, stage: str) -> None:
+        if self._held_back:
+            self._print_number(stage, self._held_back)
+
+    def _print_number(self, stage: str, message: str) -> None:
+        self._last_number, self._held_back = time.monotonic(), ""
+        self._print(stage, escape(message))
 
     def _print(self, stage: str, message: str) -> None:
         """Prints a line; `message` is rich markup, so what comes from elsewhere must be escaped."""
@@ -98,6 +113,10 @@ def print_summary(console: Console, summary: RunSummary) -> None:
 
 def _rows(summary: RunSummary) -> list[tuple[str, str]]:
     rows = [("run", summary.run_id), ("time", f"{summary.seconds:.0f} s")]
+    if summary.data:
+        rows.append(("data", summary.data))
+    if summary.quarantine:
+        rows.append(("quarantine", summary.quarantine))
     if summary.tokens_per_second is not None:
         resumed = f", resumed from step {summary.resumed_step}" if summary.resumed_step else ""
         rows.append(("training", f"{summary.tokens:,} tokens, {summary.tokens_per_second:,.0f} tokens/s{resumed}"))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from cluster.location import has_credentials
@@ -28,69 +28,72 @@ from llama.presets import PRESETS, preset_settings
 from llama.tokenizer_training import SMALLEST_VOCABULARY, TokenizerKind
 from llama.training.config import TrainConfig, check_trainable
 from llama.training.mesh import check_experts_split, plan_mesh
-from pipelines.sources import STDLIB
+from pipelines.adopted_tokenizer import adopt_tokenizer
+from pipelines.data_config import DataConfig
+from pipelines.section import Positive, Section, lasting_uri
 
 _PORTS = (1, 65535)
-
-Positive = Annotated[int, Field(ge=1)]
+_SECTION = "input should be a section, such as {key: value}"
+_IN_YAML = {
+    "tuple_type": "input should be a list, such as [a, b]",
+    "model_type": _SECTION,
+    "dataclass_type": _SECTION,
+    "int_parsing": "input should be a valid integer, such as 1_000_000",
+}
+"""What pydantic says in Python's words."""
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message is one line."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+SectionT = TypeVar("SectionT", bound=Section)
 
 
-SectionT = TypeVar("SectionT", bound=_Section)
+class TokenizerConfig(Section):
+    """A tokenizer to learn from the training text, or with `path` one from outside."""
 
-
-class SourceConfig(_Section):
-    """A source of text: `stdlib`, or the path or URI of a plain-text file or a folder of them."""
-
-    uri: Annotated[str, Field(min_length=1)]
-    format: Literal["text"] = "text"
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of `data.max_bytes`, relative to the other sources."""
-
-    @field_validator("uri")
-    @classmethod
-    def _means_the_same_everywhere(cls, uri: str) -> str:
-        """A recipe is stored with its run and may be read in another folder, by other people."""
-        if has_credentials(uri):
-            raise ValueError("carries credentials; put them in the environment, a recipe is stored with its run")
-        return uri if uri == STDLIB or "://" in uri else os.path.abspath(os.path.expanduser(uri))
-
-
-class DataConfig(_Section):
-    sources: tuple[SourceConfig, ...]
-    max_bytes: Positive | None = None
-    """Bytes of text to take at most, over all sources; None takes everything."""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Fraction of the documents, chosen by their hash, that is held out."""
-    min_document_chars: Positive = 32
-    """Shorter documents are dropped, and counted."""
-    part_bytes: Annotated[int, Field(ge=1 << 16)] = 16 << 20
-    """Bytes of text in one file of documents or one shard: the unit of parallel work and of a worker's memory."""
-
-    @model_validator(mode="after")
-    def _sources_fit(self) -> Self:
-        if not self.sources:
-            raise ValueError("data.sources is empty; name at least one source, such as {uri: stdlib}")
-        weights = [source.weight for source in self.sources]
-        if self.max_bytes is None and len(set(weights)) > 1:
-            raise ValueError(f"data.sources: the weights {weights} divide data.max_bytes, which is absent; set it")
-        return self
-
-
-class TokenizerConfig(_Section):
     vocab_size: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] = 4096
-    """Tokens, of which 256 are the bytes and a few special; the model's vocabulary follows it."""
-    kind: TokenizerKind = "bpe"
-    """How the tokens are found and used; all three are byte-level (llama/tokenizer_training.py)."""
-    sample_bytes: Positive = 100_000_000
-    """Bytes of training text to learn from; of a larger corpus that much is sampled."""
+    """Tokens, of which 256 are the bytes and a few special; the model's vocabulary follows it. With `path` that
+    tokenizer's own number if it is left out, and at least that."""
+    kind: TokenizerKind | None = None
+    """How the tokens are found and used (bpe if left out); all three are byte-level (llama/tokenizer_training.py)."""
+    sample_bytes: Positive | None = None
+    """Bytes of training text to learn from (100 million if left out); of a larger corpus that much is sampled."""
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """A tokenizer.json or a folder as transformers saves it, local or a store's URI."""
+    eos_token: Annotated[str, Field(min_length=1)] | None = None
+    """The end-of-text token at `path`, if no tokenizer_config.json there names it."""
+
+    @field_validator("path")
+    @classmethod
+    def _means_the_same_everywhere(cls, path: str | None) -> str | None:
+        return None if path is None else lasting_uri(path)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        return cls.filled_in(values) if isinstance(values, dict) else values
+
+    @classmethod
+    def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With what follows from the keys that are given, so that a stored recipe says it. Raises ValueError."""
+        path = values.get("path")
+        if path is None:
+            if values.get("eos_token") is not None:
+                raise ValueError("tokenizer.eos_token is for a tokenizer of tokenizer.path; leave it out")
+            learned = {"kind": "bpe", "sample_bytes": 100_000_000}
+            return {**values, **{key: value for key, value in learned.items() if values.get(key) is None}}
+        for key in ("kind", "sample_bytes"):
+            if values.get(key) is not None:
+                raise ValueError(
+                    f"tokenizer.{key}={_shown(values[key])} is for a tokenizer to be learned, and tokenizer.path names "
+                    "one that is there; leave one of them out"
+                )
+        if isinstance(path, str) and path and not has_credentials(path) and values.get("vocab_size") is None:
+            found = adopt_tokenizer(lasting_uri(path), values.get("eos_token")).tokenizer.vocab_size
+            return {**values, "vocab_size": max(found, SMALLEST_VOCABULARY)}
+        return values
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,12 @@ class TrainRecipe(TrainConfig):
     """Seconds to wait for an autoscaler to bring the nodes that the workers need; 0 refuses at once."""
     max_failures: int = 2
     """How often the training may be restarted from its last checkpoint after losing a worker."""
+    shuffle_shards: int | None = None
+    """Shards whose rows are mixed with one another; each epoch takes the shards in an order of its own. None mixes the
+    rows of all shards, and so needs them all at hand."""
+    cache_bytes: int | None = None
+    """Disk that each node may give to copies of remote shards; twice `train.shuffle_shards` shards must fit. None
+    copies all of them. A local store needs no copies."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,14 +125,18 @@ class TrainRecipe(TrainConfig):
             raise ValueError(f"train.wait_for_nodes={self.wait_for_nodes} must not be negative; 0 refuses at once")
         if self.max_failures < 0:
             raise ValueError(f"train.max_failures={self.max_failures} must not be negative; 0 means no second try")
+        for name, otherwise in (("shuffle_shards", "mix all shards"), ("cache_bytes", "copy all shards")):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train.{name}={value} must be at least 1; leave it out to {otherwise}")
         _check_resources("train", "worker", self.cpus_per_worker, self.gpus_per_worker, self.accelerator_type)
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     batch_size: Positive = 16
     """Rows in one forward pass."""
     max_tokens: Positive | None = None
-    """Held-out tokens to score at most, but one row; None scores the whole validation split."""
+    """Held-out tokens to score at most, but one row, from all of the validation split; None scores it whole."""
     prompts: tuple[str, ...] = ()
     """Texts for the model to continue."""
     sample_tokens: Positive = 48
@@ -132,11 +145,11 @@ class EvaluateConfig(_Section):
     """0 takes the likeliest token."""
 
 
-class ExportConfig(_Section):
+class ExportConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class RequestsConfig(_Section):
+class RequestsConfig(Section):
     """The conversations that the deploy stage holds with its own endpoint."""
 
     conversations: Annotated[int, Field(ge=0)] = 4
@@ -145,7 +158,7 @@ class RequestsConfig(_Section):
     """Tokens of each answer."""
 
 
-class ServeConfig(_Section):
+class ServeConfig(Section):
     replicas: Positive = 1
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
@@ -160,7 +173,7 @@ class ServeConfig(_Section):
         return self
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A run. `Recipe.load` reads one from YAML; all sections but `evaluate`, `export` and `serve` must be there."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -226,11 +239,10 @@ class Recipe(_Section):
     @classmethod
     def _vocabulary_follows_tokenizer(cls, values: Any) -> Any:
         match values:
-            case {"tokenizer": {"vocab_size": vocab_size}, "model": dict(model)} if "vocab_size" not in model:
-                return {**values, "model": {**model, "vocab_size": vocab_size}}
-            case {"tokenizer": dict(), "model": dict(model)} if "vocab_size" not in model:
-                default = TokenizerConfig.model_fields["vocab_size"].default
-                return {**values, "model": {**model, "vocab_size": default}}
+            case {"tokenizer": dict(given), "model": dict(model)} if "vocab_size" not in model:
+                tokenizer = TokenizerConfig.filled_in(given)
+                vocab_size = tokenizer.get("vocab_size", TokenizerConfig.model_fields["vocab_size"].default)
+                return {**values, "tokenizer": tokenizer, "model": {**model, "vocab_size": vocab_size}}
         return values
 
     @model_validator(mode="after")
@@ -373,8 +385,8 @@ def _explain(errors: list[ErrorDetails]) -> str:
 def _explain_one(error: ErrorDetails) -> str:
     path = error["loc"]
     dotted = _dotted(path)
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:] if message.startswith("Input should") else message
+    message = _IN_YAML.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:] if re.match(r"(Input|String) should", message) else message
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _similar(path)
         return f"{dotted}: unknown key; " + (f"did you mean {known}?" if known else "remove it")

@@ -2,20 +2,21 @@
 
 {run}/plots/loss.png            training loss over tokens, with the held-out loss and the unigram's beside it
 {run}/plots/expert_load.png     every expert's share of the tokens over the run, a strip per layer
+{run}/plots/data.png            what became of the documents (pipelines/data_report.py)
+{run}/data_report.json          the same in figures, with examples
 {run}/summary.json
 """
 
 from __future__ import annotations
 
-import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.head import caravan_home
 from cluster.storage import Artifact, Store
+from pipelines.data_report import JSON_FILE, PICTURE_FILE, in_one_line
+from pipelines.figures import new_figure, own_style, png
 from pipelines.graph import StageResult
 from pipelines.metrics import MetricsReader
 from pipelines.pretrain import METRICS
@@ -23,6 +24,10 @@ from pipelines.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_PLOTS = "plots"
+_QUARANTINE = "quarantine"  # of ingest's files
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,10 @@ class RunSummary:
     seconds: float
     stages: dict[str, str]
     """State of each stage, with its seconds."""
+    data: str | None = None
+    """What became of the documents, in a line."""
+    quarantine: str | None = None
+    """Where the records that could not be read are listed, if there are any."""
     parameters: int | None = None
     tokens: int | None = None
     tokens_per_second: float | None = None
@@ -58,6 +67,7 @@ class RunSummary:
 def summarise(run: Run, results: Mapping[str, StageResult], seconds: float) -> RunSummary:
     """Draws the pictures, collects the figures, writes both into the run's folder."""
     metadata: dict[str, Any] = {name: result.metadata for name, result in results.items()}
+    data, quarantine, data_plots = _copy_data_report(run.directory, results)
     train, evaluation, deploy = (metadata.get(name, {}) for name in ("pretrain", "evaluate", "deploy"))
     summary = RunSummary(
         run_id=run.id,
@@ -66,6 +76,8 @@ def summarise(run: Run, results: Mapping[str, StageResult], seconds: float) -> R
             name: "skipped" if result.state == "skipped" else f"{result.seconds:.1f} s"
             for name, result in results.items()
         },
+        data=data,
+        quarantine=quarantine,
         **{key: train.get(key) for key in ("parameters", "tokens", "tokens_per_second", "resumed_step")},
         **{
             key: evaluation.get(key)
@@ -74,7 +86,7 @@ def summarise(run: Run, results: Mapping[str, StageResult], seconds: float) -> R
         samples=tuple(evaluation.get("samples", ())),
         **{key: deploy.get(key) for key in ("requests", "predicted_cached_tokens", "cached_tokens")},
         url=deploy.get("url") if deploy.get("kept") else None,
-        plots=tuple(_draw(run.directory.child("plots"), results, evaluation)),
+        plots=(*data_plots, *_draw(run.directory, results, evaluation)),
         model=_exported(results),
         architecture=metadata.get("export", {}).get("architecture"),
     )
@@ -90,7 +102,21 @@ def _exported(results: Mapping[str, StageResult]) -> str | None:
     return str(files.local_path() or files.uri)
 
 
-def _draw(folder: Store, results: Mapping[str, StageResult], evaluation: Mapping[str, Any]) -> list[str]:
+def _copy_data_report(run: Store, results: Mapping[str, StageResult]) -> tuple[str | None, str | None, list[str]]:
+    """The report on the data in a line, where what could not be read is listed, and where the picture now lies; also if
+    the stages were skipped."""
+    ingest, shards = (results[name].artifact if name in results else None for name in ("ingest", "shards"))
+    if ingest is None or shards is None:
+        return None, None, []
+    picture = f"{_PLOTS}/data.png"
+    run.write_bytes(JSON_FILE, shards.files.read_bytes(JSON_FILE))
+    run.write_bytes(picture, shards.files.read_bytes(PICTURE_FILE))
+    report = run.read_json(JSON_FILE)
+    quarantine = _shown(ingest.files, _QUARANTINE) if report["quarantined"]["records"] else None
+    return in_one_line(report), quarantine, [_shown(run, picture)]
+
+
+def _draw(run: Store, results: Mapping[str, StageResult], evaluation: Mapping[str, Any]) -> list[str]:
     artifact: Artifact | None = results["pretrain"].artifact if "pretrain" in results else None
     if artifact is None:
         return []
@@ -99,17 +125,22 @@ def _draw(folder: Store, results: Mapping[str, StageResult], evaluation: Mapping
     curve = reader.steps()
     if not curve:
         return []
-    figures = {"loss.png": draw_loss(curve, evaluation)}
-    if curve[0]["expert_load"]:
-        figures["expert_load.png"] = draw_expert_load(curve)
-    for name, figure in figures.items():
-        folder.write_bytes(name, _png(figure))
-    return [str(folder.local_path(name) or f"{folder.uri}/{name}") for name in figures]
+    with own_style():
+        pictures = {f"{_PLOTS}/loss.png": png(draw_loss(curve, evaluation))}
+        if curve[0]["expert_load"]:
+            pictures[f"{_PLOTS}/expert_load.png"] = png(draw_expert_load(curve))
+    for path, picture in pictures.items():
+        run.write_bytes(path, picture)
+    return [_shown(run, path) for path in pictures]
+
+
+def _shown(store: Store, path: str) -> str:
+    return str(store.local_path(path) or store.child(path).uri)
 
 
 def draw_loss(curve: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> Figure:
     """Training loss in nats per token, with horizontal lines for what was measured on held-out text."""
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     losses = [math.nan if step["loss"] is None else step["loss"] for step in curve]  # a gap where it was not finite
     axes.plot([step["tokens"] for step in curve], losses, label="training")
@@ -128,7 +159,7 @@ def draw_expert_load(curve: Sequence[Mapping[str, Any]]) -> Figure:
     """A strip per MoE layer: experts down, training across, colour is the share of (token, choice) pairs."""
     layers = list(curve[0]["expert_load"])
     experts = len(curve[0]["expert_load"][layers[0]])
-    figure = _figure(8, 1.2 + 0.28 * len(layers) * max(experts, 3))
+    figure = new_figure(8, 1.2 + 0.28 * len(layers) * max(experts, 3))
     grid = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
     edges = [0, *(step["step"] for step in curve)]
     mesh = None
@@ -149,17 +180,3 @@ def draw_expert_load(curve: Sequence[Mapping[str, Any]]) -> Figure:
     assert mesh is not None
     figure.colorbar(mesh, ax=list(grid))
     return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    # Matplotlib keeps a font cache in the home folder unless told otherwise; a run writes nothing there.
-    os.environ.setdefault("MPLCONFIGDIR", str(caravan_home() / "matplotlib"))
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()

@@ -28,6 +28,8 @@ from cluster.storage import NotFound, StorageError, Store
 
 HEARTBEAT_SECONDS = 5.0
 LOST_AFTER_SECONDS = 60.0
+INTERRUPTED = "interrupted"
+"""The error of a stage that a signal ended."""
 
 State = Literal["pending", "running", "done", "skipped", "failed"]
 
@@ -214,7 +216,7 @@ def list_runs(store: Store) -> list[str]:
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line: of an error that carries a remote traceback, its last line."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
-        return "interrupted"
+        return INTERRUPTED
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

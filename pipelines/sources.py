@@ -1,13 +1,12 @@
-"""Where text comes from: the files of a recipe's sources, cut into documents.
+"""Where text comes from: the files of a recipe's sources, and the pieces in which they are read.
 
 `stdlib` is Python's own standard library on the machine: every `.py` file except tests and installed packages, one
-document each. Any other URI is a plain-text file or a folder of them (recursive; names that begin with a dot are left
-out; links to folders are not followed).
+document each. Any other source is a file, a folder (recursive), or a glob of files (pipelines/listing.py), in one of
+the formats of pipelines/formats.py. Names that begin with a dot are left out, and links to folders are not followed.
 
-A plain-text file of up to WHOLE_FILE_BYTES is one document. A larger one is cut into documents of about
-DOCUMENT_BYTES: a cut lies after the first blank line in each stretch of DOCUMENT_BYTES, failing that after the first
-newline, failing that between two characters. Whether a stretch is read alone or with its neighbours, the cuts are the
-same, so a file of any size can be read in parallel and in bounded memory.
+A piece is what one worker reads at a time. Uncompressed plain text, JSONL and Parquet can be read from any position:
+a document, a line or a row group belongs to the piece in which it begins, so that the same documents come of a file
+however it is divided, and a file of any size can be read in parallel and in bounded memory. Other files are one piece.
 
 Within a source, files are taken in the order of a hash of their path: a capped corpus is then a sample of the whole
 source rather than its first folders, and still the same on every machine.
@@ -18,33 +17,37 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from urllib.parse import quote
 
 import xxhash
 
-from cluster.storage import FileStat, Store
+from cluster.storage import FileStat, NotFound, StorageError, Store
+from pipelines.data_config import STDLIB, Format, SourceConfig
+from pipelines.documents import Kind
+from pipelines.file_types import codec_of, common_format, container_of, is_read, named_format, why_no_code
+from pipelines.listing import Listing, list_source
 
-if TYPE_CHECKING:
-    from pipelines.recipe import SourceConfig
-
-STDLIB = "stdlib"
 WHOLE_FILE_BYTES = 256 * 1024
+"""A plain-text file up to here is one document."""
 DOCUMENT_BYTES = 16 * 1024
+"""Of which a larger one is cut."""
+PARQUET_BYTES = 64 << 20
+"""Parquet is not divided finer: every piece reads the file's footer, and row groups are large."""
+FILES_IN_GROUP = 1024
+"""Opening a remote file takes as long as reading some hundred kilobytes of it."""
 
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-_BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+_STATE_BYTES = 1 << 20
 
 
 class DataError(ValueError):
     """The data is not there, or not what the recipe needs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """A file of source number `source`; `size` in bytes; `path` relative to the source's folder.
 
@@ -57,228 +60,239 @@ class SourceFile:
     modified: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes `begin` to `end` of a file: all of a file that is one document, else whole stretches of DOCUMENT_BYTES."""
+    """Bytes `begin` to `end` of a file, of which it may be divided at multiples of `unit`; 0 if not at all."""
 
     file: SourceFile
     begin: int
     end: int
-    whole: bool
+    unit: int = 0
 
     @property
     def size(self) -> int:
         return self.end - self.begin
 
 
-@dataclass(frozen=True)
-class Document:
-    """`id` is the xxh3_128 of the text in hexadecimal; equal texts have equal ids. `offset` is the byte in the file."""
-
-    id: str
-    text: str
-    path: str
-    offset: int
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A document that could not be read, and why."""
+    """What could not be read, and why. `path` is the URI of the file; `offset` a byte, or a row of a table, of what
+    was compressed the byte in the text."""
 
     path: str
     offset: int
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """The URI of what is there and is not read, on purpose."""
+
+    path: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Source:
-    """A source found to exist. `folder` is None for the standard library, which every machine finds for itself."""
+    """Source number `index`, found to exist; `format` is never `auto`. `folder` is None for the standard library,
+    which every machine finds for itself."""
 
+    index: int
+    config: SourceConfig
+    format: Format
     folder: Store | None
 
     @property
     def uri(self) -> str:
-        return STDLIB if self.folder is None else self.folder.uri
+        return self.config.uri
+
+    @property
+    def kind(self) -> Kind:
+        return self.format if self.format == "chat" or self.format == "preference" else "text"
 
     def store(self) -> Store:
         return Store(sysconfig.get_paths()["stdlib"]) if self.folder is None else self.folder
 
     def name(self, path: str) -> str:
-        """What to call a file of this source in messages and metadata."""
-        return f"{STDLIB}/{path}" if self.folder is None else self.folder.child(path).uri
+        """The URI of a file of this source, or of a folder; bytes of a name that are no text are escaped too."""
+        if self.folder is None:
+            return f"{STDLIB}/{path}"
+        if not path:
+            return self.folder.uri
+        if self.folder.local_path() is None:
+            return self.folder.child(path).uri
+        return f"{self.folder.uri.rstrip('/')}/{quote(os.fsencode(path))}"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The pieces to read, in order, and a fingerprint of the files they come from."""
+    """What the sources consist of; `pieces`, `left_out` and `unreadable` by source, the pieces in the order in which
+    they are to be read. `fingerprint` is a hash of the files' paths, sizes and times."""
 
     sources: tuple[Source, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+    left_out: tuple[tuple[LeftOut, ...], ...]
+    unreadable: tuple[tuple[Quarantined, ...], ...]
     fingerprint: str
 
-    def parts(self, part_bytes: int) -> list[tuple[Piece, ...]]:
-        """The pieces in groups of at least `part_bytes` (but the last one), a larger piece divided first.
-
-        Depends on the corpus and `part_bytes` alone, never on the cluster."""
-        stretch = max(1, part_bytes // DOCUMENT_BYTES) * DOCUMENT_BYTES
-        groups: list[tuple[Piece, ...]] = []
-        group: list[Piece] = []
-        size = 0
-        for piece in self.pieces:
-            step = piece.size if piece.whole else stretch
-            for begin in range(piece.begin, piece.end, step):
-                group.append(Piece(piece.file, begin, min(begin + step, piece.end), piece.whole))
-                size += group[-1].size
-                if size >= part_bytes:
-                    groups.append(tuple(group))
-                    group, size = [], 0
-        return [*groups, tuple(group)] if group else groups
+    @property
+    def quarantined(self) -> tuple[Quarantined, ...]:
+        """What could not even be listed, of all sources."""
+        return tuple(item for items in self.unreadable for item in items)
 
 
-def find_corpus(configs: Sequence[SourceConfig], max_bytes: int | None) -> Corpus:
-    """List the sources' files and take what the cap allows.
+def find_corpus(configs: Sequence[SourceConfig], field: str = "data.sources") -> Corpus:
+    """List the sources' files. `field` is where in the recipe they stand.
 
-    `max_bytes` is divided among the sources in proportion to their weights; from each the first documents that fit
-    are taken. Raises DataError for a missing or empty source, StorageError for one that cannot be listed.
-    """
-    sources: list[Source] = []
-    pieces: list[Piece] = []
+    Raises DataError for a source that is missing, empty or of unclear format, StorageError for one that cannot be
+    listed."""
+    found = [_find(index, config, f"{field}[{index}]") for index, config in enumerate(configs)]
     listing: list[list[object]] = [[STDLIB, platform.python_version()]]
-    total_weight = sum(config.weight for config in configs)
-    for index, config in enumerate(configs):
-        source, files = _find_files(index, config.uri)
-        budget = None if max_bytes is None else int(max_bytes * config.weight / total_weight)
-        taken = list(_take(files, budget, split=source.folder is not None))
-        if not taken:
-            limit = "" if budget is None else f" within its {budget} bytes of data.max_bytes={max_bytes}"
-            raise DataError(f"data.sources[{index}].uri={config.uri!r} yields no text{limit}; point it at text files")
-        sources.append(source)
-        pieces.extend(taken)
-        listing.append([source.uri, *([piece.file.path, piece.size, piece.file.modified] for piece in taken)])
-    return Corpus(tuple(sources), tuple(pieces), xxhash.xxh3_128_hexdigest(json.dumps(listing).encode()))
+    for source, pieces, _, unreadable in found:
+        files = [[piece.file.path, piece.size, piece.file.modified] for piece in pieces]
+        listing.append([source.uri, files, [item.path for item in unreadable]])
+    return Corpus(
+        tuple(source for source, _, _, _ in found),
+        tuple(pieces for _, pieces, _, _ in found),
+        tuple(left_out for _, _, left_out, _ in found),
+        tuple(unreadable for _, _, _, unreadable in found),
+        xxhash.xxh3_128_hexdigest(json.dumps(listing).encode()),
+    )
 
 
-def _find_files(index: int, uri: str) -> tuple[Source, list[SourceFile]]:
-    """Raises DataError if there is nothing at `uri`."""
+def group_pieces(pieces: Sequence[Piece], part_bytes: int) -> list[tuple[Piece, ...]]:
+    """The pieces of a source in groups of at least `part_bytes` of storage (but the last one) and at most
+    FILES_IN_GROUP files, a larger piece divided first. Depends on its arguments alone, never on the cluster."""
+    groups: list[tuple[Piece, ...]] = []
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        step = max(1, part_bytes // piece.unit) * piece.unit if piece.unit else piece.size
+        for begin in range(piece.begin, piece.end, step):
+            group.append(Piece(piece.file, begin, min(begin + step, piece.end), piece.unit))
+            size += group[-1].size
+            if size >= part_bytes or len(group) >= FILES_IN_GROUP:
+                groups.append(tuple(group))
+                group, size = [], 0
+    return [*groups, tuple(group)] if group else groups
+
+
+_Found = tuple[Source, tuple[Piece, ...], tuple[LeftOut, ...], tuple[Quarantined, ...]]
+
+
+def _find(index: int, config: SourceConfig, field: str) -> _Found:
     try:
-        source, files = _stdlib() if uri == STDLIB else _single_file(uri) or _folder(uri)
+        found = _list_stdlib() if config.uri == STDLIB else list_source(config.uri)
+        source = Source(index, config, _format(config, found), None if config.uri == STDLIB else found.store)
+        _check_columns(source, field)
+    except DataError:
+        raise
     except ValueError as error:
-        raise DataError(f"data.sources[{index}].uri={uri!r}: {error}") from error
-    if not files:
-        local = source.store().local_path()
-        if local is not None and not local.exists():
-            raise DataError(f"data.sources[{index}].uri={uri!r} does not exist; give a text file, a folder or 'stdlib'")
-        raise DataError(f"data.sources[{index}].uri={uri!r} has no files; give a text file, a folder or 'stdlib'")
-    ordered = sorted(files, key=lambda path: (xxhash.xxh3_64_intdigest(os.fsencode(path)), path))
-    return source, [SourceFile(index, path, files[path].size, files[path].mtime_ns) for path in ordered]
+        raise DataError(f"{field}.uri={config.uri!r}: {error}") from error
+    if source.folder is not None:
+        _leave_out(source, found)
+    left_out = tuple(LeftOut(source.name(path), reason) for path, reason in sorted(found.left_out))
+    unreadable = tuple(Quarantined(source.name(path), 0, reason) for path, reason in sorted(found.unreadable))
+    if not found.files:
+        why = [f"{item.path}: {item.reason}" for item in unreadable]
+        why += [f"{item.path}: {item.reason}" for item in left_out]
+        more = f" and {len(why) - 3} more" if len(why) > 3 else ""
+        raise DataError(
+            f"{field}.uri={config.uri!r} yields no text ({'; '.join(why[:3])}{more}); point it at files with text"
+        )
+    ordered = sorted(found.files, key=lambda path: (xxhash.xxh3_64_intdigest(os.fsencode(path)), path))
+    files = [SourceFile(index, path, found.files[path].size, found.files[path].mtime_ns) for path in ordered]
+    return source, tuple(Piece(file, 0, file.size, _unit(source, file)) for file in files), left_out, unreadable
 
 
-def _stdlib() -> tuple[Source, dict[str, FileStat]]:
+def _format(config: SourceConfig, found: Listing) -> Format:
+    """Raises ValueError if it has to be said."""
+    if config.uri == STDLIB:
+        if config.format not in ("auto", "code", "text"):
+            raise ValueError(f"it is source code, and not of format {config.format}; leave format out")
+        return "text" if config.format == "text" else "code"
+    return common_format(found.files) if config.format == "auto" else config.format
+
+
+def _check_columns(source: Source, field: str) -> None:
+    """A column that nothing would be read from is refused."""
+    default = SourceConfig.model_fields["text_column"].default
+    if source.format in ("text", "code") and source.config.metadata_columns:
+        raise DataError(
+            f"{field}.metadata_columns={list(source.config.metadata_columns)}: format {source.format} has no columns; "
+            "leave it out, or set format"
+        )
+    if source.format in ("text", "code", "preference") and source.config.text_column != default:
+        raise DataError(
+            f"{field}.text_column={source.config.text_column!r}: format {source.format} has no such column; leave it "
+            "out, or set format"
+        )
+
+
+def _unit(source: Source, file: SourceFile) -> int:
+    container = container_of(file.path, source.format)
+    if codec_of(file.path):
+        return 0
+    if container == "text":
+        return DOCUMENT_BYTES if file.size > WHOLE_FILE_BYTES else 0
+    return {"jsonl": DOCUMENT_BYTES, "parquet": PARQUET_BYTES}.get(container, 0)
+
+
+def _leave_out(source: Source, found: Listing) -> None:
+    """Move what is none of the source's data from the files to what is left out."""
+    reasons: dict[str, str] = {}
+    if source.format == "code" and len(found.files) > 1:
+        reasons = {path: why for path in found.files if (why := why_no_code(path))}
+    elif len(found.files) > 1:
+        reasons = {
+            path: f"no {source.format}: it only lies beside the data"
+            for path in found.files
+            if not is_read(path, source.format)
+        }
+    if source.format in ("arrow", "chat", "preference"):
+        reasons |= _not_saved(source, found)
+    for path, reason in reasons.items():
+        del found.files[path]
+        found.left_out.append((path, reason))
+
+
+def _not_saved(source: Source, found: Listing) -> dict[str, str]:
+    """Caches of results that the `datasets` library leaves beside the files of a saved data set.
+
+    Its state.json names those files; one that is named and not there is unreadable."""
+    reasons: dict[str, str] = {}
+    for state in [path for path in found.files if path.rpartition("/")[2] == "state.json"]:
+        folder = state.removesuffix("state.json")
+        names = _data_files(source, found.files[state], state)
+        if names:
+            arrows = {path for path in found.files if path.rpartition("/")[0] == folder.rstrip("/")} - {state}
+            saved = {folder + name for name in names}
+            reasons |= {path: f"{state} does not name it" for path in arrows - saved if named_format(path) == "arrow"}
+            listed = found.files.keys() | {path for path, _ in (*found.left_out, *found.unreadable)}
+            found.unreadable.extend((path, f"{state} names it, and it is not there") for path in saved - listed)
+    return reasons
+
+
+def _data_files(source: Source, status: FileStat, state: str) -> list[str]:
+    """Empty if the file is no state of a saved data set."""
+    if status.size > _STATE_BYTES:
+        return []
+    try:
+        names = [entry["filename"] for entry in source.store().read_json(state)["_data_files"]]
+    except (ValueError, TypeError, KeyError):
+        return []
+    except StorageError as error:
+        if isinstance(error, NotFound) or isinstance(error.__cause__, PermissionError):
+            return []
+        raise
+    return [name for name in names if isinstance(name, str) and "/" not in name]
+
+
+def _list_stdlib() -> Listing:
     root = sysconfig.get_paths()["stdlib"]
-    files = {}
+    found = Listing(Store(root))
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _STDLIB_LEFT_OUT]  # site-packages may be huge
         for path in (os.path.join(folder, name) for name in names if name.endswith(".py")):
-            files[os.path.relpath(path, root)] = FileStat(os.path.getsize(path), 0)
-    return Source(None), files
-
-
-def _folder(uri: str) -> tuple[Source, dict[str, FileStat]]:
-    source = Source(Store(uri))
-    files = source.store().stats()
-    return source, {
-        path: stat for path, stat in files.items() if not any(part.startswith(".") for part in path.split("/"))
-    }
-
-
-def _single_file(uri: str) -> tuple[Source, dict[str, FileStat]] | None:
-    """`uri` as one file of its folder, or None if it is no file."""
-    location, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
-    folder, slash, name = location.rstrip("/").rpartition("/")
-    if "://" in uri:
-        name = unquote(name)
-    if not name or folder.endswith(":/"):  # the top of a bucket
-        return None
-    store = Store(f"{folder}/{mark}{options}" if slash else ".")
-    if not store.exists(name):
-        return None
-    local = store.local_path(name)
-    with store.open_input(name) as file:
-        return Source(store), {name: FileStat(file.seek(0, 2), local.stat().st_mtime_ns if local else 0)}
-
-
-def _take(files: Sequence[SourceFile], budget: int | None, split: bool) -> Iterator[Piece]:
-    """The first documents that fit the budget of bytes; it stops at the first that does not."""
-    left = sum(file.size for file in files) if budget is None else budget
-    for file in files:
-        whole = not split or file.size <= WHOLE_FILE_BYTES
-        if file.size <= left:
-            if file.size:
-                yield Piece(file, 0, file.size, whole)
-            left -= file.size
-            continue
-        stretches = left // DOCUMENT_BYTES
-        if not whole and stretches:
-            yield Piece(file, 0, stretches * DOCUMENT_BYTES, False)
-        return
-
-
-def read_documents(source: Source, piece: Piece) -> Iterator[Document | Quarantined]:
-    """The piece's documents in order, newlines normalised to `\\n` and a byte-order mark removed.
-
-    What is not UTF-8 text comes as Quarantined. Raises DataError if the file is not the one that was listed, which
-    happens where machines see different files under one path, and StorageError if it cannot be read.
-    """
-    store = source.store()
-    file = piece.file
-    name = source.name(file.path)
-    with store.open_input(file.path) as stream:
-        size = stream.seek(0, 2)
-        if size != file.size:
-            raise DataError(
-                f"{name} has {size} bytes on {platform.node()}, {file.size} where it was listed; put the source on "
-                "storage that every machine sees, and run the same Python everywhere"
-            )
-        stream.seek(piece.begin)
-        # To know where its last document ends, a piece must see the stretch after it.
-        data = stream.read(piece.size if piece.whole else piece.size + DOCUMENT_BYTES)
-    cuts = [0, len(data)] if piece.whole else _cuts(data, piece)
-    for begin, end in zip(cuts, cuts[1:], strict=False):
-        if begin < end:
-            yield _document(data[begin:end], name, piece.begin + begin)
-
-
-def _cuts(data: bytes, piece: Piece) -> list[int]:
-    """Where the documents of the piece begin, and where the last one ends, as offsets in `data`."""
-    cuts = []
-    for stretch in range(0, piece.size + DOCUMENT_BYTES, DOCUMENT_BYTES):
-        position = piece.begin + stretch
-        if position == 0:
-            cuts.append(0)
-        elif position >= piece.file.size:
-            cuts.append(piece.file.size - piece.begin)
-            break
-        else:
-            cuts.append(stretch + first_cut(data[stretch : stretch + DOCUMENT_BYTES]))
-    return cuts
-
-
-def first_cut(stretch: bytes) -> int:
-    """The best place in a stretch of UTF-8 text to begin a new document."""
-    if blank := _BLANK_LINE.search(stretch):
-        return blank.end()
-    if (newline := stretch.find(b"\n")) >= 0:
-        return newline + 1
-    continuation = next((index for index, byte in enumerate(stretch[:4]) if byte & 0xC0 != 0x80), 0)
-    return continuation
-
-
-def _document(data: bytes, path: str, offset: int) -> Document | Quarantined:
-    try:
-        text = data.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        return Quarantined(path, offset + error.start, f"not UTF-8: {error.reason}")
-    if (nul := data.find(b"\0")) >= 0:
-        return Quarantined(path, offset + nul, "binary: it has a NUL byte")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return Document(xxhash.xxh3_128_hexdigest(text.encode()), text, path, offset)
+            found.add(os.path.relpath(path, root), FileStat(os.path.getsize(path), 0))
+    return found

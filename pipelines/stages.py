@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipelines.dedup import dedup_stage
 from pipelines.deploy import deploy_stage
 from pipelines.evaluate import evaluate_stage
 from pipelines.export import export_stage
@@ -26,8 +27,9 @@ def build_graph(recipe: Recipe, dashboard_url: str, keep: bool) -> Graph:
     return Graph(
         [
             ingest_stage(recipe.data),
+            dedup_stage(recipe.data),
             tokenizer_stage(recipe.tokenizer),
-            shards_stage(ShardConfig(seq_len=recipe.train.seq_len, part_bytes=recipe.data.part_bytes)),
+            shards_stage(ShardConfig.of(recipe.data, recipe.train.seq_len)),
             pretrain_stage(recipe.model, recipe.train),
             evaluate_stage(recipe.model, recipe.evaluate, worker_needs(recipe.train), recipe.train.wait_for_nodes),
             export_stage(recipe.model, recipe.export),

@@ -16,6 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fcntl import LOCK_EX, flock
 from pathlib import Path
@@ -161,9 +162,14 @@ class Swift:
 
 @pytest.fixture(scope="session")
 def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swift]:
+    with running_swift(tmp_path_factory.mktemp("swift")) as service:
+        yield service
+
+
+@contextmanager
+def running_swift(folder: Path) -> Iterator[Swift]:
     """The service, with its credentials in this process's environment (and so in that of its children)."""
     python = _environment()
-    folder = tmp_path_factory.mktemp("swift")
     ports = _free_ports("proxy", "account", "container", "object")
     _configure(folder, ports, python)
     service = Swift(folder, python, ports)

@@ -77,15 +77,15 @@ def ratio(seconds: Sequence[float], peer_seconds: Sequence[float]) -> Ratio:
 
 
 class Contestant:
-    """`python -m llama.bench ARGUMENTS` in a process of its own: its settings, its memory and its crash stay its own.
+    """`python -m MODULE ARGUMENTS` in a process of its own: its settings, its memory and its crash stay its own.
 
     The process answers every line on its standard input with a line of JSON (`serve`), the first one unasked when it is
     ready. To be used as a context manager, which ends it.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str]) -> None:
+    def __init__(self, name: str, arguments: Sequence[str], module: str = "llama.bench") -> None:
         self.name = name
-        self._command = [sys.executable, "-m", "llama.bench", *arguments]
+        self._command = [sys.executable, "-m", module, *arguments]
 
     def __enter__(self) -> Contestant:
         self._errors = tempfile.TemporaryFile(mode="w+")

@@ -30,12 +30,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from llama.all_to_all import AllToAllDispatch
+from llama.attention import Attend, CausalAttend
 from llama.balance import RoutingStatistics, balance_loss, balanced_bias, routing_sums, with_total
 from llama.config import ModelConfig
-from llama.losses import IGNORE_INDEX
 from llama.model import Transformer
 from llama.moe import RoutingRecord
 from llama.training.attention import BlockCausalAttend
+from llama.training.batch import Batch, loss_sum
 from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, training_tensors
 from llama.training.config import TrainConfig, check_trainable
 from llama.training.memory import reuse_freed_memory
@@ -50,12 +51,9 @@ log = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    """This rank's micro-batches, without end: int64 `[micro_batch, seq_len + 1]`.
+    """This rank's micro-batches, without end: `[micro_batch, seq_len]`."""
 
-    `IGNORE_INDEX` is padding behind a sequence: it is not predicted, and nothing before it sees it.
-    """
-
-    def __iter__(self) -> Iterator[Tensor]: ...
+    def __iter__(self) -> Iterator[Batch]: ...
 
     def state_dict(self) -> dict[str, Any]:
         """JSON, the same on every rank: how much of the data the batches handed out so far have used up."""
@@ -153,7 +151,9 @@ class Trainer:
             model = Transformer(self.model_config)
         self.model = apply_parallel(model, meshes, self.config.precision)
         self._initialise()
-        self._attend = BlockCausalAttend() if self.device.type == "cpu" else None
+        self._attend: Callable[[Tensor | None], Attend] = (
+            BlockCausalAttend if self.device.type == "cpu" else CausalAttend
+        )
         self._moes = moe_layers(self.model)
         dispatches = (moe.dispatch for moe in self._moes.values())
         self._dispatches = [dispatch for dispatch in dispatches if isinstance(dispatch, AllToAllDispatch)]
@@ -221,15 +221,16 @@ class Trainer:
         self.checkpointer.save(step, training_tensors(self.model, self.optimizer), progress)
         clock.checkpoint += time.perf_counter() - began
 
-    def _checked(self, batch_BL: Tensor) -> Tensor:
-        expected = (self.config.micro_batch, self.config.seq_len + 1)
-        if tuple(batch_BL.shape) != expected:
-            raise ValueError(f"the loader gave a batch of {tuple(batch_BL.shape)} tokens, expected {expected}")
-        return batch_BL.to(self.device)
+    def _checked(self, batch: Batch) -> Batch:
+        expected = (self.config.micro_batch, self.config.seq_len)
+        for name, tensor in (("inputs", batch.inputs), ("labels", batch.labels), ("documents", batch.documents)):
+            if tensor is not None and tuple(tensor.shape) != expected:
+                raise ValueError(f"the loader gave a batch whose {name} are {tuple(tensor.shape)}, expected {expected}")
+        return batch.to(self.device)
 
-    def _step(self, batches: list[Tensor]) -> StepMetrics:
+    def _step(self, batches: list[Batch]) -> StepMetrics:
         """One optimizer step over this rank's micro-batches."""
-        valid = torch.stack([(batch[:, 1:] != IGNORE_INDEX).sum() for batch in batches]).sum()
+        valid = torch.stack([batch.num_targets() for batch in batches]).sum()
         counting = dist.all_reduce(valid, async_op=True)
         bytes_before = sum(dispatch.bytes_sent for dispatch in self._dispatches)
         # What dropout draws depends on nothing but the step and the rank: a resumed run draws the same.
@@ -270,12 +271,10 @@ class Trainer:
             skipped_steps=self._progress.skipped_steps,
         )
 
-    def _micro_step(self, batch: Tensor, sums: _StepSums, counting: dist.Work, valid: Tensor) -> Tensor:
+    def _micro_step(self, batch: Batch, sums: _StepSums, counting: dist.Work, valid: Tensor) -> Tensor:
         """Forward pass of one micro-batch: its share of the step's loss, with the graph."""
         routing = RoutingRecord() if self._moes else None
-        # A token that is not to be predicted may be none at all, and still has to be embedded.
-        inputs = batch[:, :-1].masked_fill(batch[:, :-1] == IGNORE_INDEX, 0)
-        cross_entropy = self.model(inputs, attend=self._attend, routing=routing, labels=batch[:, 1:])
+        cross_entropy = loss_sum(self.model, batch, self._attend, routing)
         counting.wait()
         sums.cross_entropy += cross_entropy.detach()
         loss = cross_entropy / valid.clamp(min=1)

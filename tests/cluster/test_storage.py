@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 import xxhash
 
-from cluster.filesystem import AlreadyExists, BlockCachedFile, explain
+from cluster.filesystem import BLOCK_BYTES, AlreadyExists, BlockCachedFile, ObjectFiles, explain
 from cluster.storage import (
     Artifact,
     CorruptArtifact,
@@ -456,4 +457,16 @@ def test_delete_takes_the_manifest_first(store: Store, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Store, "delete", recording_delete)
     artifact.delete()
-    assert deleted == ["manifest.json", "attempts"] and store.list() == []
+    assert deleted == ["manifest.json", "parts", "attempts"] and store.list() == []
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_an_object_write_that_fails_leaves_nothing_of_its_own_and_all_of_a_rivals(tmp_path, exclusive):
+    files = ObjectFiles(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()))
+    sink = files.create("manifest", exclusive)
+    sink.write(memoryview(bytes(BLOCK_BYTES + 1)))
+    assert files.is_file("manifest") != exclusive  # an exclusive write is held back, whatever its size
+    if exclusive:
+        (tmp_path / "manifest").write_bytes(b"a rival's")
+    sink.abort()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == ([b"a rival's"] if exclusive else [])

@@ -35,9 +35,14 @@ class RandomTokens:
     def __iter__(self) -> Iterator:
         import torch
 
+        try:
+            from llama.training.batch import Batch
+        except ImportError:  # an earlier commit's loop takes inputs and targets in one tensor
+            Batch = None
         generator = torch.Generator().manual_seed(0)
         while True:
-            yield torch.randint(self.vocab_size, self.shape, generator=generator)
+            tokens = torch.randint(self.vocab_size, self.shape, generator=generator)
+            yield tokens if Batch is None else Batch(tokens[:, :-1], tokens[:, 1:])
 
     def state_dict(self) -> dict:
         return {}

@@ -1,11 +1,16 @@
 import json
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llama.tokenizer import SPECIAL_TOKENS, ChatTemplateError, Tokenizer
+from llama.tokenizer import SPECIAL_TOKENS, ChatTemplateError, Tokenizer, stretches
+from llama.tokenizer_training import train_tokenizer
 
 TEXT = "def add(first, second):\n    return first + second  # größer, 数字, 🙂\n" * 20
 CHAT = [
@@ -205,3 +210,105 @@ def test_a_bad_generation_config_is_named(tmp_path: Path, tokenizer: Tokenizer, 
     with pytest.raises(ValueError) as error:
         Tokenizer.load(tmp_path)
     assert all(word in str(error.value) for word in words), error.value
+
+
+# -- long texts, in stretches
+
+WORDS = [
+    "the",
+    "cat's",
+    "'ll",
+    "x1",
+    "½",
+    "模型",
+    "🙂",
+    "e\u0301",
+    "_",
+    "#",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\u3000",
+    "\x1c",
+]
+
+
+def arrays_of(tokenizer: Tokenizer, texts: list[str], stretch: int) -> list[list[int]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama.tokenizer._STRETCH_CHARS", stretch)
+        ids, lengths = tokenizer.encode_arrays(texts, np.dtype(np.uint16))
+        for text in texts:
+            parts = list(stretches(text))
+            assert "".join(parts) == text and max(map(len, parts)) <= stretch
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+
+
+@pytest.fixture(scope="module", params=["bpe", "wordpiece", "unigram"])
+def own(request) -> Tokenizer:
+    return train_tokenizer([TEXT, " ".join(WORDS) * 20], 330, request.param)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(WORDS), max_size=40).map("".join), st.integers(1, 60))
+def test_stretches_have_the_ids_of_the_whole(own: Tokenizer, text: str, stretch: int) -> None:
+    whole = own.encode(text)
+    for ids in arrays_of(own, [text, "", text], stretch)[::2]:
+        assert own.decode(ids, skip_special_tokens=False) == text
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("llama.tokenizer._STRETCH_CHARS", stretch)
+            parts = list(stretches(text))
+        if all(end[-1].isalnum() and begin[0] in " \n" for end, begin in pairwise(parts)):
+            assert ids == whole
+
+
+def test_a_place_between_words_is_found_if_there_is_one(own: Tokenizer) -> None:
+    text = "the cat's, größer 模型\n" * 50 + "x" * 40 + " the"
+    assert arrays_of(own, [text], 50) == [own.encode(text)]
+    for stretch in range(40, 70):
+        assert arrays_of(own, [TEXT], stretch) == [own.encode(TEXT)]
+
+
+def test_stretches_in_other_kinds(foreign: Tokenizer) -> None:
+    text = TEXT.replace("🙂", "1\n 2\n\n")
+    assert arrays_of(foreign, [text], 60) == [foreign.encode(text)]
+    spelled = TEXT + "a <s> d</s> [SEP]"
+    (ids,) = arrays_of(foreign, [spelled], 60)
+    assert not {foreign.bos_id, foreign.eos_id, foreign.pad_id} & set(ids)
+
+
+@pytest.mark.parametrize("front", ["normalizer", "prefix"])
+def test_nothing_is_put_in_front_of_a_later_stretch(front: str) -> None:
+    backend = train_backend()
+    if front == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("_"), normalizers.NFC()])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer = Tokenizer(backend)
+    text = "first\nsecond\n" * 9
+    assert arrays_of(tokenizer, [text], 20) == [tokenizer.encode(text)]
+    assert tokenizer.decode(tokenizer.encode(text)) == {"normalizer": "_", "prefix": " "}[front] + text
+
+
+def test_no_more_than_a_stretch_is_encoded_at_once(own: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def encode(texts: list[str], backend: tokenizers.Tokenizer) -> list[list[int]]:
+        sizes.extend(map(len, texts))
+        return [[] for _ in texts]
+
+    monkeypatch.setattr("llama.tokenizer._encode_all", encode)
+    own.encode_arrays([TEXT * 700, "x"], np.dtype(np.uint16))
+    assert max(sizes) <= 1 << 18 and sum(sizes) == len(TEXT) * 700 + 1
+
+
+def test_conversations_are_encoded_in_stretches(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT[:-1] + "<|eos|>"}]
+    partly = (
+        "{% for m in messages %}{{ m.content[:90] }}{% generation %}{{ m.content[90:] }}{% endgeneration %}{% endfor %}"
+    )
+    both = tokenizer, Tokenizer(tokenizer.backend, chat_template=partly)
+    expected = [(each.encode_chat(chat), each.apply_chat_template(chat)) for each in both]
+    monkeypatch.setattr("llama.tokenizer._STRETCH_CHARS", 60)
+    assert [(each.encode_chat(chat), each.apply_chat_template(chat)) for each in both] == expected

@@ -174,3 +174,11 @@ def test_saved_loaded_and_read_by_transformers(tokenizer, tmp_path):
         assert theirs.decode(tokenizer.encode(text)) == text
     expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert loaded.apply_chat_template(chat) == tokenizer.apply_chat_template(chat) == expected
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_long_texts_are_learned_from_in_stretches(kind, monkeypatch):
+    text = "".join(f"the cat {number} sat, on naïve mats 模型\n" for number in range(60))
+    whole = train_tokenizer([text], 290, kind).backend.to_str()
+    monkeypatch.setattr("llama.tokenizer._STRETCH_CHARS", 50)
+    assert train_tokenizer([text], 290, kind).backend.to_str() == whole

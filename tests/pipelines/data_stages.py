@@ -1,4 +1,4 @@
-"""A small corpus and the three data stages over it, for the tests that need shards."""
+"""A small corpus and the four data stages over it, for the tests that need shards."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -8,9 +8,11 @@ from typing import Any
 from unittest.mock import patch
 
 from cluster.storage import Artifact, Store
+from pipelines.data_config import DataConfig, SourceConfig
+from pipelines.dedup import dedup_stage
 from pipelines.graph import Graph
 from pipelines.ingest import ingest_stage
-from pipelines.recipe import DataConfig, SourceConfig, TokenizerConfig
+from pipelines.recipe import TokenizerConfig
 from pipelines.runs import Run
 from pipelines.shards import ShardConfig, shards_stage
 from pipelines.vocabulary import tokenizer_stage
@@ -60,9 +62,17 @@ def data_config(folder: Path, **changes: Any) -> DataConfig:
     return DataConfig(**(values | changes))
 
 
-def data_graph(config: DataConfig, vocab_size: int = 350, seq_len: int = SEQ_LEN) -> Graph:
-    shards = ShardConfig(seq_len, config.part_bytes)
-    return Graph([ingest_stage(config), tokenizer_stage(TokenizerConfig(vocab_size=vocab_size)), shards_stage(shards)])
+def data_graph(
+    config: DataConfig, vocab_size: int = 350, seq_len: int = SEQ_LEN, tokenizer: TokenizerConfig | None = None
+) -> Graph:
+    return Graph(
+        [
+            ingest_stage(config),
+            dedup_stage(config),
+            tokenizer_stage(tokenizer or TokenizerConfig(vocab_size=vocab_size)),
+            shards_stage(ShardConfig.of(config, seq_len)),
+        ]
+    )
 
 
 @contextmanager
@@ -77,7 +87,7 @@ def in_this_process(backwards: bool = False) -> Iterator[None]:
             on_result(len(results))
         return [results[index] for index in range(len(items))]
 
-    with patch("pipelines.ingest.map_on_cluster", run_here), patch("pipelines.shards.map_on_cluster", run_here):
+    with patch("pipelines.parts.map_on_cluster", run_here):
         yield
 
 

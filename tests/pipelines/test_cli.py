@@ -94,6 +94,10 @@ def test_an_empty_source_is_one_line(
         (["status", "--address", "127.0.0.1:1"], ["127.0.0.1:1"]),
         (["logs", "some-run"], ["caravan up", "--address"]),
         (["down"], ["no cluster is up"]),
+        (["bench", "data", "--rounds", "2"], ["rounds=2", "at least 5"]),
+        (["bench", "tokenizers", "--text", "english"], ["--text", "'english'", "NAME=URI"]),
+        (["bench", "tokenizers", "--vocab-size", "9"], ["vocab_size=9"]),
+        (["bench", "tokenizers", "--text", "mine=/no/such/text"], ["/no/such/text", "does not exist"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -183,6 +187,13 @@ def test_an_unwritable_store_is_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "file/store" in error
+
+
+def test_a_run_is_resumed_as_it_was_begun() -> None:
+    options = {"--store": "s3://bucket/x?a=1&b=2", "--until": "shards", "--address": None}
+    command = cli.resume_command("r1", options, keep=False)
+    assert command == "caravan resume r1 --store 's3://bucket/x?a=1&b=2' --until shards"
+    assert cli.resume_command("r1", {"--store": None}, keep=True) == "caravan resume r1 --keep"
 
 
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

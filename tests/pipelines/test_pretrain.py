@@ -1,7 +1,9 @@
 """The driver's side of training without a cluster: what is retried, and how room is found. The rest is in test_job."""
 
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError
@@ -10,11 +12,11 @@ from torch.distributed import DistNetworkError
 
 from cluster import placement
 from cluster.placement import NodeResources
-from cluster.storage import StorageError
+from cluster.storage import Artifact, StorageError, Store
 from llama.config import ModelConfig
 from llama.training.config import OptimizerConfig, ParallelConfig
 from pipelines import pretrain
-from pipelines.graph import Graph, Stage
+from pipelines.graph import Graph, Stage, StageContext
 from pipelines.recipe import TrainRecipe
 
 MODEL = ModelConfig(dim=32, num_layers=1, num_heads=2)
@@ -97,6 +99,20 @@ def test_the_key_is_of_what_is_trained_not_of_where() -> None:
 
     base = key(TRAIN)
     moved = replace(TRAIN, workers=2, cpus_per_worker=3, micro_batch=4, parallel=ParallelConfig(), max_failures=9)
-    assert key(moved) == base
+    assert key(replace(moved, cache_bytes=10**9)) == base
+    assert key(replace(TRAIN, shuffle_shards=4)) != base
     for change in ({"steps": 7}, {"seed": 1}, {"precision": "bf16"}, {"optimizer": OptimizerConfig(lr=1e-4)}):
         assert key(replace(TRAIN, **change)) != base
+
+
+def test_the_loaders_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent: list[pretrain.WorkerTask] = []
+    monkeypatch.setattr(pretrain, "_train_with_restarts", lambda train, task, *_: sent.append(task("first")))
+    monkeypatch.setattr(pretrain, "_followed", nullcontext)
+    store = Store(tmp_path)
+    artifact = Artifact(store)
+    attempt = artifact.begin()
+    attempt.store.write_json(pretrain.SUMMARY, {})
+    context = StageContext("pretrain", "", {"shards": artifact}, store, store, [], attempt, lambda event: None)
+    pretrain._pretrain(MODEL, replace(TRAIN, shuffle_shards=3, cache_bytes=10**9), context)
+    assert (sent[0].shuffle_shards, sent[0].cache_bytes, sent[0].shards) == (3, 10**9, artifact)

@@ -125,6 +125,8 @@ ERRORS = [
     ("model.prest=tiny", "model.prest: unknown key; did you mean model.preset?"),
     ("train.workers=0", "train.workers=0 must be at least 1"),
     ("train.max_failures=-1", "train.max_failures=-1 must not be negative"),
+    ("train.shuffle_shards=0", "train.shuffle_shards=0 must be at least 1; leave it out to mix all shards"),
+    ("train.cache_bytes=0", "train.cache_bytes=0 must be at least 1; leave it out to copy all shards"),
     ("train.cpus_per_worker=0", "train.cpus_per_worker=0.0 must be positive"),
     ("train.accelerator_type=H200", "train.accelerator_type='H200' names a GPU, but train.gpus_per_worker=0; set it"),
     ("serve.accelerator_type=H200", "serve.accelerator_type='H200' names a GPU, but serve.gpus_per_replica=0; set it"),
@@ -138,8 +140,11 @@ ERRORS = [
     ("train.steps.x=1", "override 'train.steps.x=1': train.steps=10 has no keys below it"),
     ("train.steps", "override 'train.steps' is not of the form key.path=value"),
     ("train.steps={", "the value of override 'train.steps={' is not valid YAML"),
-    ("model=3", "model=3: input should be a dictionary"),
-    ("name=a/b", "name='a/b': String should match pattern"),
+    ("model=3", "model=3: input should be a section, such as {key: value}"),
+    ("data.sources={uri: a}", "data.sources={'uri': 'a'}: input should be a list"),
+    ("data.dedup.near=true", "data.dedup.near=True: input should be a section"),
+    ("data.max_tokens=1e9", "data.max_tokens='1e9': input should be a valid integer, such as 1_000_000"),
+    ("name=a/b", "name='a/b': string should match pattern"),
 ]
 
 

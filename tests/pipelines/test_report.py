@@ -10,6 +10,7 @@ from rich.console import Console
 from pipelines.graph import Event
 from pipelines.progress import RunDisplay, print_summary
 from pipelines.report import RunSummary, draw_expert_load, draw_loss
+from pipelines.runs import one_line
 
 EVALUATION = {"loss": 2.0, "bits_per_byte": 1.0, "unigram_bits_per_byte": 1.5}
 
@@ -54,6 +55,8 @@ def test_the_summary_prints_what_there_is_and_keeps_paths_whole() -> None:
         run_id="r1",
         seconds=61.2,
         stages={},
+        data="12 documents → 9 kept; dropped: 3 [language]",
+        quarantine="/a/folder",
         parameters=1234,
         tokens=2048,
         tokens_per_second=512.3,
@@ -70,7 +73,9 @@ def test_the_summary_prints_what_there_is_and_keeps_paths_whole() -> None:
         plots=(path,),
     )
     text = text_of(full)
+    assert "12 documents → 9 kept; dropped: 3 [language]" in text
     assert "1.000, 67% of the unigram's 1.500 (zstd -19: 1.250)" in text
+    assert "quarantine     /a/folder\n" in text
     assert "resumed from step 20" in text
     assert "48 predicted, 48 actual" in text
     assert path in text
@@ -101,3 +106,32 @@ def test_the_display_shows_every_state_of_a_stage(terminal: bool) -> None:
         assert words in shown, shown
     if not terminal:
         assert shown.count("step 10/20") == 1
+
+
+def plain_lines(events: list[Event]) -> list[str]:
+    stream = io.StringIO()
+    with RunDisplay(Console(file=stream, width=100), "file:///runs/r1") as display:
+        for event in events:
+            display(event)
+    return [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+
+
+def test_a_log_has_the_first_and_the_last_number_of_a_stage_once() -> None:
+    numbers = [Event("shards", "progress", f"wrote {n} of 9", fraction=min(1.0, n / 8)) for n in range(1, 10)]
+    news = Event("shards", "progress", "two were refused")
+    events = [Event("shards", "running"), *numbers, news, Event("shards", "done", seconds=1.0)]
+    events += [Event("pretrain", "running"), Event("pretrain", "progress", "step 1", fraction=0.1)]
+    assert plain_lines(events) == [
+        "shards started",
+        "shards wrote 1 of 9",
+        "shards wrote 9 of 9",
+        "shards two were refused",
+        "shards done in 1.0 s",
+        "pretrain started",
+        "pretrain step 1",
+    ]
+
+
+def test_an_interrupted_stage_has_not_failed() -> None:
+    stop = Event("dedup", "failed", one_line(KeyboardInterrupt()))
+    assert plain_lines([Event("dedup", "running"), stop]) == ["dedup started", "dedup interrupted"]

@@ -1,39 +1,31 @@
+import json
 import os
-import random
 import sysconfig
-from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipelines.recipe import SourceConfig
+from pipelines.data_config import SourceConfig
 from pipelines.sources import (
     DOCUMENT_BYTES,
+    FILES_IN_GROUP,
     WHOLE_FILE_BYTES,
     DataError,
-    Document,
     Piece,
-    Quarantined,
+    SourceFile,
     find_corpus,
-    read_documents,
+    group_pieces,
 )
-
-
-def corpus_of(*uris, max_bytes=None, weights=None):
-    weights = weights or [1.0] * len(uris)
-    return find_corpus([SourceConfig(uri=str(u), weight=w) for u, w in zip(uris, weights, strict=True)], max_bytes)
-
-
-def read_all(corpus, part_bytes=1 << 30):
-    return [
-        found
-        for part in corpus.parts(part_bytes)
-        for piece in part
-        for found in read_documents(corpus.sources[piece.file.source], piece)
-    ]
+from tests.pipelines.reading import corpus_of, read_all, records, texts
 
 
 def paths(corpus):
-    return sorted({piece.file.path for piece in corpus.pieces})
+    return sorted({piece.file.path for pieces in corpus.pieces for piece in pieces})
+
+
+def left_out(corpus):
+    return {os.path.basename(item.path): item.reason for items in corpus.left_out for item in items}
 
 
 @pytest.fixture
@@ -50,30 +42,37 @@ def test_stdlib_is_the_modules_and_not_their_tests():
     assert {"json/decoder.py", "asyncio/base_events.py", "os.py"} <= set(names)
     assert all(name.endswith(".py") for name in names)
     assert not any({"site-packages", "test", "tests"} & set(name.split("/")) for name in names)
-    found = {document.path: document for document in read_all(corpus_of("stdlib", max_bytes=200_000))}
     root = sysconfig.get_paths()["stdlib"]
-    for path, document in found.items():
-        with open(os.path.join(root, path.removeprefix("stdlib/")), encoding="utf-8") as file:
-            assert document.text == file.read()
-    assert found and corpus.fingerprint == corpus_of("stdlib").fingerprint
+    found = records(read_all(corpus))
+    for record in found[:100]:
+        with open(os.path.join(root, record.path.removeprefix("stdlib/")), encoding="utf-8") as file:
+            assert record.text == file.read()
+    assert len(found) > 100 and corpus.fingerprint == corpus_of("stdlib").fingerprint
+    assert all(group[0].unit == 0 for group in group_pieces(corpus.pieces[0], 1))
+    with pytest.raises(DataError, match="it is source code, and not of format parquet; leave format out"):
+        corpus_of("stdlib", format="parquet")
 
 
 def test_folder_is_read_recursively_without_hidden_files(folder):
     (folder / ".git").mkdir()
     (folder / ".git" / "config").write_text("hidden")
     (folder / ".hidden").write_text("hidden")
-    assert paths(corpus_of(folder)) == ["a.txt", "b.txt", "deep/c.md", "deep/er/d"]
-    assert {document.text for document in read_all(corpus_of(folder))} == {
+    (folder / "empty.txt").touch()
+    corpus = corpus_of(folder)
+    assert paths(corpus) == ["a.txt", "b.txt", "deep/c.md", "deep/er/d"]
+    assert set(texts(read_all(corpus))) == {
         f"this is {name}\n" * 10 for name in ("a.txt", "b.txt", "deep/c.md", "deep/er/d")
     }
+    hidden = "hidden: its name begins with a dot"
+    assert left_out(corpus) == {".git": hidden, ".hidden": hidden, "empty.txt": "empty"}
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}"])
 def test_a_single_file(folder, form):
     corpus = corpus_of(form.format(folder / "deep" / "c.md"))
     assert paths(corpus) == ["c.md"]
-    (document,) = read_all(corpus)
-    assert document.text == "this is deep/c.md\n" * 10 and document.path.endswith("/texts/deep/c.md")
+    (record,) = records(read_all(corpus))
+    assert record.text == "this is deep/c.md\n" * 10 and record.path == (folder / "deep" / "c.md").as_uri()
 
 
 def test_relative_path(folder, monkeypatch):
@@ -83,29 +82,17 @@ def test_relative_path(folder, monkeypatch):
 
 
 def test_missing_and_empty_sources(tmp_path):
-    with pytest.raises(DataError, match=r"data\.sources\[0\]\.uri='/nowhere/at/all' does not exist; give"):
+    with pytest.raises(DataError, match=r"data\.sources\[0\]\.uri='/nowhere/at/all': it does not exist; give"):
         corpus_of("/nowhere/at/all")
     with pytest.raises(DataError, match=r"data\.sources\[0\]\.uri='ftp://x/y': .*unknown scheme"):
         corpus_of("ftp://x/y")
+    with pytest.raises(DataError, match="it is neither a file nor a folder"):
+        corpus_of("/dev/null")
+    with pytest.raises(DataError, match=r"data\.decontaminate\.sources\[0\]\.uri=.* has no files"):
+        find_corpus([SourceConfig(uri=str(tmp_path))], field="data.decontaminate.sources")
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(DataError, match="yields no text"):
+    with pytest.raises(DataError, match=r"yields no text \(.*empty.txt: empty\); point it at files with text"):
         corpus_of(tmp_path)
-
-
-def test_the_cap_takes_whole_files_and_weights_divide_it(tmp_path):
-    for source in ("one", "two"):
-        (tmp_path / source).mkdir()
-        for number in range(50):
-            (tmp_path / source / f"{number}.txt").write_text(source[0] * 1000)
-    corpus = corpus_of(tmp_path / "one", tmp_path / "two", max_bytes=40_500, weights=[3, 1])
-    taken = [sum(piece.size for piece in corpus.pieces if piece.file.source == source) for source in (0, 1)]
-    assert taken == [30_000, 10_000]
-    with pytest.raises(DataError, match="within its 900 bytes of data.max_bytes=900"):
-        corpus_of(tmp_path / "one", max_bytes=900)
-    smaller = corpus_of(tmp_path / "one", max_bytes=5_000)
-    larger = corpus_of(tmp_path / "one", max_bytes=9_000)
-    assert smaller.pieces == larger.pieces[:5]
-    assert smaller.fingerprint != larger.fingerprint
 
 
 def test_the_fingerprint_follows_the_files(folder):
@@ -118,80 +105,93 @@ def test_the_fingerprint_follows_the_files(folder):
     assert len({before, changed, corpus_of(folder).fingerprint}) == 3
 
 
-def big_text(kind, size):
-    generator = random.Random(kind)
-    if kind == "one line":
-        return "模🙂é" * (size // 9)
-    ends = {
-        "paragraphs": ["\n", "\n", "\n\n"],
-        "lines": ["\n"],
-        "windows": ["\r\n", "\r\n\r\n"],
-        "rare": [" "] * 999 + ["\n"],
-    }
-    words = []
-    length = 0
-    while length < size:
-        word = generator.choice(["word", "naïve", "模型"]) * generator.randint(1, 5) + generator.choice(ends[kind])
-        words.append(word)
-        length += len(word.encode())
-    return "".join(words)
-
-
-@pytest.mark.parametrize("kind", ["paragraphs", "lines", "windows", "one line", "rare"])
-def test_a_big_file_is_cut_alike_however_it_is_divided(tmp_path, kind):
-    text = big_text(kind, WHOLE_FILE_BYTES + 3 * DOCUMENT_BYTES + 123)
-    (tmp_path / "big.txt").write_bytes(text.encode())
+@pytest.mark.parametrize(
+    ("names", "format"),
+    [
+        (["a.jsonl", "sub/b.ndjson.gz", "c.JSONL.ZST", "README.md", "LICENSE"], "jsonl"),
+        (["a.csv", "b.tsv"], "csv"),
+        (["a.parquet", "_SUCCESS", "_metadata"], "parquet"),
+        (["data-0.arrow", "state.json", "dataset_info.json"], "arrow"),
+        (["a.txt", "b", "README.md", "c.md.gz"], "text"),
+        (["README.md"], "text"),
+    ],
+)
+def test_the_format_goes_by_the_suffixes(tmp_path, names, format):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
     corpus = corpus_of(tmp_path)
-    whole = read_all(corpus)
-    assert "".join(document.text for document in whole) == text.replace("\r\n", "\n")
-    assert all(isinstance(document, Document) for document in whole)
-    assert len(whole) >= 19 and max(len(document.text.encode()) for document in whole) <= 2 * DOCUMENT_BYTES
-    for part_bytes in (1, DOCUMENT_BYTES, 3 * DOCUMENT_BYTES + 5, 100_000):
-        assert read_all(corpus, part_bytes) == whole
-    assert len(corpus.parts(1)) == len(corpus.parts(DOCUMENT_BYTES)) > len(corpus.parts(100_000)) > 1
-    if kind == "paragraphs":
-        raw = text.encode()
-        assert all(raw[document.offset - 2 : document.offset] == b"\n\n" for document in whole[1:])
+    assert corpus.sources[0].format == format
+    beside = {"README.md", "LICENSE", "_SUCCESS", "_metadata", "state.json", "dataset_info.json"} & set(names)
+    assert set(left_out(corpus)) == (set() if format == "text" else beside)
+    assert set(paths(corpus)) == set(names) - set(left_out(corpus))
 
 
-def test_the_cap_cuts_a_big_file(tmp_path):
-    (tmp_path / "big.txt").write_bytes(big_text("lines", WHOLE_FILE_BYTES * 2).encode())
-    corpus = corpus_of(tmp_path, max_bytes=5 * DOCUMENT_BYTES + 17)
-    assert [(piece.begin, piece.end) for piece in corpus.pieces] == [(0, 5 * DOCUMENT_BYTES)]
-    assert read_all(corpus) == read_all(corpus_of(tmp_path))[:5]
+def test_suffixes_that_disagree_or_say_nothing_need_a_format(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "notes.txt"):
+        (tmp_path / name).write_text('{"text": "hello"}\n')
+    with pytest.raises(DataError, match=r"\(jsonl: 2, such as 'a.jsonl', text: 1, such as 'notes.txt'\); set format"):
+        corpus_of(tmp_path)
+    assert texts(read_all(corpus_of(tmp_path, format="jsonl"))) == ["hello"] * 3
+    assert paths(corpus_of(tmp_path / "*.jsonl")) == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "x.json").write_text('{"text": "hello"}\n')
+    with pytest.raises(DataError, match=r"\(json: 1, such as 'x.json'\); set format, such as jsonl if each line is an"):
+        corpus_of(tmp_path / "x.json")
+    assert texts(read_all(corpus_of(tmp_path / "x.json", format="jsonl"))) == ["hello"]
 
 
-def test_newlines_and_byte_order_mark_are_normalised(tmp_path):
-    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
-    (document,) = read_all(corpus_of(tmp_path))
-    assert document.text == "one\ntwo\nthree\n"
+def test_a_source_tree_is_its_source_code(tmp_path):
+    code = ["a.py", "sub/b.cpp", "Makefile", "sub/c.py.gz"]
+    for name in [*code, "logo.png", "data.csv", "node_modules/x/index.js", "README.md"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    corpus = corpus_of(tmp_path, format="code")
+    assert paths(corpus) == sorted(code)
+    assert left_out(corpus)["logo.png"] == "no source code, by its name"
+    assert left_out(corpus)["index.js"] == "in node_modules, which holds no source code of its own"
 
 
-def test_what_is_no_text_is_quarantined_with_its_place(tmp_path):
-    (tmp_path / "bad.txt").write_bytes(b"fine so far \xff\xfe and on")
-    (tmp_path / "nul.txt").write_bytes(b"abc\0def")
-    (tmp_path / "good.txt").write_bytes(b"good")
-    found = {os.path.basename(item.path): item for item in read_all(corpus_of(tmp_path))}
-    assert isinstance(found["good.txt"], Document)
-    bad, nul = found["bad.txt"], found["nul.txt"]
-    assert isinstance(bad, Quarantined) and bad.offset == 12 and bad.reason.startswith("not UTF-8")
-    assert isinstance(nul, Quarantined) and nul.offset == 3 and "NUL" in nul.reason
+def test_columns_that_nothing_is_read_from_are_refused(folder):
+    with pytest.raises(DataError, match=r"data\.sources\[0\]\.metadata_columns=\['id'\]: format text has no columns"):
+        corpus_of(folder, metadata_columns=("id",))
+    with pytest.raises(DataError, match=r"data\.sources\[0\]\.text_column='body': format code has no such column"):
+        corpus_of(folder, format="code", text_column="body")
 
 
-def test_one_bad_byte_costs_one_document_of_a_big_file(tmp_path):
-    text = bytearray(big_text("lines", WHOLE_FILE_BYTES * 2).encode())
-    (tmp_path / "big.txt").write_bytes(text)
-    before = read_all(corpus_of(tmp_path))
-    text[100_000] = 0xFF
-    (tmp_path / "big.txt").write_bytes(text)
-    after = read_all(corpus_of(tmp_path))
-    assert sum(isinstance(found, Quarantined) for found in after) == 1
-    assert len(after) == len(before) and sum(a != b for a, b in zip(after, before, strict=True)) == 1
+def test_of_a_saved_data_set_only_its_own_files_count(tmp_path):
+    names = ["data-0.arrow", "data-1.arrow"]
+    for name in ("train/data-0.arrow", "train/cache-123.arrow", "train/readme.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("content")
+    (tmp_path / "train" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    corpus = corpus_of(tmp_path)
+    assert paths(corpus) == ["train/data-0.arrow"]
+    assert left_out(corpus)["cache-123.arrow"] == "train/state.json does not name it"
+    (missing,) = corpus.quarantined
+    assert missing.path.endswith("train/data-1.arrow") and missing.reason.endswith("names it, and it is not there")
 
 
-def test_a_file_that_changed_since_it_was_listed_stops_the_reading(folder):
-    corpus = corpus_of(folder)
-    piece = corpus.pieces[0]
-    other = Piece(replace(piece.file, size=piece.file.size + 1), 0, piece.size + 1, True)
-    with pytest.raises(DataError, match="put the source on storage that every machine sees"):
-        list(read_documents(corpus.sources[0], other))
+@given(st.lists(st.integers(1, 3 * WHOLE_FILE_BYTES), max_size=30), st.integers(1, WHOLE_FILE_BYTES * 2))
+def test_groups_hold_every_byte_once_in_order(sizes, part_bytes):
+    pieces = [
+        Piece(SourceFile(0, str(index), size), 0, size, DOCUMENT_BYTES if size > WHOLE_FILE_BYTES else 0)
+        for index, size in enumerate(sizes)
+    ]
+    groups = group_pieces(pieces, part_bytes)
+    flat = [piece for group in groups for piece in group]
+    joined = []
+    for piece in flat:
+        if joined and joined[-1].file == piece.file:
+            assert piece.begin == joined[-1].end and piece.begin % DOCUMENT_BYTES == 0
+            joined[-1] = Piece(piece.file, joined[-1].begin, piece.end, piece.unit)
+        else:
+            joined.append(piece)
+    assert joined == pieces
+    for group in groups[:-1]:
+        assert sum(piece.size for piece in group) >= part_bytes > sum(piece.size for piece in group[:-1])
+
+
+def test_a_group_of_tiny_files_is_bounded_by_their_number():
+    pieces = [Piece(SourceFile(0, str(index), 1), 0, 1) for index in range(2 * FILES_IN_GROUP + 1)]
+    assert [len(group) for group in group_pieces(pieces, 1 << 20)] == [FILES_IN_GROUP, FILES_IN_GROUP, 1]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llama.config import ModelConfig, MoEConfig
+from llama.training.batch import Batch
 from llama.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 
 MOE = ModelConfig(
@@ -65,12 +66,13 @@ class Samples:
         self.config, self.vocab_size, self.rank, self.world_size = config, vocab_size, rank, world_size
         self.consumed = 0
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         size = self.config.micro_batch
         while True:
             first = self.consumed + self.rank * size
             self.consumed += size * self.world_size
-            yield samples(first, size, self.config, self.vocab_size)
+            tokens = samples(first, size, self.config, self.vocab_size)
+            yield Batch(tokens[:, :-1], tokens[:, 1:])
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples_consumed": self.consumed}

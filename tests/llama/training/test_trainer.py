@@ -13,6 +13,7 @@ three steps are compared, which a wrong step could not pass.
 
 import math
 from dataclasses import asdict, replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from llama import model as model_module
 from llama.losses import IGNORE_INDEX
 from llama.model import Transformer
 from llama.moe import RoutingRecord
+from llama.training.batch import Batch, loss_sum
 from llama.training.config import ParallelConfig
 from llama.training.optim import local
 from llama.training.trainer import Trainer
@@ -330,8 +332,9 @@ def test_padding_behind_a_sequence_changes_nothing():
     class Padded(Samples):
         def __iter__(self):
             for batch in super().__iter__():
-                batch[:, 10:] = IGNORE_INDEX
-                yield batch
+                labels = batch.labels.clone()
+                labels[:, 9:] = IGNORE_INDEX
+                yield replace(batch, labels=labels)
 
     short = samples(0, 8, config, 61)[:, :10]
     model = Transformer(DENSE)
@@ -340,6 +343,62 @@ def test_padding_behind_a_sequence_changes_nothing():
     expected = cross_entropy(logits.flatten(0, 1), short[:, 1:].flatten()).item()
     Trainer(DENSE, config, Padded(config, 61), on_metrics=seen.append).fit()
     assert seen[0].loss == pytest.approx(expected, rel=1e-5)
+
+
+class Given:
+    """A loader of these batches, over and over."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return cycle(self.batches)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state): ...
+
+
+@pytest.mark.parametrize("model_config", [DENSE, MOE])
+def test_a_micro_batch_or_a_step_without_targets_adds_no_loss(model_config):
+    """One of two micro-batches is all masked, then both are."""
+    config = train_config(micro_batch=4, steps=1)
+    tokens = samples(0, 8, config, 61)
+    some, none = (Batch(part[:, :-1], part[:, 1:].clone()) for part in tokens.split(4))
+    none.labels.fill_(IGNORE_INDEX)
+    seen = []
+    summary = Trainer(model_config, config, Given(some, none), on_metrics=seen.append).fit()
+    model = Transformer(model_config)
+    model.init_weights(config.seed)
+    assert seen[0].loss == pytest.approx(loss_sum(model, some).item() / some.labels.numel(), rel=1e-5)
+    assert summary.skipped_steps == 0 and math.isfinite(seen[0].grad_norm) and seen[0].grad_norm > 0
+    Trainer(model_config, config, Given(none), on_metrics=seen.append).fit()
+    assert (seen[1].loss, seen[1].skipped_steps) == (0.0, 0) and math.isfinite(seen[1].grad_norm)
+
+
+@pytest.mark.parametrize("model_config", [DENSE, replace(MOE, moe=replace(MOE.moe, balance_loss_weight=0.0))])
+def test_packed_documents_are_trained_on_as_if_each_were_alone(model_config):
+    config = train_config(micro_batch=8, steps=1)
+    tokens = samples(0, 8, config, 61)
+    documents = (torch.arange(16) >= torch.arange(1, 9)[:, None]).long()
+    labels = tokens[:, 1:].clone()
+    labels[:, :-1][documents[:, 1:] != documents[:, :-1]] = IGNORE_INDEX
+    batch, seen = Batch(tokens[:, :-1], labels, documents), []
+    Trainer(model_config, config, Given(batch), on_metrics=seen.append).fit()
+    model = Transformer(model_config)
+    model.init_weights(config.seed)
+    alone = [
+        Batch(inputs[None, document == each], targets[None, document == each])
+        for inputs, targets, document in zip(batch.inputs, labels, documents, strict=True)
+        for each in (0, 1)
+    ]
+    expected = sum(loss_sum(model, each) for each in alone) / batch.num_targets()
+    assert seen[0].loss == pytest.approx(expected.item(), rel=1e-5)
+    if model_config.moe is None:
+        expected.backward()
+        norm = math.sqrt(sum(parameter.grad.double().square().sum() for parameter in model.parameters()))
+        assert seen[0].grad_norm == pytest.approx(norm, rel=1e-4)
 
 
 def test_a_router_that_could_learn_nothing_is_refused():
@@ -382,7 +441,7 @@ def test_the_summary_of_a_loss_that_is_not_finite_is_json(monkeypatch):
 def test_a_batch_of_the_wrong_shape_is_refused():
     config = train_config(micro_batch=8)
     wrong = Samples(replace(config, seq_len=12), MOE.vocab_size)
-    with pytest.raises(ValueError, match=r"\(8, 13\) tokens, expected \(8, 17\)"):
+    with pytest.raises(ValueError, match=r"inputs are \(8, 12\), expected \(8, 16\)"):
         Trainer(MOE, config, wrong).fit()
 
 

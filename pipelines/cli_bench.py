@@ -1,0 +1,88 @@
+"""The `caravan bench` commands."""
+
+from __future__ import annotations
+
+import signal
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.screen import JsonOption, err, fail, out, print_json, terminate
+
+bench = typer.Typer(help="Ours beside its peers, in one run.", no_args_is_help=True, rich_markup_mode=None)
+
+RoundsOption = Annotated[int, typer.Option(help="At least 5.")]
+
+
+@bench.command("train")
+def bench_train(
+    model: Annotated[str, typer.Option(help="Preset: small, small-moe, ...")] = "small",
+    precision: Annotated[str, typer.Option(help="bf16 or fp32")] = "bf16",
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    rounds: RoundsOption = 7,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a contestant in each round.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Times a training step beside Hugging Face transformers', interleaved in one run; needs no cluster."""
+    from llama.bench import train
+
+    signal.signal(signal.SIGTERM, terminate)
+    report = train.measure(train.TrainBench(model, precision, batch, seq_len, rounds, steps, threads, device))
+    _print(train.as_json(report) if as_json else train.as_text(report))
+
+
+@bench.command("data")
+def bench_data(
+    megabytes: Annotated[int, typer.Option(help="Text to encode, pack and write, 10⁶ bytes each.")] = 200,
+    rounds: RoundsOption = 5,
+    workers: Annotated[int, typer.Option(help="CPUs of the local Ray, and threads of the peer.")] = 2,
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the BPE.")] = 16_384,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a row.")] = 1024,
+    memory: Annotated[bool, typer.Option("--memory", help="One turn each, for the memory alone.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Times the shards stage beside plain tokenizers and pyarrow, interleaved in one run, on a local Ray of its own."""
+    from pipelines.bench import data
+
+    settings = data.DataBench(megabytes, rounds, workers, vocab_size, seq_len, memory_only=memory)
+    signal.signal(signal.SIGTERM, terminate)
+    err.print(f"[dim]preparing {megabytes} MB of documents[/]", highlight=False)
+    report = data.measure(settings)
+    _print(data.as_json(report) if as_json else data.as_text(report))
+
+
+@bench.command("tokenizers")
+def bench_tokenizers(
+    text: Annotated[
+        list[str] | None, typer.Option(help="NAME=URI of a text to add, or in place of english, chinese or code.")
+    ] = None,
+    tokenizer: Annotated[
+        list[str] | None, typer.Option(help="An existing tokenizer to add: its folder or tokenizer.json.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens of those that are learned.")] = 8192,
+    megabytes: Annotated[float, typer.Option(help="Of each text at most, 10⁶ bytes each.")] = 4.0,
+    rounds: RoundsOption = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Trains BPE, WordPiece and Unigram on one sample and compares them on held-out text; needs no cluster."""
+    from pipelines.bench import tokenizers
+
+    texts = [entry.partition("=") for entry in text or []]
+    for name, equals, uri in texts:
+        if not (name and equals and uri):
+            fail(f"--text {name + equals + uri!r} is not of the form NAME=URI")
+    settings = tokenizers.TokenizerBench(
+        tuple((name, uri) for name, _, uri in texts), tuple(tokenizer or ()), vocab_size, megabytes, rounds
+    )
+    report = tokenizers.measure(settings)
+    _print(tokenizers.as_json(report) if as_json else tokenizers.as_text(report))
+
+
+def _print(report: dict[str, Any] | str) -> None:
+    if isinstance(report, str):
+        out.print(report, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print_json(report)
