@@ -118,8 +118,10 @@ def read_table(files: Store, path: str, columns: Sequence[str] | None = None) ->
     Raises CorruptArtifact if it is not what was written: what is made of it would be committed, and look whole."""
     with files.open_input(path) as source:
         try:
-            file = pq.ParquetFile(source, page_checksum_verification=True)
-            table = file.read() if columns is None else file.read(list(columns)).select(columns)
+            # With threads, pyarrow may abort an interpreter that ends soon after it read a Python file.
+            file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
+            chosen = list(columns) if columns is not None else file.schema_arrow.names
+            table = file.read(chosen, use_threads=False).select(chosen)
             if len(table) != file.metadata.num_rows:  # the pages' headers have no checksum
                 raise pa.ArrowInvalid(f"{len(table)} rows of {file.metadata.num_rows}")
         except StorageError:
