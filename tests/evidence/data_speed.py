@@ -15,6 +15,10 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from tests.evidence.demo import Claims  # noqa: E402
+
 LEAST_SPEED = 0.85
 """Of the peer's."""
 LARGEST_GROWTH = 1.15
@@ -34,20 +38,16 @@ def main() -> None:
     megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else LEAST_MEGABYTES
     if megabytes < LEAST_MEGABYTES:
         sys.exit(f"{megabytes} MB are over too soon for a verdict; give at least {LEAST_MEGABYTES}")
-    failed = 0
-
-    def check(claim: str, figure: str, holds: bool) -> None:
-        nonlocal failed
-        failed += not holds
-        print(f"{'ok  ' if holds else 'FAIL'}  {claim:<62} {figure}", flush=True)
-
+    claims = Claims()
     report = bench(f"--megabytes={megabytes}")
     ours, peer = report["rows"]
     speed = report["speed"]
     figure = f"{speed['median']:.2f}× ({speed['low']:.2f}–{speed['high']:.2f}, {speed['verdict']}), "
     figure += f"{ours['megabytes_per_second']:.1f} and {peer['megabytes_per_second']:.1f} MB/s, "
     figure += f"{ours['tokens_per_second']:,.0f} tokens/s; start {ours['start_seconds']:.1f} s, not counted"
-    check(f"{megabytes} MB: at least {LEAST_SPEED}× tokenizers and pyarrow", figure, speed["median"] >= LEAST_SPEED)
+    claims.check(
+        f"{megabytes} MB: at least {LEAST_SPEED}× tokenizers and pyarrow", figure, speed["median"] >= LEAST_SPEED
+    )
 
     small, large = (bench("--memory", f"--megabytes={size}") for size in (SMALL_MEGABYTES, LARGE_MEGABYTES))
     peaks = [result["rows"][0]["peak_mib"] for result in (small, large)]
@@ -55,8 +55,8 @@ def main() -> None:
     figure = f"{peaks[0]:.0f} and {peaks[1]:.0f} MiB, {peaks[1] / peaks[0]:.2f}× (the peer {plain[0]:.0f} and "
     figure += f"{plain[1]:.0f})"
     claim = f"a worker's memory from {SMALL_MEGABYTES} to {LARGE_MEGABYTES} MB: at most {LARGEST_GROWTH}×"
-    check(claim, figure, peaks[1] <= LARGEST_GROWTH * peaks[0])
-    sys.exit(1 if failed else 0)
+    claims.check(claim, figure, peaks[1] <= LARGEST_GROWTH * peaks[0])
+    sys.exit(1 if claims.failed else 0)
 
 
 if __name__ == "__main__":
