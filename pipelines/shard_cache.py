@@ -156,11 +156,11 @@ class ReadAhead:
         self._thread.start()
 
     def want(self, paths: Iterable[str]) -> None:
-        """Fetch these, in order, in place of what was wanted before."""
+        """Fetch these, in order, in place of what was wanted before; `check` raises no more of that."""
         self._wanted.replace(paths)
 
     def check(self) -> None:
-        """Raises what a fetch has raised since the last call."""
+        """Raises, once, what a fetch of what is wanted has raised."""
         self._wanted.raise_error()
 
     def close(self) -> None:
@@ -174,24 +174,30 @@ class _Wanted:
     def __init__(self) -> None:
         self._paths: deque[str] = deque()
         self._error: BaseException | None = None
+        self._replaced = False
         self._stopped = False
         self._changed = threading.Condition()
 
     def replace(self, paths: Iterable[str]) -> None:
         with self._changed:
             self._paths = deque(paths)
+            self._error, self._replaced = None, True
             self._changed.notify_all()
 
     def next(self) -> str | None:
         """Waits for a path; None when there will be no more."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._paths)
+            self._replaced = False
             return None if self._stopped else self._paths.popleft()
 
     def fail(self, error: BaseException) -> None:
+        """The path that `next` gave last could not be fetched. If it is still wanted after a replacement, it is fetched
+        again: the error may be of a file that has been repaired."""
         with self._changed:
-            self._paths.clear()
-            self._error = error
+            if not self._replaced:
+                self._paths.clear()
+                self._error = error
 
     def raise_error(self) -> None:
         with self._changed:

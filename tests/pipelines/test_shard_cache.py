@@ -218,3 +218,28 @@ def test_an_error_in_the_background_is_told_once_and_the_thread_goes_on(artifact
     ahead.want([PATHS[1]])
     eventually(lambda: copies(tmp_path, artifact) == [1])
     ahead.close()
+
+
+def test_an_error_that_is_overtaken_by_a_new_wish_is_not_told(artifact, tmp_path):
+    """The file is repaired while the thread still holds what it read before."""
+    met, repaired = threading.Event(), threading.Event()
+
+    class Slow(ShardCache):
+        def fetch_unless_locked(self, path):
+            try:
+                super().fetch_unless_locked(path)
+            except CorruptArtifact:
+                met.set()
+                repaired.wait(10)
+                raise
+
+    artifact.files.write_bytes(PATHS[0], b"wrong")
+    ahead = ReadAhead(Slow(far(artifact), artifact.manifest(), tmp_path))
+    ahead.want(PATHS[:1])
+    assert met.wait(10)
+    artifact.files.write_bytes(PATHS[0], content(0))
+    ahead.want(PATHS[:2])
+    repaired.set()
+    eventually(lambda: copies(tmp_path, artifact) == [0, 1])
+    ahead.check()
+    ahead.close()
