@@ -31,6 +31,7 @@ from pipelines.repetition import (
 )
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # category Cc but for line feed and tab
+_LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x85]")
 _LINE = re.compile(r"\S[^\n]*")
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _SPACE = re.compile(r"\s")
@@ -71,12 +72,12 @@ class Cleaner:
 
     def __call__(self, text: str) -> Kept | Dropped:
         changed = []
+        if self._config.control_characters and _CONTROL.search(text):
+            text = _CONTROL.sub("", _LINE_END.sub("\n", text))
+            changed.append("control_characters")
         if self._config.unicode is not None and not unicodedata.is_normalized(self._config.unicode, text):
             text = unicodedata.normalize(self._config.unicode, text)
             changed.append("unicode")
-        if self._config.control_characters and _CONTROL.search(text):
-            text = _CONTROL.sub("", text)
-            changed.append("control_characters")
         return next(self._broken(_Measured(text, self._words)), None) or Kept(text, tuple(changed))
 
     def _broken(self, text: _Measured) -> Iterator[Dropped]:
@@ -197,8 +198,8 @@ _RULES: dict[str, Callable[[_Measured], float]] = {
 
 
 RULES = (
-    "unicode",
     "control_characters",
+    "unicode",
     "min_document_chars",
     *_RULES,
     *(f"max_top_{n}gram_char_ratio" for n in _TOP_NGRAMS),

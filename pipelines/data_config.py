@@ -23,8 +23,9 @@ class SourceConfig(Section):
     uri: Annotated[str, Field(min_length=1)]
     format: Format = "auto"
     """`auto` goes by the files' suffixes, and refuses a source whose suffixes disagree."""
-    text_column: Annotated[str, Field(min_length=1)] = "text"
-    """Column or key of the text in jsonl, csv, parquet and arrow; of the conversation in chat it is `messages`."""
+    text_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column or key of the text in jsonl, csv, parquet and arrow, None being `text`; of the conversation in chat, None
+    being `messages`."""
     metadata_columns: tuple[str, ...] = ()
     """Columns or keys that are kept beside each text."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -54,10 +55,10 @@ class CleanConfig(Section):
     are those of Rae et al. 2021 (Gopher), appendix A.1, tables A1 and A2.
     """
 
+    control_characters: bool = False
+    """Remove control characters other than tab; those that end a line or a page become line feeds."""
     unicode: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
     """Normalisation form."""
-    control_characters: bool = False
-    """Remove control characters other than line feed and tab."""
     max_chars: Positive | None = None
     min_words: Positive | None = None
     max_words: Positive | None = None
@@ -145,7 +146,8 @@ class DataConfig(Section):
     max_document_bytes: Annotated[int, Field(ge=1 << 10)] = 16 << 20
     """A longer record is quarantined; a worker's memory is bounded by it. Plain text is cut into documents instead."""
     max_decompressed_bytes: Positive = 64 << 30
-    """Of one compressed file; what lies beyond is quarantined."""
+    """Of text of one compressed file, or of what is read at a time of a table (all of it, or 64 MiB of Parquet); what
+    lies beyond is quarantined. Text that is no larger than its file is never cut."""
     part_bytes: Annotated[int, Field(ge=1 << 16)] = 16 << 20
     """Bytes of text in one file of documents or one shard: the unit of parallel work and of a worker's memory."""
     strict: bool = False
@@ -161,10 +163,18 @@ class DataConfig(Section):
     def _sources_fit(self) -> Self:
         if not self.sources:
             raise ValueError("data.sources is empty; name at least one source, such as {uri: stdlib}")
-        weights = [source.weight for source in self.sources]
-        if self.max_bytes is None and self.max_tokens is None and len(set(weights)) > 1:
-            raise ValueError(
-                f"data.sources: the weights {weights} divide data.max_bytes or data.max_tokens, and both are absent; "
-                "set one"
-            )
+        for index, source in enumerate(self.sources):
+            where = f"data.sources[{index}]"
+            if source.weight != 1.0 and self.max_bytes is None and self.max_tokens is None:
+                raise ValueError(
+                    f"{where}.weight={source.weight} is its share of data.max_bytes or data.max_tokens, and both are "
+                    "absent; set one, or leave the weight out"
+                )
+            if source.format == "preference" and source.max_tokens is not None:
+                raise ValueError(f"{where}.max_tokens={source.max_tokens}: preferences are not packed; leave it out")
+            if source.format == "preference" and source.weight != 1.0 and self.max_bytes is None:
+                raise ValueError(
+                    f"{where}.weight={source.weight}: preferences are not packed and have no share of data.max_tokens; "
+                    "leave it out, or set data.max_bytes"
+                )
         return self

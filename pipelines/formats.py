@@ -8,7 +8,8 @@
     chat, preference  a line of JSON or a row of a table is one; its text is the record's canonical JSON
 
 Text, code, JSONL and CSV may be compressed, as .gz or .zst. They are UTF-8; what is not is quarantined, document by
-document. In text and code newlines become `\\n`, and a byte-order mark goes.
+document. In text and code newlines become `\\n`. A byte-order mark goes, at the begin of a file and, where files were
+put behind each other, of a line of JSON or a document.
 
 A text is cut after the first blank line in each stretch of DOCUMENT_BYTES, failing that after the first newline,
 failing that between two characters. Whether a stretch is read alone or with its neighbours, the cuts are the same.
@@ -156,10 +157,9 @@ def first_cut(stretch: bytes) -> int:
 
 
 def _document(data: bytes, offset: int, maker: RecordMaker) -> Record | Quarantined:
-    try:
-        text = data.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        return maker.quarantined(offset + error.start, f"not UTF-8: {error.reason}")
+    text = maker.decode(data, offset)
+    if isinstance(text, Quarantined):
+        return text
     if (nul := data.find(b"\0")) >= 0:
         return maker.quarantined(offset + nul, "binary: it has a NUL byte")
     return maker.text(text.replace("\r\n", "\n").replace("\r", "\n"), offset)

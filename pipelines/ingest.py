@@ -77,13 +77,15 @@ def _key(config: DataConfig, corpus: Corpus) -> dict[str, Any]:
 
 def _ingest(config: DataConfig, corpus: Corpus, context: StageContext) -> dict[str, JSON]:
     if config.strict and corpus.quarantined:
-        raise _strict(corpus.quarantined[0])
+        raise _strict(describe(corpus.quarantined[0]))
     by_source = _read_sources(config, corpus, context)
     total = Tally()
     for tally, unreadable in zip(by_source, corpus.unreadable, strict=True):
         for item in unreadable:
             tally.put_in_quarantine(item)
         total.add(tally)
+    if config.strict and total.quarantined:
+        raise _strict(total.quarantine[0])
     splits = {split: _totals(total.parts, split) for split in SPLITS}
     _check_splits(config, total, splits)
     if total.quarantined:
@@ -252,7 +254,7 @@ class _Reading:
             self.tally.drop(size_in, outcome, record.path, record.offset, record.text)
             return True
         size = len(outcome.text.encode()) if outcome.changed else size_in
-        if outcome.changed and size > self._config.max_document_bytes:
+        if size > max(size_in, self._config.max_document_bytes):
             limit = f"data.max_document_bytes={self._config.max_document_bytes}"
             reason = f"{size} bytes in normal form {self._config.clean.unicode}, more than {limit}"
             self._put_in_quarantine(Quarantined(record.path, record.offset, reason))
@@ -265,8 +267,8 @@ class _Reading:
         return True
 
     def _put_in_quarantine(self, item: Quarantined) -> None:
-        if self._config.strict:
-            raise _strict(item)
+        if self._config.strict and self._config.max_bytes is None:  # else what lies here may be beyond the budget
+            raise _strict(describe(item))
         self.tally.put_in_quarantine(item)
         self._quarantine.add(item)
 
@@ -337,7 +339,5 @@ def _write_lines(items: Iterable[Quarantined | LeftOut], output: Store, path: st
         return lines.write(output, path)
 
 
-def _strict(item: Quarantined) -> DataError:
-    return DataError(
-        f"{describe(item)}; mend it, or turn data.strict off: what cannot be read is then put in quarantine"
-    )
+def _strict(described: str) -> DataError:
+    return DataError(f"{described}; mend it, or turn data.strict off: what cannot be read is then put in quarantine")

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.conversations import canonical, parse_chat, parse_preference
-from pipelines.data_config import SourceConfig
 from pipelines.sources import Quarantined, Source
 
-_DEFAULT_COLUMN = SourceConfig.model_fields["text_column"].default
-_CHAT_COLUMN = "messages"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_TEXT_COLUMN, _CHAT_COLUMN = "text", "messages"
 _PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
 
 
@@ -55,8 +55,8 @@ class RecordMaker:
         self.max_bytes = limits.max_document_bytes
         self.columns: tuple[str, ...] = _PREFERENCE_COLUMNS
         if self._kind != "preference":
-            chosen = source.config.text_column
-            self.columns = (_CHAT_COLUMN if self._kind == "chat" and chosen == _DEFAULT_COLUMN else chosen,)
+            usual = _CHAT_COLUMN if self._kind == "chat" else _TEXT_COLUMN
+            self.columns = (source.config.text_column or usual,)
 
     @property
     def is_text(self) -> bool:
@@ -65,8 +65,8 @@ class RecordMaker:
     def quarantined(self, offset: int, reason: str) -> Quarantined:
         return Quarantined(self._name, offset, reason)
 
-    def too_long(self, offset: int, size: int) -> Quarantined:
-        return self.quarantined(offset, f"{size} bytes, more than data.max_document_bytes={self.max_bytes}")
+    def too_long(self, offset: int, what: str) -> Quarantined:
+        return self.quarantined(offset, f"{what}, more than data.max_document_bytes={self.max_bytes}")
 
     def missing(self, columns: list[str]) -> str | None:
         """Why a table with these columns yields nothing."""
@@ -92,14 +92,23 @@ class RecordMaker:
         except (ValueError, RecursionError) as error:
             return self.quarantined(offset, str(error))
         if size > self.max_bytes:
-            return self.too_long(offset, size)
+            return self.too_long(offset, f"{size} bytes")
+        if len(metadata) > self.max_bytes:
+            return self.too_long(offset, f"{len(metadata)} bytes of metadata")
         return Record(text, self._name, offset, metadata)
 
-    def make_from_json(self, line: bytes, offset: int) -> Record | Quarantined:
+    def decode(self, data: bytes, offset: int) -> str | Quarantined:
+        """UTF-8 without the byte-order mark that may begin it."""
+        begin = len(BYTE_ORDER_MARK) if data.startswith(BYTE_ORDER_MARK) else 0
         try:
-            text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
+            return str(memoryview(data)[begin:], "utf-8")
         except UnicodeDecodeError as error:
-            return self.quarantined(offset + error.start, f"not UTF-8: {error.reason}")
+            return self.quarantined(offset + begin + error.start, f"not UTF-8: {error.reason}")
+
+    def make_from_json(self, line: bytes, offset: int) -> Record | Quarantined:
+        text = self.decode(line, offset)
+        if isinstance(text, Quarantined):
+            return text
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:

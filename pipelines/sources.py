@@ -216,13 +216,12 @@ def _format(config: SourceConfig, found: Listing) -> Format:
 
 def _check_columns(source: Source, field: str) -> None:
     """A column that nothing would be read from is refused."""
-    default = SourceConfig.model_fields["text_column"].default
     if source.format in ("text", "code") and source.config.metadata_columns:
         raise DataError(
             f"{field}.metadata_columns={list(source.config.metadata_columns)}: format {source.format} has no columns; "
             "leave it out, or set format"
         )
-    if source.format in ("text", "code", "preference") and source.config.text_column != default:
+    if source.format in ("text", "code", "preference") and source.config.text_column is not None:
         raise DataError(
             f"{field}.text_column={source.config.text_column!r}: format {source.format} has no such column; leave it "
             "out, or set format"

@@ -1,7 +1,8 @@
 """Parquet and Arrow files, read a few rows at a time.
 
     Parquet        row groups, page by page; a group that cannot be read is quarantined, and reading goes on behind it
-    Arrow          IPC files and IPC streams, record batch by record batch, the folders of `datasets.save_to_disk` too
+    Arrow          IPC files and IPC streams, record batch by record batch, the folders of `datasets.save_to_disk` too;
+                   a batch that cannot be read likewise, and its rows are not counted
 
 What holds in memory is bounded by the file's pages and record batches, not by its size; a block above MAX_BLOCK_BYTES
 is quarantined. A file's own numbers are not believed: offsets of Arrow data are checked before anything follows them.
@@ -9,7 +10,7 @@ is quarantined. A file's own numbers are not believed: offsets of Arrow data are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +28,8 @@ _PARQUET_ROWS = 8  # more at once are no faster
 _ARROW_ROWS = 64
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError, NotImplementedError)
 _ARROW_FILE_MAGIC = b"ARROW1"
+_ARROW_FILE_BEGIN = 8  # the magic, padded; what follows up to the footer is a stream
+_ARROW_CONTINUES = b"\xff\xff\xff\xff"
 
 
 class _Unreadable(Exception):
@@ -43,17 +46,20 @@ def read_table(
         )
         return
     rows = _parquet(stream, piece, maker) if container == "parquet" else _arrow(stream, maker)
+    bound = max(limits.max_decompressed_bytes, piece.size)  # text that was not compressed never exceeds it
     total = 0
     for row, found in rows:
         if isinstance(found, Quarantined):
             yield found
             continue
         columns = [_values(column) for column in found.columns]
-        total += sum(map(_size, found.columns, columns))
-        if total > limits.max_decompressed_bytes:
-            bound = f"data.max_decompressed_bytes={limits.max_decompressed_bytes}"
-            yield maker.quarantined(row, f"more than {bound}; the rows from here on are not read")
+        total += sum(map(_size, columns))
+        if total > bound:
+            limit = f"data.max_decompressed_bytes={limits.max_decompressed_bytes}"
+            yield maker.quarantined(row, f"more text than {limit}; the rows from here on are not read")
             return
+        if not maker.is_text:
+            columns = [[_present(value) for value in column] for column in columns]
         for values in zip(*columns, strict=True):
             yield maker.make(dict(zip(found.schema.names, values, strict=True)), row)
             row += 1
@@ -78,11 +84,22 @@ def _value(scalar: pa.Scalar) -> Any:
         return Undecodable(_one_line(error))
 
 
-def _size(column: pa.Array, values: list[Any]) -> int:
-    """Bytes of the values. Those of a dictionary are in memory once, and in the text in every row that has them."""
-    if pa.types.is_dictionary(column.type):
-        return sum(len(value) for value in values if isinstance(value, str | bytes))
-    return column.nbytes
+def _size(value: Any) -> int:
+    """Bytes of the text in a value: what a dictionary or a view shares in memory stands in every row that has it."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode())
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
+
+
+def _present(value: Any) -> Any:
+    """Without the keys whose value is null: in a table every row has every key."""
+    if isinstance(value, Mapping):
+        return {key: _present(item) for key, item in value.items() if item is not None}
+    return [_present(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_schema(schema: pa.Schema, maker: RecordMaker) -> list[str]:
@@ -158,40 +175,77 @@ def _arrow(stream: SourceStream, maker: RecordMaker) -> _Batches:
     row = 0
     try:
         for batch in _record_batches(stream, maker):
-            problem = _damage(batch)
+            problem = batch if isinstance(batch, str) else _damage(batch)
             if problem:
-                yield row, maker.quarantined(row, f"{problem} ({len(batch)} rows)")
+                yield row, maker.quarantined(row, problem)
             else:
                 for begin in range(0, len(batch), _ARROW_ROWS):
                     yield row + begin, batch.slice(begin, _ARROW_ROWS)
-            row += len(batch)
+            row += 0 if isinstance(batch, str) else len(batch)
     except (DataError, StorageError):
         raise
-    except (*_UNREADABLE, _Unreadable, StopIteration) as error:
+    except (*_UNREADABLE, _Unreadable) as error:
         yield row, maker.quarantined(row, _reason("Arrow", error))
 
 
-def _record_batches(stream: SourceStream, maker: RecordMaker) -> Iterator[pa.RecordBatch]:
-    is_file = stream.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
-    opened = pa.ipc.open_file if is_file else pa.ipc.open_stream
+_RecordBatches = Iterator[pa.RecordBatch | str]
+"""Batches, and in place of what cannot be read the reason."""
+
+
+def _record_batches(stream: SourceStream, maker: RecordMaker) -> _RecordBatches:
+    size = stream.seek(0, 2)
     stream.seek(0)
-    schema = opened(stream).schema
-    fields = [schema.get_field_index(name) for name in _check_schema(schema, maker)]
-    stream.seek(0)
-    # what nobody wants is not decompressed
-    reader = opened(stream, options=pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
-    if is_file:
-        for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
+    if stream.read(len(_ARROW_FILE_MAGIC)) != _ARROW_FILE_MAGIC:
+        stream.seek(0)
+        while stream.tell() < size:
+            yield from _stream_batches(stream, maker)
         return
+    stream.seek(0)
+    try:
+        reader = pa.ipc.open_file(stream, options=_wanted(pa.ipc.open_file(stream).schema, maker))
+    except (DataError, StorageError):
+        raise
+    except _UNREADABLE as error:  # without the footer, which says where the batches are, they still follow each other
+        stream.seek(_ARROW_FILE_BEGIN)
+        yield from _stream_batches(stream, maker)
+        raise _Unreadable(f"the file has no footer ({_one_line(error)}): it may have been cut off") from error
+    for index in range(reader.num_record_batches):
+        try:
+            yield reader.get_batch(index)
+        except (DataError, StorageError):
+            raise
+        except _UNREADABLE as error:
+            yield f"record batch {index} cannot be read: {_one_line(error)}"
+
+
+def _stream_batches(stream: SourceStream, maker: RecordMaker) -> _RecordBatches:
+    """Of one IPC stream, up to its end mark. Raises _Unreadable if it has none."""
+    begin = stream.tell()
+    schema = pa.ipc.open_stream(stream).schema
+    stream.seek(begin)
+    reader = pa.ipc.open_stream(stream, options=_wanted(schema, maker))
     while True:
+        at = stream.tell()
         try:
             yield reader.read_next_batch()
         except StopIteration:
-            break
-    stream.seek(-4, 2)
-    if stream.read(4) != b"\0\0\0\0":
-        raise _Unreadable("the stream has no end mark: it may have been cut off here")
+            if stream.tell() == at:
+                raise _Unreadable("the stream has no end mark: it may have been cut off here") from None
+            return
+        except (DataError, StorageError):
+            raise
+        except _UNREADABLE as error:
+            after = stream.tell()
+            if stream.read(len(_ARROW_CONTINUES)) != _ARROW_CONTINUES:
+                raise
+            stream.seek(after)
+            yield f"the record batch at byte {at} cannot be read: {_one_line(error)}"
+
+
+def _wanted(schema: pa.Schema, maker: RecordMaker) -> pa.ipc.IpcReadOptions:
+    """What nobody wants is not decompressed. Raises _Unreadable if what is wanted is not there."""
+    fields = [schema.get_field_index(name) for name in _check_schema(schema, maker)]
+    return pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
 
 
 def _damage(batch: pa.RecordBatch) -> str | None:
@@ -199,12 +253,34 @@ def _damage(batch: pa.RecordBatch) -> str | None:
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             column.validate()
-            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-                column = column.view(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
-            column.validate(full=True)
+            column.view(_as_bytes(column.type)).validate(full=True)
         except _UNREADABLE as error:
-            return f"column {name!r} is damaged: {_one_line(error)}"
+            return f"column {name!r} is damaged: {_one_line(error)} ({len(batch)} rows)"
     return None
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type with bytes in place of text."""
+    types = pa.types
+    if types.is_string(kind):
+        return pa.binary()
+    if types.is_large_string(kind):
+        return pa.large_binary()
+    if types.is_string_view(kind):
+        return pa.binary_view()
+    if types.is_list(kind):
+        return pa.list_(_field_as_bytes(kind.value_field))
+    if types.is_large_list(kind):
+        return pa.large_list(_field_as_bytes(kind.value_field))
+    if types.is_struct(kind):
+        return pa.struct([_field_as_bytes(field) for field in kind])
+    if types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _as_bytes(kind.value_type), kind.ordered)
+    return kind
+
+
+def _field_as_bytes(field: pa.Field) -> pa.Field:
+    return field.with_type(_as_bytes(field.type))
 
 
 def _reason(format: str, error: BaseException) -> str:

@@ -40,7 +40,7 @@ def read_texts(uri: str, field: str = "data.sources") -> Iterator[str]:
     if not found and unreadable:
         raise DataError(
             f"{field}={uri}: nothing of it can be read ({describe(unreadable)}); give text, or records "
-            f"with the key {config.sources[0].text_column!r}"
+            "with the key 'text'"
         )
 
 

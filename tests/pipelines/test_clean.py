@@ -208,10 +208,16 @@ def test_limits_themselves_are_kept():
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]))
 def test_text_is_normalised_and_loses_its_control_characters(text, form):
     outcome = Cleaner(CleanConfig(unicode=form, control_characters=True), 0)(text)
-    normal = unicodedata.normalize(form, text)
-    expected = "".join(c for c in normal if unicodedata.category(c) != "Cc" or c in "\n\t")
-    happened = {"unicode": normal != text, "control_characters": expected != normal}
+    lines = text.replace("\r\n", "\n").translate(dict.fromkeys(map(ord, "\r\v\f\x85"), "\n"))
+    without = "".join(c for c in lines if unicodedata.category(c) != "Cc" or c in "\n\t")
+    expected = unicodedata.normalize(form, without)
+    happened = {"control_characters": without != text, "unicode": expected != without}
     assert outcome == Kept(expected, tuple(rule for rule, changed in happened.items() if changed))
+
+
+def test_what_a_control_character_divides_is_normalised_too():
+    outcome = Cleaner(CleanConfig(unicode="NFC", control_characters=True), 0)("e\x01\u0301 and page\x0ctwo")
+    assert outcome == Kept("é and page\ntwo", ("control_characters", "unicode"))
 
 
 def test_without_rules_a_text_stays_as_it_is():

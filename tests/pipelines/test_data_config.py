@@ -21,7 +21,16 @@ def load(*overrides: str) -> Recipe:
     ("overrides", "complaint"),
     [
         (["data.sources=[]"], "data.sources is empty; name at least one source"),
-        (["data.sources[0].weight=2"], "data.sources: the weights .* both are absent; set one"),
+        (["data.sources[0].weight=2"], r"data\.sources\[0\]\.weight=2\.0 .* both are absent; set one"),
+        (["data.sources[0].weight=2", "data.sources[1].weight=2"], r"data\.sources\[0\]\.weight=2\.0 .* set one"),
+        (
+            ["data.sources[0]={uri: /p, format: preference, max_tokens: 5}"],
+            r"data\.sources\[0\]\.max_tokens=5: preferences are not packed",
+        ),
+        (
+            ["data.sources[0]={uri: /p, format: preference, weight: 2}", "data.max_tokens=9"],
+            r"data\.sources\[0\]\.weight=2\.0: preferences are not packed .* or set data\.max_bytes",
+        ),
         (["data.sources[0].weight=0"], r"data.sources\[0\].weight=0"),
         (["data.sources[0].max_tokens=0"], r"data.sources\[0\].max_tokens=0"),
         (["data.sources[0].format=word"], r"data.sources\[0\].format='word'"),

@@ -318,6 +318,26 @@ def test_strict_makes_an_error_of_what_cannot_be_read(tmp_path):
     assert metadata(ingest(Store(tmp_path / "store"), data_config(path)))["quarantined"] == 1
 
 
+def test_strict_leaves_alone_what_a_budget_does_not_reach(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    write_lines(path, numbered(300))
+    with open(path, "a") as file:
+        file.write("no json\n")
+    config = data_config(path, strict=True, max_bytes=sum(map(len, numbered(200))))
+    assert len(texts(ingest(Store(tmp_path / "store"), config))) == 200
+    path.write_text("no json\n" + path.read_text())
+    with pytest.raises(DataError, match="texts.jsonl at 0: no JSON.*; mend it, or turn data.strict off"):
+        ingest(Store(tmp_path / "store"), config)
+
+
+def test_a_document_that_is_cleaned_and_grows_not_is_kept_at_any_length(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for number in range(30):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(f"{number}\x07" + "long text " * 300)
+    config = data_config(tmp_path / "corpus", max_document_bytes=1024, clean=CleanConfig(control_characters=True))
+    assert len(texts(ingest(Store(tmp_path / "store"), config))) == 30
+
+
 def test_what_a_folder_holds_besides_is_listed(tmp_path):
     folder = tmp_path / "corpus"
     write_lines(folder / "texts.jsonl", numbered(30))
@@ -354,11 +374,11 @@ def test_a_changed_file_gives_the_stage_another_key(tmp_path):
 def test_only_what_decides_the_output_is_in_the_key(tmp_path):
     path = write_lines(tmp_path / "texts.jsonl", numbered(3))
 
-    def changed(max_bytes=None, **source):
-        return key(over(SourceConfig(uri=path, **source), max_bytes=max_bytes))
+    def changed(max_bytes=None, max_tokens=None, **source):
+        return key(over(SourceConfig(uri=path, **source), max_bytes=max_bytes, max_tokens=max_tokens))
 
     before = changed()
-    assert changed(weight=2.0) == changed(max_tokens=5) == before
+    assert changed(max_tokens=9, weight=2.0) == changed(max_tokens=5) == before
     assert changed(text_column="body") != before
     assert changed(5, weight=2.0) != changed(5) != before
     config = data_config(path)

@@ -10,6 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines import lines
 from pipelines.formats import Limits
 from pipelines.lines import read_jsonl, segments
 from pipelines.records import RecordMaker
@@ -217,9 +218,50 @@ def test_broken_rows_of_csv_cost_themselves(tmp_path):
         (4, "not UTF-8"),
         (6, "binary: it has a NUL byte"),
         (7, f"{(2 << 20) + 3} bytes, more than data.max_document_bytes=1048576"),
-        (8, f"{5 * (1 << 18) + 5} bytes, more than data.max_document_bytes=1048576"),
+        (8, f"{5 * (1 << 18) + 5} bytes in {(1 << 18) + 1} lines, more than data.max_document_bytes=1048576"),
         (10, "no CSV: unexpected end of data (30 bytes are lost)"),
     ]
+
+
+def as_csv(row):
+    """Quotes only where they must be: a bare field may have some inside, as in `27" screen`."""
+    bare = [not (cell.startswith('"') or set(cell) & set(",\n")) for cell in row]
+    return ",".join(
+        cell if is_bare else '"' + cell.replace('"', '""') + '"' for cell, is_bare in zip(row, bare, strict=True)
+    )
+
+
+@settings(max_examples=400)
+@given(st.lists(st.lists(st.text('"",\nax', max_size=12), min_size=2, max_size=2), max_size=12), st.integers(1, 9))
+def test_a_record_of_csv_that_is_too_long_costs_itself_alone(source, rows, block_bytes):
+    limit = 20
+    written = [as_csv(row) + "\n" for row in rows]
+    data = "".join(["a,text\n", *written]).encode()
+    maker = RecordMaker(source, "a.csv", Limits(limit, 1 << 30))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "_BLOCK_BYTES", block_bytes)
+        found = list(lines.read_csv(io.BytesIO(data).read, ",", maker))
+    assert [(item.offset, item.text) for item in records(found)] == [
+        (number, row[1]) for number, row in enumerate(rows) if len(written[number]) <= limit
+    ]
+    assert [item.offset for item in failures(found)] == [
+        number for number, record in enumerate(written) if len(record) > limit
+    ]
+
+
+def test_lines_before_the_header_of_csv_and_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'\n\r\ntext,page\n"a","b"\nc,\xff\n')
+    found = read_all(corpus_of(tmp_path, metadata_columns=("page",)))
+    assert texts(found) == ["a"] and [(item.offset, item.reason) for item in failures(found)] == [(1, "not UTF-8")]
+
+
+def test_byte_order_marks_of_files_behind_each_other(tmp_path):
+    line = b'\xef\xbb\xbf{"text": "good"}\n'
+    (tmp_path / "a.jsonl").write_bytes(line * 2 + b'\xef\xbb\xbf{"text": "\xff"}\n')
+    found = read_all(corpus_of(tmp_path))
+    assert texts(found) == ["good"] * 2 and [item.offset for item in failures(found)] == [2 * len(line) + 13]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc\xff")
+    assert [item.offset for item in read_all(corpus_of(tmp_path / "a.txt"))] == [6]
 
 
 def test_a_csv_without_the_column_is_one_failure(tmp_path):

@@ -135,7 +135,7 @@ ERRORS = [
     ("serve.engine.num_blocks=1", "serve.engine.num_blocks=1 of serve.engine.block_size=16 tokens hold less than one"),
     ("data.sources=[]", "data.sources is empty; name at least one"),
     ("data.max_bytes=0", "data.max_bytes=0: input should be greater than or equal to 1"),
-    ("data={sources: [{uri: a, weight: 2}, {uri: b}]}", "data.sources: the weights [2.0, 1.0] divide data.max_bytes"),
+    ("data={sources: [{uri: a, weight: 2}, {uri: b}]}", "data.sources[0].weight=2.0 is its share of data.max_bytes"),
     ("data.sources[7].uri=a", "override 'data.sources[7].uri=a': data.sources has the items 0 to 1, not '7'"),
     ("train.steps.x=1", "override 'train.steps.x=1': train.steps=10 has no keys below it"),
     ("train.steps", "override 'train.steps' is not of the form key.path=value"),

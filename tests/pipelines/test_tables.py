@@ -110,6 +110,106 @@ def test_files_that_are_none_or_cut_off(tmp_path, form):
     assert failure.reason.startswith(f"a {'parquet' if form == 'parquet' else 'arrow'} file inside gzip")
 
 
+@pytest.mark.parametrize("size", range(8))
+def test_a_stream_that_is_cut_anywhere_loses_nothing_in_silence(tmp_path, size):
+    """Between two batches too, where what is padding looks like the mark of the end."""
+    table = pa.table({"text": [letter * (size + 1) for letter in "abcdefg"]})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    data = (tmp_path / "a.arrow").read_bytes()
+    for cut in range(1, len(data)):
+        (tmp_path / "a.arrow").write_bytes(data[:cut])
+        found = read_all(corpus_of(tmp_path))
+        assert texts(found) == table["text"].to_pylist()[: len(records(found))] and len(failures(found)) == 1
+
+
+def test_streams_behind_each_other_and_what_is_none(tmp_path):
+    write(make_table(150), tmp_path / "a.arrow", "stream")
+    data = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(data * 2)
+    found = read_all(corpus_of(tmp_path))
+    assert texts(found) == make_table(150)["text"].to_pylist() * 2 and not failures(found)
+    for more in (b"rubbish" + bytes(4), bytes(4), bytes(8)):
+        (tmp_path / "a.arrow").write_bytes(data + more)
+        found = read_all(corpus_of(tmp_path))
+        assert len(records(found)) == 150 and [item.offset for item in failures(found)] == [150]
+
+
+@pytest.mark.parametrize("form", ["feather", "compressed"])
+def test_a_damaged_record_batch_costs_no_other(tmp_path, form):
+    table = make_table()
+    path = tmp_path / "a.arrow"
+    if form == "feather":
+        write(table, path, form)
+    else:
+        with pa.ipc.new_stream(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+            writer.write_table(table, max_chunksize=100)
+    data = path.read_bytes()
+    blocks = [at for at in range(len(data)) if data.startswith(b"\x28\xb5\x2f\xfd", at)]
+    path.write_bytes(data[: blocks[17]] + b"\0\0\0\0" + data[blocks[17] + 4 :])  # of the fifth batch
+    found = read_all(corpus_of(path))
+    assert texts(found) == [text for row, text in enumerate(table["text"].to_pylist()) if not 400 <= row < 500]
+    (failure,) = failures(found)
+    assert failure.offset == 400 and "cannot be read" in failure.reason
+
+
+@pytest.mark.parametrize("form", ["feather", "file"])
+def test_of_a_file_without_its_footer_whole_batches_count(tmp_path, form):
+    table = make_table()
+    write(table, tmp_path / "a.arrow", form)
+    data = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(data[: len(data) * 9 // 10])
+    found = read_all(corpus_of(tmp_path))
+    assert len(records(found)) in (800, 900) and texts(found) == table["text"].to_pylist()[: len(records(found))]
+    (failure,) = failures(found)
+    assert failure.offset == len(records(found))
+
+
+NESTED = {
+    "dictionary": lambda text: pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 1, 0]), text.slice(0, 3)),
+    "string_view": lambda text: text.view(pa.binary()).cast(pa.binary_view()).view(pa.string_view()),
+    "chat": lambda text: pa.ListArray.from_arrays(
+        pa.array(range(6), pa.int32()),
+        pa.StructArray.from_arrays([pa.array(["assistant"] * 5), text], ["role", "content"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_what_is_no_utf8_costs_its_own_row_only(tmp_path, kind):
+    buffers = pa.array([b"good", b"\xff\xfe", b"fine", b"\xff\xfe", b"good"], pa.binary()).buffers()
+    column = NESTED[kind](pa.StringArray.from_buffers(5, buffers[1], buffers[2]))
+    table = pa.table({"messages" if kind == "chat" else "text": column})
+    write(table, tmp_path / "a.arrow", "file")
+    found = read_all(corpus_of(tmp_path, format="chat" if kind == "chat" else "arrow"))
+    assert [record.offset for record in records(found)] == [0, 2, 4]
+    assert [(item.offset, item.reason) for item in failures(found)] == [(1, "not UTF-8"), (3, "not UTF-8")]
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.string(), pa.dictionary(pa.int32(), pa.string())])
+def test_what_shares_memory_is_counted_once_for_each_row(tmp_path, kind):
+    column = [f"{row} " * 50 for row in range(3000)]
+    write(pa.table({"text": pa.array(column).cast(kind)}), tmp_path / "a.feather", "feather")
+    size = sum(map(len, column))
+    assert len(records(read_all(corpus_of(tmp_path), limits=Limits(1 << 20, size)))) == 3000
+    found = read_all(corpus_of(tmp_path), limits=Limits(1 << 20, size // 2))
+    assert 1400 < len(records(found)) < 1700 and len(failures(found)) == 1
+
+
+def test_text_that_is_not_compressed_is_read_whatever_its_size(tmp_path):
+    write(make_table(), tmp_path / "a.arrow", "file")
+    found = read_all(corpus_of(tmp_path), limits=Limits(1 << 20, 1000))
+    assert len(records(found)) == 1000 and not failures(found)
+
+
+def test_metadata_is_bounded_too(tmp_path):
+    table = pa.table({"text": ["a", "b"], "page": ["x" * 5000, "y"]})
+    write(table, tmp_path / "a.parquet", "parquet")
+    found = read_all(corpus_of(tmp_path, metadata_columns=("page",)), limits=Limits(1024, 1 << 30))
+    assert texts(found) == ["b"]
+    assert failures(found)[0].reason == "5012 bytes of metadata, more than data.max_document_bytes=1024"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_wrong_bytes_never_end_the_process(tmp_path, form):
     """Parquet says how many rows it has: of those nothing is lost in silence."""
@@ -164,7 +264,7 @@ def test_a_value_of_a_dictionary_may_stand_in_every_row(tmp_path):
     assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
     found = read_all(corpus_of(tmp_path), limits=Limits(8 << 20, 100 << 20))
     assert 16 <= len(records(found)) <= 25 and len(failures(found)) == 1
-    assert failures(found)[0].reason.startswith("more than data.max_decompressed_bytes=104857600")
+    assert failures(found)[0].reason.startswith("more text than data.max_decompressed_bytes=104857600")
     assert pa.total_allocated_bytes() < 200 << 20
 
 
@@ -194,6 +294,10 @@ def test_conversations_and_preferences_in_tables(tmp_path, form):
     found = read_all(corpus_of(tmp_path, format="chat", metadata_columns=("source",)))
     assert [json.loads(text) for text in texts(found)] == conversations[:2] and len(failures(found)) == 2
     assert records(found)[1].metadata == '{"source": "b"}'
+    calls = [{"role": "assistant", "tool_calls": [{"city": "Rome"}, {"city": "Oslo", "zone": "CET"}]}]
+    write(pa.table({"messages": [calls]}), tmp_path / FORMS[form], form)
+    (text,) = texts(read_all(corpus_of(tmp_path, format="chat")))
+    assert json.loads(text) == calls, "what other rows have is not null here but absent"
     row = {"prompt": "2+2?", "chosen": CHAT, "rejected": CHAT * 2}
     write(pa.table({key: [value, value] for key, value in row.items()}), tmp_path / FORMS[form], form)
     found = read_all(corpus_of(tmp_path, format="preference"), limits=LIMITS)
