@@ -175,13 +175,15 @@ def _arrow(stream: SourceStream, maker: RecordMaker) -> _Batches:
     row = 0
     try:
         for batch in _record_batches(stream, maker):
-            problem = batch if isinstance(batch, str) else _damage(batch)
-            if problem:
+            if isinstance(batch, str):
+                yield row, maker.quarantined(row, batch)
+                continue
+            if problem := _damage(batch):
                 yield row, maker.quarantined(row, problem)
             else:
                 for begin in range(0, len(batch), _ARROW_ROWS):
                     yield row + begin, batch.slice(begin, _ARROW_ROWS)
-            row += 0 if isinstance(batch, str) else len(batch)
+            row += len(batch)
     except (DataError, StorageError):
         raise
     except (*_UNREADABLE, _Unreadable) as error:
