@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow.fs as pafs
 
 BLOCK_BYTES = 8 * 2**20
+HELD_BYTES = 64 * 2**20
 """Unit of remote reads, and the size up to which a remote write is one request."""
 
 TEMPORARY_PREFIX = ".caravan-tmp-"
@@ -236,10 +237,11 @@ class ObjectSink:
     """Writes one object.
 
     pyarrow's output streams have no abort: closing one, even by garbage collection after an exception, publishes what
-    was written so far. So nothing is sent before the first block is full, and a failed longer write is deleted again;
-    in between a reader could see a truncated object, which is why only a manifest makes an object count.
+    was written so far. So a write is held back until commit() and sent whole, up to HELD_BYTES; a failed longer one is
+    deleted again, and in between a reader could see a truncated object, which is why only a manifest makes an object
+    count. What was sent whole is never deleted: under its name there may be an older object, or a rival's.
 
-    An exclusive write is held back whole until commit(), and never deleted: a rival's object may lie there.
+    An exclusive write is held back whatever its size.
     """
 
     def __init__(self, filesystem: Any, key: str, exclusive: bool = False) -> None:
@@ -248,13 +250,14 @@ class ObjectSink:
         self._exclusive = exclusive
         self._head = bytearray()
         self._stream: Any = None
+        self._whole = False
 
     def write(self, data: memoryview) -> None:
         if self._stream is not None:
             self._stream.write(data)
             return
         self._head += data
-        if len(self._head) > BLOCK_BYTES and not self._exclusive:
+        if len(self._head) > HELD_BYTES and not self._exclusive:
             self._open()
 
     def _open(self) -> None:
@@ -265,6 +268,7 @@ class ObjectSink:
 
     def commit(self) -> None:
         if self._stream is None:
+            self._whole = True
             self._open()
         self._stream.close()
 
@@ -274,7 +278,7 @@ class ObjectSink:
         # the store may be what failed; then the truncated object stays, uncommitted
         with suppress(OSError):
             self._stream.close()
-        if not self._exclusive:
+        if not self._whole:
             with suppress(OSError):
                 self._filesystem.delete_file(self._key)
 

@@ -88,6 +88,10 @@ def clear_parts(attempt: Attempt) -> None:
         folder = artifact.store.local_path()
         if folder is not None and _has_links(folder):
             tries = os.listdir(folder / "attempts") if finished_parts(artifact) else [attempt.name]
+            if (
+                artifact.manifest() != manifest
+            ):  # somebody deleted it meanwhile, and what is there may be another's work
+                return
             for name in set(tries) - {manifest.attempt}:
                 artifact.store.delete(f"attempts/{name}")
         artifact.store.delete(_FOLDER)

@@ -204,7 +204,7 @@ class Store:
         """A binary writer for a new or replaced file, with `.entry` (size and checksum) after the block.
 
         The file counts when the block ends. If the block raises, nothing is visible on disk; on an object store a
-        write of more than 8 MiB may have replaced an older object of the same name, and is deleted.
+        write of more than 64 MiB may have replaced an older object of the same name, and is deleted.
 
         `exclusive`: raises AlreadyExists if there is such a file; on a disk with hard links exactly one of several
         writers succeeds, elsewhere the store is only asked before the write.
@@ -270,6 +270,14 @@ class Store:
                 checksum.update(block)
                 size += len(block)
         return FileEntry(path, size, f"xxh3_128:{checksum.hexdigest()}")
+
+    def size(self, path: str) -> int | None:
+        """A file's size, None if there is none. Asks for the file itself: a store's listing may lag behind."""
+        try:
+            with self.open_input(path) as file:
+                return file.seek(0, os.SEEK_END)
+        except NotFound:
+            return None
 
     def check_writable(self) -> None:
         """Raises StorageError unless a file can be written, read and deleted here now. For a check before long work."""
@@ -439,7 +447,9 @@ class Artifact:
 
     def _check_sizes(self, manifest: Manifest, sizes: dict[str, int]) -> None:
         for file in manifest.files:
-            size = sizes.get(file.path)
+            if sizes.get(file.path) == file.size:
+                continue
+            size = self.attempt_store(manifest.attempt).size(file.path)
             if size != file.size:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise self._corrupt(file.path, f"{found}, the manifest says {file.size} bytes")
@@ -486,10 +496,10 @@ class Attempt:
             if earlier_file.path == file.path:
                 raise ValueError(f"{self.store.uri}: {file.path} is entered twice; enter every file once")
         for entry in files:
-            if stored.get(entry.path) != entry.size:
+            if stored.get(entry.path) != entry.size and (found := self.store.size(entry.path)) != entry.size:
                 raise ValueError(
-                    f"{self.store.uri}: entry {entry.path} of {entry.size} bytes is not stored (found: "
-                    f"{stored.get(entry.path)}); enter what open_output or upload of this attempt's store returned"
+                    f"{self.store.uri}: entry {entry.path} of {entry.size} bytes is not stored (found: {found}); "
+                    f"enter what open_output or upload of this attempt's store returned"
                 )
         manifest = Manifest(self.name, files, metadata, datetime.now(UTC).isoformat(timespec="seconds"))
         try:

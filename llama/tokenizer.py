@@ -37,7 +37,8 @@ class Tokenizer:
     """A `tokenizers` backend, the special tokens' roles and a chat template.
 
     Args:
-        backend: the tokenizer proper; it becomes this object's, with special-token parsing, truncation and padding off.
+        backend: the tokenizer proper; it becomes this object's, with special-token parsing, truncation, padding and
+            dropout off.
         bos_token, eos_token, pad_token: their strings; for a missing `bos_token` or `pad_token` `eos_token` stands in,
             though not in what is saved.
         chat_template: Jinja text, or None when the model has none.
@@ -61,6 +62,8 @@ class Tokenizer:
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
+        if isinstance(backend.model, tokenizers.models.BPE):
+            backend.model.dropout = None  # else no text has the same ids twice
         self._names = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         self.eos_token = eos_token
         self.bos_token = bos_token or eos_token

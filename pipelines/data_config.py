@@ -120,7 +120,8 @@ class DecontaminateConfig(Section):
     """Words in an n-gram (Brown et al. 2020, appendix C). An evaluation text with fewer is one n-gram as a whole; with
     fewer than 8, and than this, it is ignored and counted: `too_short` in the metadata of `dedup`."""
     max_matches: Annotated[int, Field(ge=0)] = 0
-    """Distinct n-grams that a document may share with the evaluation sets."""
+    """Distinct n-grams that a document may share with the evaluation sets. An evaluation text with no more than that,
+    one of up to `ngram` words for 1, is then never found."""
 
     @model_validator(mode="after")
     def _read_whole(self) -> Self:

@@ -2,7 +2,8 @@
 
 An evaluation text of fewer words than `ngram`, but at least LEAST_WORDS, counts as one n-gram of its own length.
 Shorter ones are ignored and counted: an answer of one word would condemn every document that has it. With an `ngram`
-below LEAST_WORDS they are those shorter than that.
+below LEAST_WORDS they are those shorter than that. Of conversations and preferences each message is a text: a question
+is found wherever it is asked, and whatever is answered.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from itertools import chain, islice
 import numpy as np
 
 from pipelines.formats import Limits, read_piece
-from pipelines.ngrams import distinct, hash_ngrams, hash_words, ngram_set, plain_text, words
+from pipelines.ngrams import distinct, hash_ngrams, hash_words, ngram_set, said, words
 from pipelines.sources import Corpus, DataError, Quarantined
 
 LEAST_WORDS = 8
@@ -116,7 +117,7 @@ def _texts(corpus: Corpus, limits: Limits) -> Iterator[str]:
             for record in read_piece(source, piece, limits):
                 if isinstance(record, Quarantined):
                     raise _unreadable(record)
-                yield plain_text(record.text, source.kind)
+                yield from said(record.text, source.kind)
 
 
 def _unreadable(failure: Quarantined) -> DataError:

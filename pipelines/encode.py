@@ -16,7 +16,7 @@ from datetime import datetime
 import numpy as np
 
 from llama.tokenizer import ChatTemplateError, Tokenizer
-from pipelines.conversations import Message
+from pipelines.conversations import Message, chat_contents
 from pipelines.documents import Document, Kind
 
 _ENCODE_CHARS = 1 << 18  # until it is dropped, an encoding is more than a hundred times its text
@@ -38,7 +38,7 @@ class Encoded:
     """Documents one after the other.
 
     `stream`: their ids, `[tokens]`. `lengths`: tokens of each, int64 `[documents]`. `learned`: bool `[tokens]`; None if
-    all are. `bytes`: of their texts as UTF-8.
+    all are. `bytes`: of their texts as UTF-8, of conversations of what is said in them.
     """
 
     stream: np.ndarray
@@ -77,7 +77,7 @@ def encode_documents(
             if index in reasons:
                 refused.append(Refused(document.path, document.offset, reasons[index][:_REASON_CHARS]))
             else:
-                text_bytes += len(document.text.encode())
+                text_bytes += len((chat_contents(document.text) if kind == "chat" else document.text).encode())
         tokens += end
         if fitting < len(batch):
             break

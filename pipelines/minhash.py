@@ -89,7 +89,17 @@ def find_candidates(bands: Iterable[np.ndarray], sizes: np.ndarray, threshold: f
     documents = np.uint64(max(1, len(sizes)))
     found = np.empty(0, np.uint64)
     not_compared = 0
-    for hashes in bands:
+    signatures = np.zeros(len(sizes), np.uint64)
+
+    def all_bands() -> Iterator[np.ndarray]:
+        """And behind them all, the signatures as a whole: equal sets meet there even if their buckets are crowded."""
+        nonlocal signatures
+        for hashes in bands:
+            signatures = fold([signatures, hashes])
+            yield hashes
+        yield signatures
+
+    for hashes in all_bands():
         order, rank = _crowded(hashes)
         not_compared += int(np.maximum(rank - FIRST_OF_BUCKET, 0).sum())
         keys = [found]

@@ -90,14 +90,24 @@ def distinct(values: np.ndarray) -> np.ndarray:
 
 
 def plain_text(text: str, kind: Kind) -> str:
-    """What of a document counts as its text: of the JSON of chat and preference the strings, a line each, without its
-    keys and escapes."""
-    return text if kind == "text" else "\n".join(_strings(json.loads(text)))
+    """What of a document counts as its text; see `said`."""
+    return "\n".join(said(text, kind))
+
+
+def said(text: str, kind: Kind) -> Iterator[str]:
+    """A text, or of the JSON of chat and preference what each message says: its strings, without roles and keys."""
+    if kind == "text":
+        yield text
+        return
+    record = json.loads(text)
+    for side in [record] if kind == "chat" else [record[name] for name in ("prompt", "chosen", "rejected")]:
+        for message in [side] if isinstance(side, str) else side:
+            yield "\n".join(_strings(message))
 
 
 def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in [value[key] for key in value if key != "role"] if isinstance(value, dict) else value:
             yield from _strings(item)

@@ -43,7 +43,7 @@ class SampleOrder:
         self._epoch = lru_cache(maxsize=4)(self._lay_out)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Number of the shard, and of the row in it, of each sample of the run: three int64 arrays of one shape."""
+        """Number of the shard, and of the row in it, of each sample of the run: two int64 arrays of one shape."""
         epochs, places = np.divmod(samples, self.size)
         shards = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 JOIN_SECONDS = 10.0
 """To wait for a thread: one in the middle of a download cannot be stopped, and ends by itself after that."""
+
+
+_running: weakref.WeakKeyDictionary[threading.Thread, Callable[[], None]] = weakref.WeakKeyDictionary()
+
+
+def start_thread(
+    name: str, target: Callable[..., None], arguments: tuple[Any, ...], stop: Callable[[], None]
+) -> threading.Thread:
+    """A daemon that `stop` ends, at the latest when the process exits: one that is still in pyarrow when the
+    interpreter goes would abort it."""
+    thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+    _running[thread] = stop
+    thread.start()
+    return thread
+
+
+@atexit.register
+def _stop_all() -> None:
+    running = [(thread, stop) for thread, stop in _running.items() if thread.is_alive()]
+    for _, stop in running:
+        stop()
+    for thread, _ in running:
+        thread.join(JOIN_SECONDS)
 
 
 class Prefetch(Generic[T]):
@@ -27,8 +51,7 @@ class Prefetch(Generic[T]):
         self._queue: _Queue[T] = _Queue(depth)
         self._process = os.getpid()
         weakref.finalize(self, self._queue.stop)
-        self._thread = threading.Thread(target=_fill, args=(self._queue, make, first), name="prefetch", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("prefetch", _fill, (self._queue, make, first), self._queue.stop)
 
     def __next__(self) -> T:
         if os.getpid() != self._process:

@@ -25,7 +25,7 @@ from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 from pathlib import Path
 
 from cluster.storage import Artifact, Manifest, StorageError
-from pipelines.prefetch import JOIN_SECONDS
+from pipelines.prefetch import JOIN_SECONDS, start_thread
 
 _PARTIAL = ".partial"
 _ROOM = "room"
@@ -74,14 +74,15 @@ class ShardCache:
             return
         shutil.rmtree(partial, ignore_errors=True)
         copy.unlink(missing_ok=True)
-        self._take_room(partial, expected.size)
         try:
+            self._take_room(partial, expected.size)
             self._artifact.copy_file(self._manifest, expected, partial / copy.name)
             with self._locked(_ROOM):  # or it might be counted nowhere
                 (partial / copy.name).rename(copy)
                 partial.rmdir()
-        except StorageError as error:
-            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != ENOSPC:
+        except OSError as error:
+            cause = error.__cause__ if isinstance(error, StorageError) else error
+            if not isinstance(cause, OSError) or cause.errno != ENOSPC:
                 raise
             raise StorageError(
                 f"{self._folder}: the disk is full, it has no room for a copy of {path} of {expected.size} bytes; free "
@@ -152,8 +153,7 @@ class ReadAhead:
         self._wanted = _Wanted()
         weakref.finalize(self, self._wanted.stop)
         arguments = cache, self._wanted
-        self._thread = threading.Thread(target=_fetch_wanted, args=arguments, name="read-ahead", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("read-ahead", _fetch_wanted, arguments, self._wanted.stop)
 
     def want(self, paths: Iterable[str]) -> None:
         """Fetch these, in order, in place of what was wanted before; `check` raises no more of that."""

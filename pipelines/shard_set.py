@@ -70,6 +70,15 @@ class _MappedShard:
     loss_mask: np.ndarray
     """`[rows, seq_len + 1]` uint8; of no rows where shards have none."""
 
+    def check(self) -> None:
+        """Raises ValueError for numbers that lead out of a row; they are few beside the tokens."""
+        rows, width = self.tokens.shape
+        ends = self.offsets[1:]
+        whole = len(self.lengths) == len(ends) == rows and self.offsets[0] == 0 and ends[-1] <= len(self.starts)
+        within = whole and bool((np.diff(self.offsets) > 0).all() and (self.starts[: ends[-1]] < width).all())
+        if not (within and (self.starts >= 0).all() and ((self.lengths > 0) & (self.lengths <= width)).all()):
+            raise ValueError("lengths or places of documents are none")
+
 
 class ShardSet:
     """A committed `shards` artifact, opened for reading.
@@ -226,13 +235,15 @@ class ShardSet:
             tokens = batch.column("tokens").values.to_numpy(zero_copy_only=True).reshape(-1, width)
             documents = batch.column("documents")
             mask = batch.column("loss_mask").values.to_numpy(zero_copy_only=True) if self._masked else np.empty(0, "u1")
-            return _MappedShard(
+            shard = _MappedShard(
                 tokens,
                 batch.column("length").to_numpy(zero_copy_only=True),
                 documents.offsets.to_numpy(zero_copy_only=True),
                 documents.values.to_numpy(zero_copy_only=True),
                 mask.reshape(-1, width),
             )
+            shard.check()
+            return shard
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             raise CorruptArtifact(
                 f"{self._uri}: {path} is no shard of rows of {width} tokens ({error}); delete the artifact and run "

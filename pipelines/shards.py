@@ -142,6 +142,7 @@ def _write_shards(config: ShardConfig, context: StageContext) -> dict[str, JSON]
         "bos_id": tokenizer.bos_id,
         "pad_id": tokenizer.pad_id,
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        "recipe": context.key,
         "packing": config.packing,
         "masked": masked,
         "splits": {

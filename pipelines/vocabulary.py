@@ -95,8 +95,13 @@ def _write(context: StageContext, tokenizer: Tokenizer, trained_on_bytes: int) -
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Equal for tokenizers that give equal ids."""
-    return xxhash.xxh3_128_hexdigest(tokenizer.backend.to_str().encode())
+    """Equal for tokenizers that make the same ids of texts and of conversations."""
+    content = [
+        tokenizer.backend.to_str(),
+        [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, sorted(tokenizer.eos_ids)],
+        tokenizer.chat_template,
+    ]
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
 
 
 def load_tokenizer(artifact: Artifact) -> Tokenizer:
@@ -123,10 +128,10 @@ def _sample(documents: Store, parts: Sequence[KeptPart], sample_bytes: int) -> I
     Every source is sampled in proportion to its text: of some part files, evenly over the source, the `stretches` of
     the documents whose hash falls into a fraction. Part files are read for a few times `sample_bytes`, and at least
     one of each source, however large the corpus is."""
-    total = _bytes(parts)
     of_source: dict[int, list[KeptPart]] = {}
     for part in parts:
         of_source.setdefault(part.source, []).append(part)
+    total = sum(_bytes(each) * _said(documents, each[0]) for each in of_source.values())
     for each in of_source.values():
         read = _spread(each, _READ_TIMES * sample_bytes / total)
         fraction = sample_bytes / total * (_bytes(each) / _bytes(read))
@@ -145,6 +150,13 @@ def _spread(parts: Sequence[KeptPart], fraction: float) -> list[KeptPart]:
     ends = np.cumsum([part.bytes for part in parts])
     middles = (np.arange(count) + 0.5) / count * ends[-1]
     return [parts[index] for index in np.unique(np.searchsorted(ends, middles, side="right")).tolist()]
+
+
+def _said(documents: Store, part: KeptPart) -> float:
+    """Text in a byte of a part; conversations lie in it as JSON."""
+    if part.kind == "text":
+        return 1.0
+    return sum(len(text.encode()) for _, text in _texts(documents, part)) / part.bytes
 
 
 def _bytes(parts: Iterable[KeptPart]) -> int:

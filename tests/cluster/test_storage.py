@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 import pytest
 import xxhash
 
-from cluster.filesystem import BLOCK_BYTES, AlreadyExists, BlockCachedFile, ObjectFiles, explain
+from cluster.filesystem import HELD_BYTES, AlreadyExists, BlockCachedFile, ObjectFiles, explain
 from cluster.storage import (
     Artifact,
     CorruptArtifact,
@@ -464,9 +464,49 @@ def test_delete_takes_the_manifest_first(store: Store, monkeypatch: pytest.Monke
 def test_an_object_write_that_fails_leaves_nothing_of_its_own_and_all_of_a_rivals(tmp_path, exclusive):
     files = ObjectFiles(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()))
     sink = files.create("manifest", exclusive)
-    sink.write(memoryview(bytes(BLOCK_BYTES + 1)))
+    sink.write(memoryview(bytes(HELD_BYTES + 1)))
     assert files.is_file("manifest") != exclusive  # an exclusive write is held back, whatever its size
     if exclusive:
         (tmp_path / "manifest").write_bytes(b"a rival's")
     sink.abort()
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([b"a rival's"] if exclusive else [])
+
+
+class _FailingClose:
+    """A stream of an object store whose upload is refused when it ends."""
+
+    def write(self, data):
+        return len(data)
+
+    def close(self):
+        raise OSError("AWS Error SLOW_DOWN during PutObject operation")
+
+
+def test_an_object_whose_replacement_is_refused_stays(tmp_path):
+    class Refusing(pafs.SubTreeFileSystem):
+        def open_output_stream(self, key, **options):
+            return _FailingClose()
+
+    (tmp_path / "status.json").write_bytes(b"older")
+    sink = ObjectFiles(Refusing(str(tmp_path), pafs.LocalFileSystem())).create("status.json", False)
+    sink.write(memoryview(b"newer"))
+    with pytest.raises(OSError):
+        sink.commit()
+    sink.abort()
+    assert (tmp_path / "status.json").read_bytes() == b"older"
+
+
+def test_a_listing_that_lags_is_not_believed(tmp_path, monkeypatch):
+    artifact = Artifact(Store(tmp_path))
+    attempt = artifact.begin()
+    entry = attempt.store.write_bytes("part", b"content")
+    stats = Store.stats
+    monkeypatch.setattr(Store, "stats", lambda store, prefix="": {})
+    attempt.commit({}, [entry])
+    assert artifact.check_sizes().files == (entry,)
+    attempt.store.delete("part")
+    with pytest.raises(CorruptArtifact, match="part is missing"):
+        artifact.check_sizes()
+    monkeypatch.setattr(Store, "stats", stats)
+    with pytest.raises(CorruptArtifact, match="part is missing"):
+        artifact.check_sizes()

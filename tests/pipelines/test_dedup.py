@@ -14,12 +14,15 @@ import pytest
 from cluster.storage import Artifact, Store
 from pipelines import minhash, similarity
 from pipelines.data_config import DataConfig, DecontaminateConfig, DedupConfig, NearDuplicateConfig, SourceConfig
+from pipelines.decontaminate import read_evaluation
 from pipelines.dedup import dedup_stage
 from pipelines.documents import ingest_parts, kept_parts, read_part, read_table
+from pipelines.formats import Limits
 from pipelines.graph import Graph, Stage, stage_key
+from pipelines.ngrams import hash_words, plain_text
 from pipelines.runs import Run
 from pipelines.similarity import Pairs, drop_similar
-from pipelines.sources import DataError
+from pipelines.sources import DataError, find_corpus
 from tests.pipelines.data_stages import in_this_process
 from tests.pipelines.near_duplicates import documents_stage, planted, similar_pairs, word_ngrams
 
@@ -252,8 +255,12 @@ def test_short_texts_are_compared_as_a_whole_and_those_without_words_stay(tmp_pa
 def test_conversations_are_compared_by_what_is_said(tmp_path):
     said = " ".join(f"word{number}" for number in range(30))
     texts = [
-        json.dumps({"messages": [{"role": "user", "content": f"{said}\n{end}"}]}, indent=indent)
-        for end, indent in (("one", None), ("one", 1), ("another end of it, which is longer", None))
+        json.dumps([{"role": "user", "content": f"{said}\n{end}"}], indent=indent)
+        for end, indent in (
+            ("one", None),
+            ("one", 1),
+            ("another end of it, which is so much longer that it counts", None),
+        )
     ]
     ingest, dedup = run(documents_stage(texts, 4, kind="chat", validation=9), NEAR, tmp_path)
     assert dropped(ingest, dedup) == {1: {"rule": "near", "of": 0, "similarity": 1.0}}
@@ -307,6 +314,29 @@ def test_rules_come_one_after_the_other(tmp_path):
     assert {number: (row["rule"], row["of"]) for number, row in found.items()} == {
         0: ("contaminated", None), 2: ("exact", 0), 3: ("contaminated", None), 4: ("near", 1), 5: ("near", 1)
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["jsonl", "chat", "preference"])
+def test_a_question_of_an_evaluation_set_is_found_wherever_it_is_asked(tmp_path, form):
+    question = "how many legs do nine spiders and four ants have together"
+    asked = [{"role": "user", "content": question}, {"role": "assistant", "content": "ninety-six"}]
+    record = {
+        "jsonl": {"text": question},
+        "chat": {"messages": asked},
+        "preference": {"prompt": question, "chosen": "96", "rejected": "12"},
+    }[form]
+    (tmp_path / "evaluation.jsonl").write_text(json.dumps(record) + "\n")
+    sources = (SourceConfig(uri=str(tmp_path / "evaluation.jsonl"), format=form),)
+    ngrams = read_evaluation(find_corpus(sources), 13, Limits(1 << 20, 1 << 20))
+    other = [{"role": "user", "content": question}, {"role": "assistant", "content": "I do not know"}]
+    preference = {"prompt": asked[:1], "chosen": other[1:], "rejected": asked[1:]}
+    for kind, text in (
+        ("text", f"Tell me, {question}?"),
+        ("chat", json.dumps(other)),
+        ("preference", json.dumps(preference)),
+    ):
+        text = plain_text(text, kind)
+        assert ngrams.match(text, hash_words(text)) == (1, question)
 
 
 def test_unreadable_evaluation_sets_are_an_error(tmp_path):

@@ -64,7 +64,7 @@ def test_conversations_and_those_that_are_refused(tokenizer):
     assert found.stream.tolist() == [token_id for ids, _ in pairs for token_id in ids]
     assert found.learned.tolist() == [mine for _, learned in pairs for mine in learned]
     assert found.lengths.tolist() == [len(ids) for ids, _ in pairs]
-    assert found.bytes == len(texts[0]) + len(texts[2])
+    assert found.bytes == len("the cat\nsat") + len("on the mat\nwhy?")
     assert [(each.path, each.offset) for each in found.refused] == [("file:///x", 1)]
     assert "messages.role=critic is unknown" in found.refused[0].reason
     fewer = encode_documents(documents(texts), "chat", tokenizer, np.dtype(np.uint32), len(pairs[0][0]))

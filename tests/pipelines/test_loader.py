@@ -1,7 +1,10 @@
 import gc
+import threading
 import time
 from collections import Counter
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +17,7 @@ from pipelines.shard_set import ShardSet
 from pipelines.sources import DataError
 from tests.pipelines.background import eventually, threads
 from tests.pipelines.data_stages import data_config, data_graph, in_this_process, run_stages, write_corpus
-from tests.pipelines.shard_files import Row, far, random_shards, used, write_shards
+from tests.pipelines.shard_files import FarStore, Row, far, random_shards, used, write_shards
 
 SEQ_LEN = 16
 
@@ -248,16 +251,23 @@ def test_a_bounded_cache_gives_the_same_batches(artifact, tmp_path, prefetch):
             assert used(tmp_path) <= limit < sum(stored(artifact))
 
 
-def test_the_first_batch_needs_its_own_shards_only(artifact, tmp_path):
-    slow = far(artifact, seconds=0.1)
-    began = time.monotonic()
-    with loader_of(slow, cache_dir=tmp_path, prefetch=0) as loader, loader_of(artifact, prefetch=0) as local:
-        assert take(loader, 1) == take(local, 1)
-        assert time.monotonic() - began < 0.1 * 5
-        eventually(lambda: len(list(tmp_path.rglob("train/*.arrow"))) == 2 * 8)  # copies and locks
-        began = time.monotonic()
-        take(loader, 50)
-        assert time.monotonic() - began < 0.1
+def test_the_first_batch_needs_its_own_shards_only(artifact, tmp_path, monkeypatch):
+    download, gate = FarStore.download, threading.Event()
+    with loader_of(artifact, prefetch=0) as local, loader_of(far(artifact), cache_dir=tmp_path, prefetch=0) as loader:
+        shards, _ = loader._order.locate(np.array([0]))
+        own = loader.shards.shards("train")[int(shards[0])].path
+        copied = []
+
+        def gated(store, path, local_path):
+            assert path == own or gate.wait(10)
+            copied.append(path)
+            return download(store, path, local_path)
+
+        monkeypatch.setattr(FarStore, "download", gated)
+        assert take(loader, 1) == take(local, 1) and copied == [own]
+        gate.set()
+        eventually(lambda: len(copied) == 8)
+        assert take(loader, 50) == take(local, 50) and len(copied) == 8
 
 
 @pytest.mark.parametrize(("shuffle_shards", "shards"), [(None, 8), (1, 2), (3, 6), (5, 8)])
@@ -298,6 +308,22 @@ def test_a_wrong_byte_of_a_remote_shard_is_named_when_it_is_met(artifact, tmp_pa
             assert take(loader, 1) == take(local, 1)
 
 
+@pytest.mark.parametrize("column", ["length", "documents"])
+def test_a_shard_whose_numbers_lead_nowhere_is_named(tmp_path, column):
+    artifact, _ = random_shards(Store(tmp_path), packing="best_fit", seq_len=SEQ_LEN)
+    shard = ShardSet(artifact).shards("train")[0]
+    path = artifact.files.local_path() / shard.path
+    data = path.read_bytes()
+    with pa.memory_map(str(path)) as source:
+        batch = pa.ipc.open_file(source).get_batch(0)
+        found = batch.column(column)
+        values = (found if column == "length" else found.values).to_numpy().astype("<i4").tobytes()
+    at = data.rindex(values)
+    path.write_bytes(data[:at] + (1000).to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(CorruptArtifact, match=shard.path):
+        list(held_out_batches(ShardSet(artifact), 4, split="train"))
+
+
 def test_a_shard_that_the_background_finds_wrong_is_named_before_it_is_needed(artifact, tmp_path):
     copy = copy_of(artifact, tmp_path / "copy")
     with loader_of(artifact, global_batch=1, shuffle_shards=1) as local:
@@ -308,7 +334,7 @@ def test_a_shard_that_the_background_finds_wrong_is_named_before_it_is_needed(ar
     with loader_of(far(copy), cache_dir=tmp_path / "cache", global_batch=1, shuffle_shards=1, prefetch=0) as loader:
         next(loader)
         with pytest.raises(CorruptArtifact, match=path):
-            eventually(lambda: next(loader) and loader._taken >= loader.shards.shards("train")[ahead[0]].samples)
+            eventually(lambda: loader.shards._ahead.check())
 
 
 # -- held-out rows

@@ -72,6 +72,15 @@ def test_candidates_are_the_pairs_that_share_a_bucket_and_may_be_similar(bands, 
     assert found.not_compared == 0
 
 
+def test_equal_sets_meet_in_any_crowd():
+    """Twins that share no band with each other alone: every bucket holds more than are compared."""
+    kinds = np.arange(16 * FIRST_OF_BUCKET)
+    bands = [np.tile(digit, 2).astype(np.uint64) for digit in (kinds % 8, kinds // 8 % 8, kinds // 64)]
+    found = find_candidates(bands, np.ones(2 * len(kinds), np.int64), 0.5)
+    pairs = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
+    assert pairs >= {(kind, kind + len(kinds)) for kind in kinds.tolist()}
+
+
 def test_in_a_crowded_bucket_each_is_compared_with_the_first():
     documents = 3 * FIRST_OF_BUCKET
     same, own = np.zeros(documents, np.uint64), np.arange(documents, dtype=np.uint64)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import ngrams
-from pipelines.ngrams import fold, hash_ngrams, hash_words, ngram_set, plain_text, words
+from pipelines.ngrams import fold, hash_ngrams, hash_words, ngram_set, plain_text, said, words
 
 
 def all_words(text: str) -> list[str]:
@@ -72,7 +72,14 @@ def test_hashes_stay_what_they_are():
     assert hash_ngrams(hash_words("Call me Ishmael."), 3).tolist() == [9126781323880008596]
 
 
-def test_of_a_conversation_the_strings_are_the_text():
-    messages = [{"role": "user", "content": 'one\n"two"'}, {"role": "assistant", "content": "模型"}]
-    assert plain_text(json.dumps({"messages": messages}), "chat") == 'user\none\n"two"\nassistant\n模型'
+def test_what_is_said_is_the_text():
+    calls = [{"name": "weather", "arguments": {"city": "Rome"}}]
+    messages = [
+        {"role": "user", "content": 'one\n"two"'},
+        {"role": "assistant", "content": "模型", "tool_calls": calls},
+    ]
+    assert list(said(json.dumps(messages), "chat")) == ['one\n"two"', "模型\nweather\nRome"]
+    assert plain_text(json.dumps(messages), "chat") == 'one\n"two"\n模型\nweather\nRome'
+    record = {"chosen": messages, "prompt": "which?", "rejected": "none"}
+    assert list(said(json.dumps(record), "preference")) == ["which?", 'one\n"two"', "模型\nweather\nRome", "none"]
     assert plain_text('{"a": 1}', "text") == '{"a": 1}'

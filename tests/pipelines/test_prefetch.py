@@ -1,5 +1,7 @@
 import gc
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 
@@ -79,3 +81,19 @@ def test_a_forked_process_is_told_that_nothing_is_made_there():
     assert "forked" in answers.get()
     child.join()
     prefetch.close()
+
+
+def test_a_process_that_ends_without_close_waits_for_the_thread():
+    script = """
+import time
+from pipelines.prefetch import Prefetch
+
+def make(number):
+    time.sleep(0.3)
+    print("made", number, flush=True)
+
+prefetch = Prefetch(make, 0, 2)
+time.sleep(0.1)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "made 0\n" and not done.stderr

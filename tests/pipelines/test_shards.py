@@ -221,6 +221,7 @@ def test_the_manifest_counts_tokens_bytes_and_rows(artifacts):
         sum(1 << k <= n < 2 << k for n in lengths) for k in range(max(lengths).bit_length())
     ]
     assert found["tokenizer"] == tokenizer_fingerprint(tokenizer)
+    assert found["recipe"] == artifacts["shards"].store.uri.rpartition("/")[2]
     assert (found["seq_len"], found["vocab_size"], found["masked"]) == (SEQ_LEN, tokenizer.vocab_size, False)
     assert (found["bos_id"], found["pad_id"]) == (tokenizer.bos_id, tokenizer.pad_id)
     names = ("documents", "tokens", "bytes")

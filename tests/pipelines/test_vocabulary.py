@@ -27,6 +27,9 @@ def test_equal_tokenizers_have_equal_fingerprints():
     fingerprint = tokenizer_fingerprint(train_tokenizer(TEXTS, 300))
     assert tokenizer_fingerprint(train_tokenizer(list(TEXTS), 300)) == fingerprint
     assert tokenizer_fingerprint(train_tokenizer(TEXTS[:1], 300)) != fingerprint
+    backend = train_tokenizer(TEXTS, 300).backend
+    others = [Tokenizer(backend, chat_template=None), Tokenizer(backend, eos_token="<|bos|>")]
+    assert len({fingerprint, *map(tokenizer_fingerprint, others)}) == 3
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,20 @@ def test_the_bytes_of_a_token_are_known_whatever_the_kind(kind):
     ids = tokenizer.encode(text)
     assert b"".join(pieces[token_id] for token_id in ids) == text.encode()
     assert b"".join(token_text.token_bytes(tokenizer, token_id) for token_id in ids) == text.encode()
+
+
+def test_of_conversations_what_is_said_is_sampled(tmp_path):
+    """As much as of texts, however much JSON is around it."""
+    store, parts = Store(tmp_path), []
+    for source, kind in enumerate(("text", "chat")):
+        said = [f"{source} {number} ".ljust(50, "x") for number in range(2000)]
+        chats = [json.dumps([{"role": "assistant", "content": text, "name": "y" * 100}]) for text in said]
+        documents = [Document(document_id(text), text, "", 0) for text in (said if kind == "text" else chats)]
+        _, part = write_part(store, f"train/{source}.parquet", source, "train", kind, documents)
+        parts.append(KeptPart(**asdict(part)))
+    sample = list(vocabulary._sample(store, parts, 50_000))
+    for source in "01":
+        assert 20_000 < sum(len(text) for text in sample if text.startswith(source)) < 30_000
 
 
 def test_a_large_corpus_is_sampled(prepared):
