@@ -56,6 +56,9 @@ AddressOption = Annotated[
 ]
 RunIdOption = Annotated[str | None, typer.Option(help="Name of the new run [default: time and a random part]")]
 UntilOption = Annotated[str | None, typer.Option(help="Run this stage and what it needs, nothing more.")]
+ResumeUntilOption = Annotated[
+    str | None, typer.Option(help="Run this stage and what it needs from now on [default: as the run was begun]")
+]
 KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the endpoint serving.")]
 
 
@@ -112,7 +115,7 @@ def run(
 
     parsed = Recipe.load(recipe, overrides or [])
     opened = _open_store(store)
-    _drive(parsed, lambda: Run.create(opened, parsed.to_yaml(), run_id), store, until, keep, address, as_json)
+    _drive(parsed, lambda: Run.create(opened, parsed.to_yaml(), run_id, until), store, until, keep, address, as_json)
 
 
 @app.command()
@@ -120,19 +123,22 @@ def resume(
     run_id: RunArgument,
     overrides: SetOption = None,
     store: StoreOption = None,
-    until: UntilOption = None,
+    until: ResumeUntilOption = None,
     keep: KeepOption = False,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on with a run that ended early: committed stages are skipped, training goes on from its last checkpoint."""
+    """Go on with a run that ended early, up to the stage that it was begun for: committed stages are skipped, training
+    goes on from its last checkpoint."""
     from pipelines.recipe import Recipe
     from pipelines.runs import Run
 
     found = Run.open(_open_store(store), run_id)
     recipe = Recipe.from_yaml(found.recipe_yaml, overrides or [])
+    until = until or found.status.until
 
     def open_run() -> Run:
+        found.status.until = until
         if overrides:
             found.replace_recipe(recipe.to_yaml())
         return found
@@ -163,9 +169,8 @@ def submit(
     build_graph(parsed, dashboard_url="", keep=keep).selected(until)  # what is wrong is said now, not in a job's log
     opened = _open_store(store)
     jobs.check(address)
-    created = Run.create(opened, parsed.to_yaml(), run_id)
+    created = Run.create(opened, parsed.to_yaml(), run_id, until)
     arguments = ["resume", created.id, "--store", created.store.uri]
-    arguments += ["--until", until] if until else []
     arguments += ["--keep"] if keep else []
     try:
         job = jobs.submit(shlex.join(["python", "-m", "pipelines.cli", *arguments]), created.id, address=address)
@@ -249,12 +254,13 @@ def _drive(
             control.check_can_deploy(dashboard_url, recipe.serve.port, replace=keep)
         graph = build_graph(recipe, dashboard_url, keep)
         run = open_run()
-        console.print(f"[bold]run[/] {run.id} in {escape(run.store.uri)}", highlight=False)
+        only = f", until {until}" if until else ""
+        console.print(f"[bold]run[/] {run.id} in {escape(run.store.uri)}{only}", highlight=False)
         try:
             with RunDisplay(console, run.directory.uri) as display:
                 results = graph.run(run.store, run, until=until, on_event=display)
         except BaseException:
-            options = {"--store": run.store.uri if store else None, "--until": until, "--address": address}
+            options = {"--store": run.store.uri if store else None, "--address": address}
             again = resume_command(run.id, options, keep)
             console.print(f"go on with it: {again}", highlight=False, markup=False, soft_wrap=True)
             raise
@@ -278,7 +284,10 @@ def resume_command(run_id: str, options: Mapping[str, str | None], keep: bool) -
 
 def _check_keep(keep: bool, until: str | None) -> None:
     if keep and until not in (None, "deploy"):
-        fail(f"--keep leaves an endpoint running, but --until={until} starts none; leave one of them out")
+        fail(
+            f"--keep leaves an endpoint running, but --until={until} starts none; leave --keep out, or give "
+            "--until deploy"
+        )
 
 
 # --- serving --------------------------------------------------------------------------------------------------------

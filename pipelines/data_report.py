@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.documents import KEPT, PARTS, SPLITS, stage_metadata
 from pipelines.figures import drawable, new_figure, own_style, png
@@ -59,9 +59,15 @@ def build_report(
     for part, kept in zip(ingest[PARTS], dedup[KEPT], strict=True):
         if part["kind"] == "preference":
             pairs[part["source"]].append(kept)
+    duplicates = {EXACT: dedup["exact"], CONTAMINATED: dedup["contaminated"], NEAR: dedup["near"]}
     sources = [
-        _source(read, packed, _sum(of)["documents"])
-        for read, packed, of in zip(ingest["sources"], shards["sources"], pairs, strict=True)
+        _source(
+            read,
+            packed,
+            _sum(of)["documents"],
+            {rule: found["by_source"].get(str(number), 0) for rule, found in duplicates.items() if found},
+        )
+        for number, (read, packed, of) in enumerate(zip(ingest["sources"], shards["sources"], pairs, strict=True))
     ]
     preferences = _sum(chain(*pairs))
     read = _sum(sources, "documents_in", "bytes_in")
@@ -70,8 +76,8 @@ def build_report(
     kept = {unit: packed[unit] + preferences[unit] for unit in packed}
 
     dropped: dict[str, Any] = {rule: dict(of) for rule, of in ingest["dropped"].items()}
-    for rule, found in ((EXACT, dedup["exact"]), (CONTAMINATED, dedup["contaminated"]), (NEAR, dedup["near"])):
-        dropped[rule] = dict(found or {"documents": 0})
+    for rule, found in duplicates.items():
+        dropped[rule] = {name: of for name, of in (found or {"documents": 0}).items() if name != "by_source"}
     dropped[REFUSED] = dict(shards["chat_refused"])
     dropped[OVER_TOKENS] = {"documents": unique["documents"] - kept["documents"] - dropped[REFUSED]["documents"]}
     tokens = sum(source["tokens"] for source in sources)
@@ -79,6 +85,8 @@ def build_report(
         "documents": {"in": read["documents"], "kept": kept["documents"]},
         "bytes": {"in": read["bytes"], "kept": kept["bytes"]},
         "tokens": tokens,
+        "training_tokens": shards["splits"]["train"]["tokens"],
+        "validation_tokens": shards["splits"]["validation"]["tokens"],
         "bytes_per_token": _per(packed["bytes"], tokens),
         "dropped": {rule: of for rule, of in dropped.items() if of["documents"]},
         "changed": ingest["changed"],
@@ -102,16 +110,23 @@ def build_report(
     }
 
 
-def _source(read: Mapping[str, Any], packed: Mapping[str, Any], preferences: int) -> dict[str, Any]:
-    """What the stages say of one source: `documents` are packed, `preferences` kept as they are."""
+def _source(
+    read: Mapping[str, Any], packed: Mapping[str, Any], preferences: int, duplicates: Mapping[str, int]
+) -> dict[str, Any]:
+    """What the stages say of one source: `documents` are packed, `preferences` kept as they are, and what is left of
+    `documents_in` is `dropped`, each by one rule."""
+    dropped = {**read["dropped"], **duplicates, REFUSED: packed["refused"]}
+    dropped[OVER_TOKENS] = read["documents_in"] - packed["documents"] - preferences - sum(dropped.values())
     return {
-        **{name: read[name] for name in ("uri", "format", "kind", "files", "left_out", "quarantined", "dropped")},
+        **{name: read[name] for name in ("uri", "format", "kind", "files", "left_out", "quarantined")},
+        "dropped": {rule: documents for rule, documents in dropped.items() if documents},
         "documents_in": read["documents_in"],
         "bytes_in": read["bytes_in"],
         "documents": packed["documents"],
         "preferences": preferences,
         "bytes": packed["bytes"],
         "tokens": packed["tokens"],
+        "training_tokens": packed["training_tokens"],
         "bytes_per_token": _per(packed["bytes"], packed["tokens"]),
     }
 
@@ -139,12 +154,16 @@ def _per(amount: int, unit: int) -> float | None:
 def in_one_line(report: Mapping[str, Any]) -> str:
     """Documents in and kept, tokens, dropped by rule, quarantined."""
     documents = report["documents"]
-    line = f"{documents['in']:,} documents → {documents['kept']:,} kept, {report['tokens']:,} tokens"
+    line = f"{documents['in']:,} documents → {documents['kept']:,} kept, {_tokens(report)}"
     if report["dropped"]:
         line += "; dropped: " + ", ".join(f"{of['documents']:,} {rule}" for rule, of in report["dropped"].items())
     if report["quarantined"]["records"]:
         line += f"; {report['quarantined']['records']:,} quarantined"
     return line
+
+
+def _tokens(report: Mapping[str, Any]) -> str:
+    return f"{report['training_tokens']:,} training and {report['validation_tokens']:,} validation tokens"
 
 
 # -- the picture
@@ -180,15 +199,15 @@ def _draw_flow(axes: Axes, report: Mapping[str, Any]) -> None:
     if preferences:
         left -= preferences
         bars.append(("preference pairs", left, preferences, _PREFERENCES, f"{preferences:,}"))
-    bars.append(("packed", 0, left, _KEPT, f"{left:,}"))
+    bars.append(("packed" if preferences else "kept", 0, left, _KEPT, f"{left:,}"))
     widest = max(documents["in"], 1)
     for place, (_, begin, width, color, label) in enumerate(bars):
         axes.barh(place, width, left=begin, color=color, edgecolor=color)  # without an edge a narrow one would vanish
         axes.text(begin + width + 0.01 * widest, place, label, va="center", fontsize=9)
     _name_bars(axes, [name for name, *_ in bars])
-    title = f"{documents['in']:,} documents in, {documents['kept']:,} kept, {report['tokens']:,} tokens"
+    title = f"{documents['in']:,} documents in, {documents['kept']:,} kept: {_tokens(report)}"
     if report["quarantined"]["records"]:
-        title += f"; {report['quarantined']['records']:,} records quarantined"
+        title += f"\n{report['quarantined']['records']:,} records in quarantine"
     axes.set(xlim=(0, 1.3 * widest), xlabel="documents", title=title)
     _count(axes.xaxis)
 
@@ -201,12 +220,12 @@ def _draw_sources(tokens: Axes, bytes_per_token: Axes, sources: Sequence[Mapping
         tokens.text(source["tokens"], place, f" {source['tokens']:,}", va="center", fontsize=9)
         shown = "none" if source["bytes_per_token"] is None else f"{source['bytes_per_token']:.2f}"
         bytes_per_token.text(source["bytes_per_token"] or 0, place, f" {shown}", va="center", fontsize=9)
-    _name_bars(tokens, [_shortened(source["uri"]) for source in sources])
+    _name_bars(tokens, [source["uri"] for source in sources])
     bytes_per_token.tick_params(labelleft=False)
     for axes, name in ((tokens, "tokens"), (bytes_per_token, "bytes_per_token")):
         axes.set_xlim(0, 1.45 * max(source[name] or 0 for source in sources) or 1)
     tokens.set(xlabel="tokens")
-    _count(tokens.xaxis)
+    _count(tokens.xaxis, prune="upper")  # its label would reach into the neighbour's
     bytes_per_token.set(xlabel="bytes per token")
 
 
@@ -227,7 +246,8 @@ def _draw_lengths(axes: Axes, report: Mapping[str, Any]) -> None:
 
 
 def _drawn_sources(sources: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """All of them, or of very many the largest and one for the others."""
+    """All of them by their numbers and names, or of very many the largest and one for the others."""
+    sources = [{**source, "uri": f"{number}: {_shortened(source['uri'])}"} for number, source in enumerate(sources)]
     if len(sources) <= _DRAWN_SOURCES:
         return list(sources)
     largest = sorted(range(len(sources)), key=lambda index: -sources[index]["tokens"])[: _DRAWN_SOURCES - 1]
@@ -243,14 +263,16 @@ def _name_bars(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 
-def _count(axis: Axis) -> None:
+def _count(axis: Axis, prune: Literal["upper"] | None = None) -> None:
     """Ticks at whole numbers, 1.5 M for 1,500,000."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True, prune=prune))
     axis.set_major_formatter(EngFormatter())
 
 
 def _shortened(uri: str) -> str:
-    """The end of a long URI, where it differs from its neighbours."""
-    return uri if len(uri) <= _LABEL_CHARS else "…" + uri[1 - _LABEL_CHARS :]
+    """Both ends of a long URI, without its options."""
+    uri = uri.partition("?")[0]
+    begin = _LABEL_CHARS // 3
+    return uri if len(uri) <= _LABEL_CHARS else f"{uri[:begin]}…{uri[begin + 1 - _LABEL_CHARS :]}"

@@ -16,6 +16,7 @@ texts; the driver holds some numbers for each document, never text, and of the b
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -77,11 +78,17 @@ def _dedup(config: DataConfig, evaluation: Corpus | None, context: StageContext)
     stays = np.ones(corpus.documents, bool)
     drops: dict[Rule, Drops] = {}
     metadata: dict[str, Any] = {"exact": None, "contaminated": None, "near": None}
+    sources = np.array([part.source for part in corpus.parts], np.int64)
 
     def drop(rule: Rule, dropped: Drops) -> None:
         stays[dropped.documents] = False
         drops[rule] = dropped
-        metadata[rule] = {"documents": len(dropped.documents), "bytes": int(survey.bytes[dropped.documents].sum())}
+        parts, _ = corpus.locate(dropped.documents)
+        metadata[rule] = {
+            "documents": len(dropped.documents),
+            "bytes": int(survey.bytes[dropped.documents].sum()),
+            "by_source": {str(source): count for source, count in Counter(sources[parts].tolist()).items()},
+        }
 
     drop("exact", find_equal(survey.ids) if config.dedup.exact else Drops.none())
     metadata["exact"]["examples"] = _examples(corpus, drops["exact"])

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
 from pipelines.file_types import codec_of, container_of, delimiter_of
 from pipelines.lines import Read, read_csv, read_jsonl
@@ -40,28 +41,20 @@ def read_piece(source: Source, piece: Piece, limits: Limits) -> Iterator[Record 
     Of a run of unreadable records the first _LISTED come one by one and the others as one: a file of another format
     has millions. Raises DataError if the file is not the one that was listed, and StorageError if the store fails.
     """
-    run, last = 0, None
+    listed, rest = 0, None
     for found in _read(source, piece, limits):
         if isinstance(found, Record):
-            if last is not None:
-                yield _rest(last, run)
-            run, last = 0, None
+            if rest is not None:
+                yield rest
+            listed, rest = 0, None
+            yield found
+        elif listed < _LISTED:
+            listed += 1
             yield found
         else:
-            run += 1
-            if run <= _LISTED:
-                yield found
-            else:
-                last = last or found
-    if last is not None:
-        yield _rest(last, run)
-
-
-def _rest(first: Quarantined, run: int) -> Quarantined:
-    more = run - _LISTED
-    return Quarantined(
-        first.path, first.offset, f"{first.reason} (and so on: {more} records)" if more > 1 else first.reason
-    )
+            rest = found if rest is None else replace(rest, records=rest.records + found.records)
+    if rest is not None:
+        yield rest
 
 
 def _read(source: Source, piece: Piece, limits: Limits) -> Iterator[Record | Quarantined]:

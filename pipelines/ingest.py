@@ -89,13 +89,17 @@ def _ingest(config: DataConfig, corpus: Corpus, context: StageContext) -> dict[s
     splits = {split: _totals(total.parts, split) for split in SPLITS}
     _check_splits(config, total, splits)
     if total.quarantined:
-        context.emit(f"{total.quarantined} documents could not be read and are left out: see the folder quarantine")
+        context.emit(
+            f"{total.quarantined} records could not be read: they are in quarantine, the folder of this stage's output"
+        )
     for source, tally in zip(corpus.sources, by_source, strict=True):
         if not tally.documents:
-            limit = "" if config.max_bytes is None else f", or raise data.max_bytes={config.max_bytes}"
+            first = f" ({tally.quarantine[0]})" if tally.quarantine else ""
+            unread = config.max_bytes is not None and not (tally.quarantined or tally.documents_in)
+            limit = f", or raise data.max_bytes={config.max_bytes}" if unread else ""
             context.emit(
-                f"data.sources[{source.index}].uri={source.uri!r} yields no document: {tally.quarantined} could not be "
-                f"read and {tally.documents_in} were dropped; check its settings{limit}"
+                f"data.sources[{source.index}].uri={source.uri!r} yields no document: {tally.quarantined} records "
+                f"could not be read{first} and {tally.documents_in} were dropped; check its settings{limit}"
             )
     left_out = [item for items in corpus.left_out for item in items]
     output = context.attempt.store
@@ -192,7 +196,7 @@ def _check_splits(config: DataConfig, total: Tally, splits: dict[Split, dict[str
         dropped = sum(drops.documents for drops in total.dropped.values())
         limit = "" if config.max_bytes is None else f", data.max_bytes={config.max_bytes}"
         raise DataError(
-            f"the corpus is empty: {total.quarantined} documents could not be read"
+            f"the corpus is empty: {total.quarantined} records could not be read"
             f"{f' ({total.quarantine[0]})' if total.quarantine else ''} and {dropped} were dropped"
             f"{f' ({rules})' if rules else ''}; check data.sources and their text_column, data.min_document_chars, "
             f"data.clean{limit}"

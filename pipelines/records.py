@@ -62,8 +62,8 @@ class RecordMaker:
     def is_text(self) -> bool:
         return self._kind == "text"
 
-    def quarantined(self, offset: int, reason: str) -> Quarantined:
-        return Quarantined(self._name, offset, reason)
+    def quarantined(self, offset: int, reason: str, records: int = 1) -> Quarantined:
+        return Quarantined(self._name, offset, reason, records)
 
     def too_long(self, offset: int, what: str) -> Quarantined:
         return self.quarantined(offset, f"{what}, more than data.max_document_bytes={self.max_bytes}")

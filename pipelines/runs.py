@@ -55,7 +55,8 @@ class StageStatus:
 
 @dataclass
 class RunStatus:
-    """`pid` on `host` is the driver; `heartbeat` is when it last said that it lives (seconds since the epoch)."""
+    """`until` is the stage that the run goes up to, None for all. `pid` on `host` is the driver; `heartbeat` is when it
+    last said that it lives (seconds since the epoch)."""
 
     state: State = "pending"
     created: float = 0.0
@@ -65,6 +66,7 @@ class RunStatus:
     host: str = ""
     pid: int = 0
     error: str = ""
+    until: str | None = None
     stages: dict[str, StageStatus] = field(default_factory=dict)
 
     @classmethod
@@ -112,14 +114,15 @@ class Run:
         self._lock = threading.Lock()
 
     @classmethod
-    def create(cls, store: Store, recipe_yaml: str, run_id: str | None = None) -> "Run":
-        """Begin a new run's folder. Raises RunError if the id is malformed or taken."""
+    def create(cls, store: Store, recipe_yaml: str, run_id: str | None = None, until: str | None = None) -> "Run":
+        """Begin the folder of a new run, which goes up to the stage `until`. Raises RunError if the id is malformed or
+        taken."""
         run_id = run_id or new_run_id()
         directory = _directory(store, run_id)
         if directory.exists("status.json"):
             raise RunError(f"run {run_id!r} exists already; resume it, or choose another --run-id")
         directory.write_bytes("recipe.yaml", recipe_yaml.encode())
-        run = cls(store, run_id, recipe_yaml, RunStatus(created=time.time()))
+        run = cls(store, run_id, recipe_yaml, RunStatus(created=time.time(), until=until))
         run.save()
         return run
 

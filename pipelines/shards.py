@@ -136,6 +136,7 @@ def _write_shards(config: ShardConfig, context: StageContext) -> dict[str, JSON]
     refused = [each for result in chain(*results.values()) for each in result["refused"]]
     if not shards["train"]:
         raise DataError(_nothing_to_train_on(config, tasks["train"], refused))
+    everything = [*chain(*results.values())]
     metadata: dict[str, Any] = {
         "seq_len": config.seq_len,
         "vocab_size": tokenizer.vocab_size,
@@ -155,12 +156,14 @@ def _write_shards(config: ShardConfig, context: StageContext) -> dict[str, JSON]
             | _totals(
                 [shard for shard in chain(*shards.values()) if shard.source == number], ("documents", "tokens", "bytes")
             )
+            | {"training_tokens": sum(shard.tokens for shard in shards["train"] if shard.source == number)}
+            | {"refused": sum(each["refused_documents"] for each in everything if each["source"] == number)}
             for number, uri in enumerate(uris)
         ],
-        "length_histogram": _sum_bins(result["histogram"] for result in chain(*results.values())),
+        "length_histogram": _sum_bins(result["histogram"] for result in everything),
         "preferences": sum(part.documents for part in chain(*parts.values()) if part.kind == "preference"),
         "chat_refused": {
-            "documents": sum(result["refused_documents"] for result in chain(*results.values())),
+            "documents": sum(result["refused_documents"] for result in everything),
             "examples": refused[:_EXAMPLES],
         },
     }
@@ -286,6 +289,7 @@ def write_shard(task: ShardTask, output: Store) -> Written:
     documents = chain.from_iterable(read_part(task.documents, part) for part in task.parts)
     encoded = encode_documents(documents, task.kind, tokenizer, dtype, task.limit)
     result: dict[str, Any] = {
+        "source": task.source,
         "shard": None,
         "file": None,
         "tokens": len(encoded.stream),

@@ -77,11 +77,12 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class Quarantined:
     """What could not be read, and why. `path` is the URI of the file; `offset` a byte, or a row of a table, of what
-    was compressed the byte in the text."""
+    was compressed the byte in the text. It stands for so many `records`, as far as that is known."""
 
     path: str
     offset: int
     reason: str
+    records: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,10 +157,10 @@ def _row_group(file: pq.ParquetFile, index: int, columns: list[str], row: int, m
     except (DataError, StorageError):
         raise
     except (*_UNREADABLE, _Unreadable) as error:
-        yield row, maker.quarantined(row, f"{_reason('Parquet', error)} ({last - row} rows)")
+        yield row, maker.quarantined(row, _reason("Parquet", error), last - row)
         return
     if row < last:
-        yield row, maker.quarantined(row, f"the row group ends too early ({last - row} rows)")
+        yield row, maker.quarantined(row, "the row group ends too early", last - row)
 
 
 def _bytes(group: Any) -> int:
@@ -179,7 +179,7 @@ def _arrow(stream: SourceStream, maker: RecordMaker) -> _Batches:
                 yield row, maker.quarantined(row, batch)
                 continue
             if problem := _damage(batch):
-                yield row, maker.quarantined(row, problem)
+                yield row, maker.quarantined(row, problem, len(batch))
             else:
                 for begin in range(0, len(batch), _ARROW_ROWS):
                     yield row + begin, batch.slice(begin, _ARROW_ROWS)
@@ -257,7 +257,7 @@ def _damage(batch: pa.RecordBatch) -> str | None:
             column.validate()
             column.view(_as_bytes(column.type)).validate(full=True)
         except _UNREADABLE as error:
-            return f"column {name!r} is damaged: {_one_line(error)} ({len(batch)} rows)"
+            return f"column {name!r} is damaged: {_one_line(error)}"
     return None
 
 

@@ -62,7 +62,7 @@ class Tally:
             drops.examples.append({"path": path, "offset": offset, "value": outcome.value, "text": excerpt})
 
     def put_in_quarantine(self, item: Quarantined) -> None:
-        self.quarantined += 1
+        self.quarantined += item.records
         if len(self.quarantine) < IN_MANIFEST:
             self.quarantine.append(describe(item))
 
@@ -100,4 +100,5 @@ def in_order(by_rule: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def describe(item: Quarantined) -> str:
-    return f"{item.path} at {item.offset}: {item.reason}"
+    many = f" ({item.records} records)" if item.records > 1 else ""
+    return f"{item.path} at {item.offset}: {item.reason}{many}"

@@ -222,12 +222,12 @@ CASES = (
     Case(
         "NUL, latin-1, UTF-16, 20 MB of random bytes",
         _no_text,
-        lambda out: not out.documents and out.has("NUL", "not UTF-8", "and so on"),
+        lambda out: not out.documents and out.has("NUL", "not UTF-8"),
     ),
     Case(
         "JSONL of wrong records, a million lines of garbage",
         _no_records,
-        lambda out: out.documents == 10 and out.has("surrogate", "not UTF-8", "null", "NUL", "no key", "and so on"),
+        lambda out: out.documents == 10 and out.has("surrogate", "not UTF-8", "null", "NUL", "no key"),
     ),
     Case("100 empty files", _empty, lambda out: out.documents == 100 and out.reasons == {"empty": 100}),
     Case(

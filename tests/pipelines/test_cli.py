@@ -1,12 +1,15 @@
 """What the command says when it is given something wrong: one line, a non-zero exit, nothing left behind."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from cluster.storage import Store
 from pipelines import cli
 from pipelines.recipe import Recipe
+from pipelines.runs import Run
 
 RECIPE = {
     "name": "tiny",
@@ -190,10 +193,30 @@ def test_an_unwritable_store_is_one_line(
 
 
 def test_a_run_is_resumed_as_it_was_begun() -> None:
-    options = {"--store": "s3://bucket/x?a=1&b=2", "--until": "shards", "--address": None}
+    options = {"--store": "s3://bucket/x?a=1&b=2", "--address": None}
     command = cli.resume_command("r1", options, keep=False)
-    assert command == "caravan resume r1 --store 's3://bucket/x?a=1&b=2' --until shards"
+    assert command == "caravan resume r1 --store 's3://bucket/x?a=1&b=2'"
     assert cli.resume_command("r1", {"--store": None}, keep=True) == "caravan resume r1 --keep"
+
+
+@pytest.mark.parametrize(
+    ("begun", "given", "goes_to"),
+    [("shards", None, "shards"), ("shards", "deploy", "deploy"), (None, None, None), (None, "shards", "shards")],
+)
+def test_a_resumed_run_goes_as_far_as_it_was_begun_for(
+    recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch, begun: str | None, given: str | None, goes_to: str | None
+) -> None:
+    store = Store(home / "store")
+    Run.create(store, recipe.read_text(), "r1", begun)
+    driven = []
+
+    def drive(recipe: Recipe, open_run: Callable[[], Run], store: str, until: str | None, *_: object) -> None:
+        with open_run().driving():  # which may be killed
+            driven.append((until, Run.open(Store(store), "r1").status.until))
+
+    monkeypatch.setattr(cli, "_drive", drive)
+    assert run_cli(monkeypatch, "resume", "r1", "--store", home / "store", *(["--until", given] if given else [])) == 0
+    assert driven == [(goes_to, goes_to)]
 
 
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

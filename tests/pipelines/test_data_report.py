@@ -66,7 +66,7 @@ def stages_metadata(documents: list[tuple[int, str, int]], uris: list[str]) -> d
                     "quarantined": 2,
                     "documents_in": len(sizes(*FATES, "packed", "preference", source=number)),
                     "bytes_in": sum(sizes(*FATES, "packed", "preference", source=number)),
-                    "dropped": {},
+                    "dropped": {rule: len(sizes(rule, source=number)) for rule in RULES},
                 }
                 for number, uri in enumerate(uris)
             ],
@@ -81,9 +81,14 @@ def stages_metadata(documents: list[tuple[int, str, int]], uris: list[str]) -> d
         },
         "dedup": {
             "kept": [count(packed), *(count(sizes("preference", source=number)) for number in range(len(uris)))],
-            "exact": {**count(sizes("exact duplicate")), "examples": []},
-            "contaminated": {**count(sizes("contaminated")), "examples": []},
-            "near": {**count(sizes("near duplicate")), "examples": [{"path": "a"}]},
+            **{
+                name: {
+                    **count(sizes(rule)),
+                    "by_source": {str(number): len(sizes(rule, source=number)) for number in range(len(uris))},
+                    "examples": [],
+                }
+                for name, rule in zip(("exact", "contaminated", "near"), FATES[3:6], strict=True)
+            },
             "splits": {"train": count(sizes(*after_dedup)), "validation": nothing},
         },
         "tokenizer": {"vocab_size": 300, "fingerprint": "f", "trained_on_bytes": 5},
@@ -96,6 +101,8 @@ def stages_metadata(documents: list[tuple[int, str, int]], uris: list[str]) -> d
                     "uri": uri,
                     **count(sizes("packed", source=number)),
                     "tokens": sum(size // 4 for size in sizes("packed", source=number)),
+                    "training_tokens": sum(size // 4 for size in sizes("packed", source=number)),
+                    "refused": len(sizes("refused by the chat template", source=number)),
                 }
                 for number, uri in enumerate(uris)
             ],
@@ -120,6 +127,9 @@ def test_every_document_is_kept_or_dropped_by_a_named_rule(documents: list[tuple
     assert report["documents"] == {"in": len(documents), "kept": fates["packed"] + fates["preference"]}
     assert {rule: of["documents"] for rule, of in report["dropped"].items()} == {f: fates[f] for f in FATES if fates[f]}
     assert report["preferences"]["documents"] == fates["preference"]
+    for number, source in enumerate(report["sources"]):
+        mine = Counter(fate for of, fate, _ in documents if of == number)
+        assert source["dropped"] == {fate: mine[fate] for fate in FATES if mine[fate]}
     pairs = [sum((number, fate) == (n, "preference") for number, fate, _ in documents) for n in range(3)]
     assert [source["preferences"] for source in report["sources"]] == pairs
     assert sum(of["documents"] for of in report["length_histogram"]) == fates["packed"]
@@ -143,7 +153,10 @@ def test_the_line_names_what_is_lost() -> None:
     documents = [(0, "packed", 40)] * 1234 + [(0, "language", 40)] * 2 + [(0, "near duplicate", 4)]
     report = build_report(**stages_metadata(documents, ["a"]))
     dropped = "2 language, 1 near duplicate"
-    assert in_one_line(report) == f"1,237 documents → 1,234 kept, 12,340 tokens; dropped: {dropped}; 2 quarantined"
+    assert (
+        in_one_line(report)
+        == f"1,237 documents → 1,234 kept, 12,340 training and 0 validation tokens; dropped: {dropped}; 2 quarantined"
+    )
 
 
 def test_the_flow_begins_where_the_last_rule_ended_and_ends_at_what_was_packed() -> None:

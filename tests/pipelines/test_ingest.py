@@ -109,7 +109,7 @@ def test_what_cannot_be_read_is_listed_with_the_reason(ingested):
     names = [file.path for file in ingested.manifest().files if file.path.startswith("quarantine/")]
     items = [json.loads(line) for name in names for line in ingested.files.read_bytes(name).splitlines()]
     assert sorted(item["path"].rsplit("/", 1)[1] for item in items) == ["binary.txt", "latin1.txt"]
-    assert all(item.keys() == {"path", "offset", "reason"} and item["offset"] > 0 for item in items)
+    assert all(item.keys() == {"path", "offset", "reason", "records"} and item["offset"] > 0 for item in items)
     found = metadata(ingested)
     assert found["quarantined"] == 2
     assert sorted(found["quarantine"]) == sorted(f"{x['path']} at {x['offset']}: {x['reason']}" for x in items)
@@ -256,10 +256,11 @@ def test_a_source_that_yields_nothing_is_named(tmp_path):
     good, other = (write_lines(tmp_path / f"{name}.jsonl", numbered(30)) for name in ("good", "other"))
     events = progress(tmp_path / "store", over(SourceConfig(uri=good), SourceConfig(uri=other, text_column="body")))
     news = [event.message for event in events if event.fraction is None]
-    assert news[0] == "30 documents could not be read and are left out: see the folder quarantine"
-    assert news[1:] == [
-        f"data.sources[1].uri='{other}' yields no document: 30 could not be read and 0 were dropped; check its settings"
-    ]
+    assert news[0] == "30 records could not be read: they are in quarantine, the folder of this stage's output"
+    assert len(news) == 2 and news[1].startswith(
+        f"data.sources[1].uri='{other}' yields no document: 30 records could not be read (file://{other} at 0: no key "
+    )
+    assert news[1].endswith("and 0 were dropped; check its settings")
 
 
 def test_a_try_that_is_killed_at_its_end_is_finished_by_the_next(tmp_path):
@@ -280,12 +281,12 @@ def test_a_try_that_is_killed_at_its_end_is_finished_by_the_next(tmp_path):
         (
             ["tiny", "small"],
             {},
-            r"the corpus is empty: 0 documents could not be read and 2 were dropped .min_document_chars: 2",
+            r"the corpus is empty: 0 records could not be read and 2 were dropped .min_document_chars: 2",
         ),
         (
             ["\0" * 100],
             {},
-            r"the corpus is empty: 1 documents .* read \(.*/0.txt at 0: binary.*\) and 0 were dropped; ch",
+            r"the corpus is empty: 1 records .* read \(.*/0.txt at 0: binary.*\) and 0 were dropped; ch",
         ),
         (["a" * 100], {"max_bytes": 50}, "the corpus is empty: .* data.clean, data.max_bytes=50"),
         (

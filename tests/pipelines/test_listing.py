@@ -143,6 +143,6 @@ def test_what_nobody_may_read_is_quarantined(tmp_path):
     with os.fdopen(read) as result:
         closed, secret, good = result.read().splitlines()
     uri = (tmp_path / "open").as_uri()
-    assert closed == f"Quarantined(path='{uri}/closed', offset=0, reason='no permission to read it')"
-    assert secret == f"Quarantined(path='{uri}/secret.txt', offset=0, reason='no permission to read it')"
+    assert closed == f"Quarantined(path='{uri}/closed', offset=0, reason='no permission to read it', records=1)"
+    assert secret == f"Quarantined(path='{uri}/secret.txt', offset=0, reason='no permission to read it', records=1)"
     assert "text='good'" in good

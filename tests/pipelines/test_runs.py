@@ -25,6 +25,9 @@ def test_a_run_is_read_back_as_it_was_written(store):
     again = Run.open(store, "my-run.1")
     assert (again.recipe_yaml, again.status) == ("name: x\n", run.status)
     assert list_runs(store) == ["my-run.1"]
+    assert (
+        Run.create(store, "", "part", until="shards").status.until == Run.open(store, "part").status.until == "shards"
+    )
     with pytest.raises(RunError, match="'my-run.1' exists already"):
         Run.create(store, "name: y\n", "my-run.1")
 
@@ -58,6 +61,14 @@ def test_a_damaged_status_is_an_error_of_one_line(store):
     with pytest.raises(RunError, match="damaged") as caught:
         Run.open(store, run.id)
     assert "\n" not in str(caught.value)
+
+
+def test_a_status_from_before_runs_knew_how_far_they_go(store):
+    run = Run.create(store, "", "old")
+    status = run.directory.read_json("status.json")
+    del status["until"]
+    run.directory.write_json("status.json", status)
+    assert Run.open(store, "old").status == run.status
 
 
 def test_driving_records_the_outcome(store):
