@@ -127,9 +127,10 @@ class Tokenizer:
         """`encode_batch` for very much text: all ids one after the other, `[tokens]` of an integer `dtype` that holds
         them, and how many each text has, int64 `[texts]`.
 
-        Long texts are encoded in `stretches`, so what this costs beside the arrays does not grow with a text. The ids
-        of our own tokenizers are those of `encode`. One from outside may have pieces that reach across such a place:
-        there, once in 2¹⁸ characters, the ids may be others for the same text.
+        Long texts are encoded in `stretches`, so what this costs beside the arrays does not grow with a text. A piece
+        that would reach across a cut, once in at most 2¹⁸ characters, becomes others that decode to the same text: in
+        text without spaces, such as Chinese, and with a tokenizer from outside whose pieces hold spaces. Elsewhere the
+        ids are those of `encode`; they depend on the text alone in any case.
         """
         texts = list(texts)
         if max(map(len, texts), default=0) <= _STRETCH_CHARS:
@@ -324,7 +325,8 @@ def stretches(text: str) -> Iterator[str]:
     A part ends where a letter or digit is followed by a space or line feed. No match of GPT-2's pattern has such a
     place inside it or depends on what is behind it, so a tokenizer that cuts text by that pattern finds the same ids
     in the parts as in the whole; so do those that cut by white space, or as GPT-4's and Llama 3's do. Where there is no
-    such place a part ends anywhere between two characters.
+    such place in so many characters, as in Chinese, a part ends between any two of them: the same in every run, but a
+    token that would reach across becomes others that decode to the same text.
     """
     begin = 0
     while len(text) - begin > _STRETCH_CHARS:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import xxhash
 
 from cluster.storage import LocationError, NotFound, StorageError, Store
 from llama.tokenizer import GENERATION_CONFIG_FILE, Tokenizer
+from pipelines.data_config import SourceConfig
 from pipelines.sources import DataError
 
 _TOKENIZER, _CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -52,6 +54,17 @@ def adopt_tokenizer(path: str, eos_token: str | None = None) -> AdoptedTokenizer
         return AdoptedTokenizer(_load(files, eos_token), fingerprint.hexdigest())
     except Exception as error:  # `tokenizers` raises plain ones
         raise DataError(f"tokenizer.path={path}: {error}") from error
+
+
+def check_takes_chats(path: str, eos_token: str | None, sources: Sequence[SourceConfig]) -> None:
+    """Raises DataError if some of `data.sources` hold conversations and the tokenizer at `path` has no template for
+    them, as well as what `adopt_tokenizer` raises then."""
+    chats = [f"data.sources[{index}].uri={each.uri!r}" for index, each in enumerate(sources) if each.format == "chat"]
+    if chats and adopt_tokenizer(path, eos_token).tokenizer.chat_template is None:
+        raise DataError(
+            f"{chats[0]} holds conversations, and tokenizer.path={path} has no chat template; put chat_template.jinja "
+            f"beside its {_TOKENIZER}"
+        )
 
 
 def adopt_for_text(path: str, field: str) -> Tokenizer:

@@ -9,7 +9,11 @@ import typer
 
 from pipelines.screen import JsonOption, err, fail, out, print_json, terminate
 
-bench = typer.Typer(help="Ours beside its peers, in one run.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(
+    help="Measures Caravan beside the libraries one would otherwise use, both in the same run.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 RoundsOption = Annotated[int, typer.Option(help="At least 5.")]
 
@@ -37,7 +41,7 @@ def bench_train(
 @bench.command("data")
 def bench_data(
     megabytes: Annotated[int, typer.Option(help="Text to encode, pack and write, 10⁶ bytes each.")] = 200,
-    rounds: RoundsOption = 5,
+    rounds: Annotated[int | None, typer.Option(help="At least 5.", show_default="5")] = None,
     workers: Annotated[int, typer.Option(help="CPUs of the local Ray, and threads of the peer.")] = 2,
     vocab_size: Annotated[int, typer.Option(help="Tokens of the BPE.")] = 16_384,
     seq_len: Annotated[int, typer.Option(help="Tokens of a row.")] = 1024,
@@ -47,10 +51,12 @@ def bench_data(
     """Times the shards stage beside plain tokenizers and pyarrow, interleaved in one run, on a local Ray of its own."""
     from pipelines.bench import data
 
+    if memory and rounds is not None:
+        fail(f"--rounds={rounds} has no effect with --memory, where each takes one turn; leave one of the two out")
+    rounds = data.DataBench.rounds if rounds is None else rounds
     settings = data.DataBench(megabytes, rounds, workers, vocab_size, seq_len, memory_only=memory)
     signal.signal(signal.SIGTERM, terminate)
-    err.print(f"[dim]preparing {megabytes} MB of documents[/]", highlight=False)
-    report = data.measure(settings)
+    report = data.measure(settings, _say)
     _print(data.as_json(report) if as_json else data.as_text(report))
 
 
@@ -77,8 +83,13 @@ def bench_tokenizers(
     settings = tokenizers.TokenizerBench(
         tuple((name, uri) for name, _, uri in texts), tuple(tokenizer or ()), vocab_size, megabytes, rounds
     )
-    report = tokenizers.measure(settings)
+    report = tokenizers.measure(settings, _say)
     _print(tokenizers.as_json(report) if as_json else tokenizers.as_text(report))
+
+
+def _say(message: str) -> None:
+    """Progress, on stderr: stdout is the result's alone."""
+    err.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print(report: dict[str, Any] | str) -> None:

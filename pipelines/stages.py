@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipelines.adopted_tokenizer import check_takes_chats
 from pipelines.dedup import dedup_stage
 from pipelines.deploy import deploy_stage
 from pipelines.evaluate import evaluate_stage
@@ -22,8 +23,11 @@ def build_graph(recipe: Recipe, dashboard_url: str, keep: bool) -> Graph:
         keep: leave the endpoint running.
 
     Raises:
-        DataError: a source does not exist.
+        DataError: a source does not exist, or an adopted tokenizer cannot be used or takes no conversations, and there
+            are some.
     """
+    if recipe.tokenizer.path is not None:
+        check_takes_chats(recipe.tokenizer.path, recipe.tokenizer.eos_token, recipe.data.sources)
     return Graph(
         [
             ingest_stage(recipe.data),

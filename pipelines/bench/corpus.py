@@ -7,7 +7,7 @@ import keyword
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -18,11 +18,13 @@ from pipelines.sources import DataError, find_corpus
 from pipelines.tally import describe
 
 _FILE_BYTES = 32 << 20
+_LONG_LINE_CHARS = 30
+_MOST_REPEATED = 0.2  # a licence is less of a file
 _IDENTIFIER = re.compile(r"([A-Za-z_]\w{2,})")
 
 
-def read_texts(uri: str, field: str = "data.sources") -> Iterator[str]:
-    """The texts of a source, in the order in which it would be trained on. `field` is where a user gave it.
+def read_records(uri: str, field: str = "data.sources") -> Iterator[Record]:
+    """The documents of a source, in the order in which it would be trained on. `field` is where a user gave it.
 
     Raises DataError or StorageError if there is nothing, or nothing of it can be read."""
     config = DataConfig(sources=(SourceConfig(uri=uri),))
@@ -34,7 +36,7 @@ def read_texts(uri: str, field: str = "data.sources") -> Iterator[str]:
             for read in read_piece(source, piece, limits):
                 if isinstance(read, Record):
                     found += 1
-                    yield read.text
+                    yield read
                 else:
                     unreadable = unreadable or read
     if not found and unreadable:
@@ -42,6 +44,11 @@ def read_texts(uri: str, field: str = "data.sources") -> Iterator[str]:
             f"{field}={uri}: nothing of it can be read ({describe(unreadable)}); give text, or records "
             "with the key 'text'"
         )
+
+
+def read_texts(uri: str, field: str = "data.sources") -> Iterator[str]:
+    """The texts of `read_records`."""
+    return (record.text for record in read_records(uri, field))
 
 
 def varied(texts: Sequence[str]) -> Iterator[str]:
@@ -89,6 +96,23 @@ def write_stdlib_corpus(folder: Path, size: int) -> int:
                 room -= len(text.encode())
                 written += len(text.encode())
     return written
+
+
+def without_repeats(texts: Iterable[str]) -> Iterator[str]:
+    """The texts but those that say again what one before them says: more than a fifth of the characters in their long
+    lines stand in one. Where no line is long, the whole text counts as one."""
+    seen: set[str] = set()
+    for text in texts:
+        lines = long_lines(text) or [text]
+        repeated = sum(len(line) for line in lines if line in seen)
+        seen.update(lines)
+        if repeated <= _MOST_REPEATED * sum(map(len, lines)):
+            yield text
+
+
+def long_lines(text: str) -> list[str]:
+    """The lines that hardly two texts have by chance, without the white space around them."""
+    return [line for line in map(str.strip, text.splitlines()) if len(line) > _LONG_LINE_CHARS]
 
 
 def first_bytes(texts: Iterator[str], size: int) -> list[str]:

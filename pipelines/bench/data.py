@@ -25,10 +25,11 @@ from llama.bench.harness import MIN_ROUNDS, BenchError, Contestant, Ratio, inter
 from llama.tokenizer import Tokenizer
 from pipelines.bench.corpus import write_stdlib_corpus
 from pipelines.bench.plain import Job
+from pipelines.bench.turns import Say, Turns
 from pipelines.data_config import DataConfig, SourceConfig
 from pipelines.dedup import dedup_stage
 from pipelines.documents import SPLITS, kept_parts
-from pipelines.graph import Graph
+from pipelines.graph import Event, Graph
 from pipelines.ingest import ingest_stage
 from pipelines.recipe import TokenizerConfig
 from pipelines.runs import Run
@@ -77,7 +78,7 @@ class Row:
     megabytes_per_second: float
     tokens_per_second: float
     peak_mib: float
-    """Largest resident size of any of its processes that encode, since they started."""
+    """Resident size of the largest single one of its processes that encode, at its largest; not their sum."""
     start_seconds: float
     """Until it could begin, and how much longer its first turn took than the later ones; neither is counted."""
 
@@ -93,8 +94,8 @@ class DataReport:
     """Ours over the peer's."""
 
 
-def measure(bench: DataBench) -> DataReport:
-    """Runs the comparison on a local Ray of its own.
+def measure(bench: DataBench, say: Say = lambda message: None) -> DataReport:
+    """Runs the comparison on a local Ray of its own; `say` is told what goes on.
 
     Raises:
         BenchError: the contestants come to different tokens, or the peer has failed.
@@ -102,13 +103,15 @@ def measure(bench: DataBench) -> DataReport:
     """
     with tempfile.TemporaryDirectory(prefix="caravan-bench-") as folder:
         corpus, store = Path(folder, "corpus"), Store(Path(folder, "store"))
+        say(f"writing {bench.megabytes} MB of text")
         write_stdlib_corpus(corpus, bench.megabytes * 10**6)
         graph = _graph(bench, corpus)
         # In a cluster of its own: the workers that are measured have done nothing before.
+        say("starting a local Ray to prepare")
         with _own_cluster(bench.workers):
-            _run(graph, store, "tokenizer")
+            _run(graph, store, "tokenizer", say)
         job = _job(bench, graph, store, Path(folder))
-        return _compete(bench, graph, store, job)
+        return _compete(bench, graph, store, job, say)
 
 
 @contextmanager
@@ -128,8 +131,12 @@ def _graph(bench: DataBench, corpus: Path) -> Graph:
     return Graph([ingest_stage(data), dedup_stage(data), tokenizer_stage(tokenizer), shards])
 
 
-def _run(graph: Graph, store: Store, until: str) -> None:
-    graph.run(store, Run.create(store, "name: bench\n"), until=until)
+def _run(graph: Graph, store: Store, until: str, say: Say = lambda message: None) -> None:
+    def on_event(event: Event) -> None:
+        if event.kind == "running":
+            say(f"preparing: {event.stage}")
+
+    graph.run(store, Run.create(store, "name: bench\n"), until=until, on_event=on_event)
 
 
 def _job(bench: DataBench, graph: Graph, store: Store, folder: Path) -> Path:
@@ -155,8 +162,9 @@ def _job(bench: DataBench, graph: Graph, store: Store, folder: Path) -> Path:
     return path
 
 
-def _compete(bench: DataBench, graph: Graph, store: Store, job: Path) -> DataReport:
-    seconds: dict[str, list[float]] = {OURS: [], PEER: []}
+def _compete(bench: DataBench, graph: Graph, store: Store, job: Path, say: Say = lambda message: None) -> DataReport:
+    rounds = 0 if bench.memory_only else bench.rounds
+    say("starting the local Ray that is measured, and the peer")
     began = time.perf_counter()
     with _own_cluster(bench.workers):
         starts = {OURS: time.perf_counter() - began}
@@ -165,19 +173,15 @@ def _compete(bench: DataBench, graph: Graph, store: Store, job: Path) -> DataRep
             starts[PEER] = time.perf_counter() - began
             answer: dict[str, float] = {}
             shards = graph.artifact(store, "shards")
+            our_turns = Turns(OURS, lambda: _run(graph, store, "shards"), rounds, say)
+            peer_turns = Turns(PEER, lambda: answer.update(peer.turn()), rounds, say)
 
             def ours() -> None:
-                shards.delete()  # a few files: milliseconds
-                began = time.perf_counter()
-                _run(graph, store, "shards")
-                seconds[OURS].append(time.perf_counter() - began)
+                shards.delete()  # a few files, not to be timed
+                our_turns()
 
-            def plain() -> None:
-                began = time.perf_counter()
-                answer.update(peer.turn())
-                seconds[PEER].append(time.perf_counter() - began)
-
-            interleave({OURS: ours, PEER: plain}, 0 if bench.memory_only else bench.rounds)
+            interleave({OURS: ours, PEER: peer_turns}, rounds)
+            seconds = {OURS: our_turns.seconds, PEER: peer_turns.seconds}
             peaks = {OURS: worker_peak(), PEER: answer["peak_mib"]}
     manifest = shards.manifest()
     assert manifest is not None
@@ -248,11 +252,15 @@ def as_text(report: DataReport) -> str:
             f"{row.name:20}{row.megabytes_per_second:8.2f}{row.tokens_per_second:12,.0f}{row.peak_mib:10.0f}"
             f"{row.start_seconds:9.1f}"
         )
+    lines.append("peak MiB: of its largest single process, not the sum over several")
     lines.append("start: until it can begin, once; not in the speeds, which are medians over the rounds")
     if report.speed is not None:
         lines.append(f"{OURS} over {PEER}: {report.speed}")
     if bench.megabytes < SMALL_MEGABYTES:
-        lines.append(f"{bench.megabytes} MB are over too soon: what a run costs whatever its size tells here most")
+        lines.append(
+            f"{bench.megabytes} MB are too little to compare speeds: the fixed costs of a run take most of the time; "
+            f"give --megabytes {SMALL_MEGABYTES} or more"
+        )
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from llama.tokenizer_training import train_tokenizer
 from pipelines.adopted_tokenizer import adopt_for_text, adopt_tokenizer
 from pipelines.recipe import Recipe, RecipeError, TokenizerConfig
 from pipelines.sources import DataError
+from pipelines.stages import build_graph
 
 
 @pytest.fixture
@@ -70,6 +71,21 @@ def test_for_text_alone_no_end_need_be_named(folder, tmp_path):
         adopt_for_text(str(alone), "--tokenizer")
     with pytest.raises(DataError, match=r"^--tokenizer=/no/such: there is no tokenizer\.json"):
         adopt_for_text("/no/such", "--tokenizer")
+
+
+def test_conversations_need_a_template_before_anything_runs(folder, tmp_path):
+    values = recipe(path=str(folder)).model_dump(mode="json")
+    values["data"]["sources"].append({"uri": str(tmp_path / "talks.jsonl"), "format": "chat"})
+    message = {"role": "assistant", "content": "hello, here I am to help you with anything"}
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": [message]}))
+    chatting = Recipe.model_validate(values)
+    build_graph(chatting, dashboard_url="", keep=False)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(
+        DataError, match=r"^data\.sources\[1\]\.uri='.*talks\.jsonl' holds conversations, and tokenizer"
+    ):
+        build_graph(chatting, dashboard_url="", keep=False)
+    build_graph(recipe(path=str(folder)), dashboard_url="", keep=False)
 
 
 def test_an_unreachable_place_is_said():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llama.bench.harness import BenchError
-from pipelines.bench.corpus import first_bytes, varied, write_stdlib_corpus
+from pipelines.bench.corpus import first_bytes, varied, without_repeats, write_stdlib_corpus
 
 KEYWORD = re.compile(rf"\b(?:{'|'.join(keyword.kwlist)})\b")
 SOURCE = [Path(ast.__file__).read_text("utf-8"), Path(json.__file__).read_text("utf-8")]
@@ -40,6 +40,18 @@ def test_the_corpus_has_the_size_asked_for(tmp_path: Path) -> None:
     texts = [json.loads(line)["text"] for file in files for line in file.read_text("utf-8").splitlines()]
     assert sum(len(text.encode()) for text in texts) == written
     assert written - len(texts[-1].encode()) < 300_000 <= written
+
+
+def test_what_repeats_an_earlier_text_goes() -> None:
+    first, second, third = (
+        "\n".join(f"line {number} of a text that is called {name}" for number in range(10)) for name in "abc"
+    )
+    mostly_second = "\n".join([*second.splitlines()[:3], *third.splitlines()[:7]])
+    partly_second = "\n".join(
+        [*second.splitlines()[:1], *third.splitlines()[7:], "a line that stands nowhere else: x" * 4]
+    )
+    texts = ["short", first, second, first, f"  {first}\n", "short", mostly_second, partly_second, "shorter"]
+    assert list(without_repeats(texts)) == ["short", first, second, partly_second, "shorter"]
 
 
 def test_the_first_texts_that_fit() -> None:

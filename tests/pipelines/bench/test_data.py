@@ -78,11 +78,14 @@ def test_the_peer_does_the_same_work(prepared: Prepared) -> None:
 
 @pytest.mark.integration
 def test_both_take_their_turns(prepared: Prepared) -> None:
-    report = data._compete(replace(BENCH, memory_only=True), prepared.graph, prepared.store, prepared.job)
+    said: list[str] = []
+    report = data._compete(replace(BENCH, memory_only=True), prepared.graph, prepared.store, prepared.job, said.append)
+    assert said[1:] == [f"{name}: its turn" for name in (data.OURS, data.PEER)]
     assert [row.name for row in report.rows] == [data.OURS, data.PEER]
     assert all(row.megabytes_per_second > 0 and 20 < row.peak_mib < 4000 for row in report.rows)
     assert report.speed is None and report.bytes >= 900_000
-    assert "one turn each" in as_text(report)
+    shown = as_text(report)
+    assert "one turn each" in shown and "largest single process" in shown and "--megabytes 100 or more" in shown
     assert json.loads(json.dumps(as_json(report)))["rows"][0]["start_seconds"] > 0
 
 
