@@ -23,6 +23,8 @@ _FORMATS: dict[str, Format] = {
     ".feather": "arrow",
     ".ipc": "arrow",
 }
+_ARCHIVES = frozenset({".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar"})
+_OTHER_CODECS = {".bz2": "bzip2", ".xz": "xz", ".lzma": "LZMA", ".lz4": "LZ4", ".br": "Brotli"}
 _JSON = "json"
 """One JSON value, or lines of them: the suffix does not tell, so a recipe has to."""
 
@@ -56,6 +58,16 @@ _NOT_OWN_CODE = frozenset({"__pycache__", "node_modules", "site-packages", "dist
 def codec_of(path: str) -> Codec | None:
     """How the name says that the file is compressed."""
     return _CODECS.get(_suffix(path))
+
+
+def why_packed(path: str) -> str | None:
+    """Why nothing is read of a file whose name says that other files, or its text, are packed in it."""
+    suffix = _suffix(_uncompressed(path))
+    if suffix in _ARCHIVES:
+        return f"an archive ({suffix}); unpack it first"
+    if codec := _OTHER_CODECS.get(suffix):
+        return f"compressed with {codec}, and only gzip and zstd are read; decompress it first"
+    return None
 
 
 def container_of(path: str, format: Format) -> Format:

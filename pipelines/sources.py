@@ -27,7 +27,7 @@ import xxhash
 from cluster.storage import FileStat, NotFound, StorageError, Store
 from pipelines.data_config import STDLIB, Format, SourceConfig
 from pipelines.documents import Kind
-from pipelines.file_types import codec_of, common_format, container_of, is_read, named_format, why_no_code
+from pipelines.file_types import codec_of, common_format, container_of, is_read, named_format, why_no_code, why_packed
 from pipelines.listing import Listing, list_source
 
 WHOLE_FILE_BYTES = 256 * 1024
@@ -184,6 +184,10 @@ _Found = tuple[Source, tuple[Piece, ...], tuple[LeftOut, ...], tuple[Quarantined
 def _find(index: int, config: SourceConfig, field: str) -> _Found:
     try:
         found = _list_stdlib() if config.uri == STDLIB else list_source(config.uri)
+        if config.format != "code":  # of code every file that is none is left out
+            for path in [path for path in found.files if why_packed(path)]:
+                del found.files[path]
+                found.unreadable.append((path, str(why_packed(path))))
         source = Source(index, config, _format(config, found), None if config.uri == STDLIB else found.store)
         _check_columns(source, field)
     except DataError:

@@ -204,6 +204,8 @@ def _unzstd(stream: SourceStream) -> Iterator[bytes]:
         try:
             text = decoder.decompress(step)
         except zstandard.ZstdError as error:
+            if "too much memory" in str(error):
+                raise Damaged("a zstd window above 128 MiB; compress it without --long, or with --long=27") from error
             raise Damaged(f"damaged zstd data near byte {where}: {error}") from error
         if text:
             yield text

@@ -195,3 +195,20 @@ def test_groups_hold_every_byte_once_in_order(sizes, part_bytes):
 def test_a_group_of_tiny_files_is_bounded_by_their_number():
     pieces = [Piece(SourceFile(0, str(index), 1), 0, 1) for index in range(2 * FILES_IN_GROUP + 1)]
     assert [len(group) for group in group_pieces(pieces, 1 << 20)] == [FILES_IN_GROUP, FILES_IN_GROUP, 1]
+
+
+@pytest.mark.parametrize("format", ["auto", "text", "jsonl"])
+def test_archives_are_no_text(tmp_path, format):
+    (tmp_path / "good.jsonl").write_text('{"text": "good"}\n')
+    for name in ("a.tar.gz", "b.ZIP", "c.jsonl.xz"):
+        (tmp_path / name).write_bytes(b"letters that look like text\n" * 20_000)
+    corpus = corpus_of(tmp_path, format=format)
+    assert [piece.file.path for piece in corpus.pieces[0]] == ["good.jsonl"]
+    assert [item.reason for item in corpus.quarantined] == [
+        "an archive (.tar); unpack it first",
+        "an archive (.zip); unpack it first",
+        "compressed with xz, and only gzip and zstd are read; decompress it first",
+    ]
+    (tmp_path / "good.jsonl").unlink()
+    with pytest.raises(DataError, match=r"yields no text .*a\.tar\.gz: an archive \(\.tar\); unpack it first"):
+        corpus_of(tmp_path, format=format)
