@@ -186,7 +186,7 @@ def try_zombie(place: str, at: Disturbance, claims: Claims) -> None:
     at.forget()
     zombie = at.start()
     log = at.log
-    at.wait_for_parts(2, zombie)
+    working = at.wait_for_parts(2, zombie)
     assert zombie.pid is not None
     os.kill(zombie.pid, signal.SIGSTOP)
     try:
@@ -195,6 +195,7 @@ def try_zombie(place: str, at: Disturbance, claims: Claims) -> None:
     finally:
         os.kill(zombie.pid, signal.SIGCONT)
     ended = wait(zombie)
+    claims.check(f"{place}: the rival froze in the middle of its work", working, working)
     equal = after_successor == expected == at.content()
     claims.check(
         f"{place}: a frozen rival wakes after its successor's commit; every byte verified", _word(equal), equal
@@ -231,7 +232,7 @@ def try_damage(place: str, at: Disturbance, claims: Claims) -> None:
         artifact.store.write_bytes(path, change(artifact.store.read_bytes(path)))
         damaged += 1
     at.run()
-    equal = at.content() == expected
+    equal = at.content() == expected and damaged == 2
     claims.check(f"{place}: {damaged} finished shards damaged before the restart; none is taken", _word(equal), equal)
 
 
