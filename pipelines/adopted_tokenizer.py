@@ -29,6 +29,15 @@ _TOKENIZER, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _FILES = (_TOKENIZER, _CONFIG, "chat_template.jinja", GENERATION_CONFIG_FILE)
 
 
+_PROBES = {
+    "mixed case": "Hello World",
+    "accents": "naïve café",
+    "Chinese": "模型训练",
+    "emoji": "fine 🙂",
+    "indentation": "if x:\n    return  y",
+}
+
+
 @dataclass(frozen=True)
 class AdoptedTokenizer:
     """`fingerprint` is that of the files it was read from."""
@@ -54,6 +63,11 @@ def adopt_tokenizer(path: str, eos_token: str | None = None) -> AdoptedTokenizer
         return AdoptedTokenizer(_load(files, eos_token), fingerprint.hexdigest())
     except Exception as error:  # `tokenizers` raises plain ones
         raise DataError(f"tokenizer.path={path}: {error}") from error
+
+
+def what_is_lost(tokenizer: Tokenizer) -> list[str]:
+    """Kinds of text that do not come back from their ids as they were, found by an example of each."""
+    return [kind for kind, text in _PROBES.items() if tokenizer.decode(tokenizer.encode(text)) != text]
 
 
 def check_takes_chats(path: str, eos_token: str | None, sources: Sequence[SourceConfig]) -> None:

@@ -21,7 +21,7 @@ import xxhash
 from cluster.storage import JSON, Artifact, Store
 from llama.tokenizer import GENERATION_CONFIG_FILE, Tokenizer, stretches
 from llama.tokenizer_training import train_tokenizer
-from pipelines.adopted_tokenizer import AdoptedTokenizer, adopt_tokenizer
+from pipelines.adopted_tokenizer import AdoptedTokenizer, adopt_tokenizer, what_is_lost
 from pipelines.conversations import chat_contents
 from pipelines.documents import KeptPart, kept_parts, read_part
 from pipelines.graph import Stage, StageContext
@@ -75,6 +75,8 @@ def _train(config: TokenizerConfig, context: StageContext) -> dict[str, JSON]:
 
 
 def _adopt(adopted: AdoptedTokenizer, context: StageContext) -> dict[str, JSON]:
+    if lost := what_is_lost(adopted.tokenizer):
+        context.emit(f"warning: the tokenizer does not bring these back as they were written: {', '.join(lost)}")
     return _write(context, adopted.tokenizer, trained_on_bytes=0)
 
 

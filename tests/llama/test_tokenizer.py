@@ -170,6 +170,17 @@ def test_vocab_size_covers_every_id() -> None:
     assert tokenizer.vocab_size == tokenizer.eos_id + 1 == 10
 
 
+def test_a_text_has_the_same_ids_every_time(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    settings["model"]["dropout"] = 0.9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    found = Tokenizer.load(tmp_path)
+    assert all(found.encode(TEXT) == tokenizer.encode(TEXT) for _ in range(5))
+    found.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["model"]["dropout"] is None
+
+
 def test_half_of_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
         with pytest.raises(ValueError, match=r"half of a surrogate pair, '\\ud800' at 1, .* remove it"):

@@ -1,9 +1,10 @@
 import json
 
 import pytest
+import tokenizers
 
 from llama.tokenizer_training import train_tokenizer
-from pipelines.adopted_tokenizer import adopt_for_text, adopt_tokenizer
+from pipelines.adopted_tokenizer import adopt_for_text, adopt_tokenizer, what_is_lost
 from pipelines.recipe import Recipe, RecipeError, TokenizerConfig
 from pipelines.sources import DataError
 from pipelines.stages import build_graph
@@ -71,6 +72,19 @@ def test_for_text_alone_no_end_need_be_named(folder, tmp_path):
         adopt_for_text(str(alone), "--tokenizer")
     with pytest.raises(DataError, match=r"^--tokenizer=/no/such: there is no tokenizer\.json"):
         adopt_for_text("/no/such", "--tokenizer")
+
+
+def test_what_does_not_come_back_is_named(folder, tmp_path):
+    assert what_is_lost(adopt_tokenizer(str(folder)).tokenizer) == []
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    backend.save(str(folder / "tokenizer.json"))
+    assert what_is_lost(adopt_tokenizer(str(folder)).tokenizer) == ["mixed case"]
+    words = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "[SEP]": 1, "x": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    words.save(str(tmp_path / "words.json"))
+    lost = what_is_lost(adopt_tokenizer(str(tmp_path / "words.json"), "[SEP]").tokenizer)
+    assert lost == ["mixed case", "accents", "Chinese", "emoji", "indentation"]
 
 
 def test_conversations_need_a_template_before_anything_runs(folder, tmp_path):

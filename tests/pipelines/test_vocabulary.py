@@ -5,6 +5,7 @@ from itertools import pairwise
 from unittest.mock import patch
 
 import pytest
+import tokenizers
 
 from cluster.serve import token_text
 from cluster.storage import Store
@@ -16,6 +17,7 @@ from pipelines.data_config import SourceConfig
 from pipelines.documents import Document, KeptPart, document_id, kept_parts, read_part, write_part
 from pipelines.graph import Graph
 from pipelines.recipe import TokenizerConfig
+from pipelines.runs import Run
 from pipelines.sources import DataError
 from pipelines.vocabulary import load_tokenizer, tokenizer_fingerprint, tokenizer_stage
 from tests.pipelines.data_stages import data_config, data_graph, in_this_process, run_stages, write_corpus
@@ -202,6 +204,19 @@ def test_a_tokenizer_from_outside_is_taken_as_it_is(prepared, foreign):
         assert metadata["fingerprint"] == tokenizer_fingerprint(expected)
         assert metadata["trained_on_bytes"] == 0 and 1 < metadata["bytes_per_token"] < 8
         assert "config.json" not in artifact.files.list()
+
+
+def test_a_tokenizer_that_loses_text_is_adopted_with_a_warning(foreign, tmp_path):
+    lossy = Tokenizer.load(foreign)
+    lossy.backend.normalizer = tokenizers.normalizers.Lowercase()
+    lossy.save(foreign)
+    write_corpus(tmp_path / "corpus", documents=20)
+    graph = data_graph(data_config(tmp_path / "corpus"), tokenizer=TokenizerConfig(path=str(foreign)))
+    store, events = Store(tmp_path / "store"), []
+    with in_this_process():
+        graph.run(store, Run.create(store, ""), until="tokenizer", on_event=events.append)
+    (warning,) = [event.message for event in events if event.stage == "tokenizer" and event.kind == "progress"]
+    assert warning == "warning: the tokenizer does not bring these back as they were written: mixed case"
 
 
 def test_the_stage_key_follows_the_files_and_not_their_place(foreign, tmp_path):
