@@ -323,9 +323,3 @@ def test_conversations_are_encoded_in_stretches(tokenizer: Tokenizer, monkeypatc
     expected = [(each.encode_chat(chat), each.apply_chat_template(chat)) for each in both]
     monkeypatch.setattr("llama.tokenizer._STRETCH_CHARS", 60)
     assert [(each.encode_chat(chat), each.apply_chat_template(chat)) for each in both] == expected
-
-
-def test_dropout_is_off():
-    backend = train_tokenizer(["the cat sat on the mat " * 20], 300).backend
-    backend.model.dropout = 0.9
-    assert len({tuple(Tokenizer(backend).encode("the cat sat on the mat")) for _ in range(20)}) == 1
