@@ -82,6 +82,11 @@ _REMEDIES: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "check the URI's endpoint_override and scheme, and that the service runs",
     ),
     (
+        ("status 400",),
+        "the store refused the request",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and check the bucket's region",
+    ),
+    (
         ("status 500", "status 502", "status 503", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE"),
         "the store's service failed",
         "look at its health, then run again",
@@ -111,7 +116,7 @@ def explain(error: OSError) -> tuple[str, str]:
     for marks, problem, remedy in _REMEDIES:
         if any(mark.lower() in text.lower() for mark in marks):
             return problem, remedy
-    return text.splitlines()[0] if text else type(error).__name__, "see the error's cause above"
+    return text.splitlines()[0] if text else type(error).__name__, "check the URI and the store, then run again"
 
 
 class LocalFiles:

@@ -76,7 +76,7 @@ class RunDisplay:
         elif event.message == INTERRUPTED:
             self._print(event.stage, f"[red]{INTERRUPTED}[/]")
         else:
-            self._print(event.stage, f"[red]failed[/], see {escape(self._run_folder)}/errors/{event.stage}.txt")
+            self._print(event.stage, f"[red]failed[/], see errors/{event.stage}.txt in {escape(self._run_folder)}")
 
     def _show_progress(self, event: Event) -> None:
         if self._progress and self._task is not None:
