@@ -9,9 +9,11 @@ metadata of the four stages alone; nothing is read twice.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain, takewhile
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipelines.documents import KEPT, PARTS, SPLITS, stage_metadata
 from pipelines.figures import drawable, new_figure, own_style, png
@@ -51,9 +53,10 @@ def build_report(
 ) -> dict[str, Any]:
     """The report, of the stages' metadata.
 
-    `documents.in` is `documents.kept` plus the documents of every rule of `dropped`: none is lost in silence. What is
-    quarantined was no document, and is counted by itself; what lies beyond `data.max_bytes` was never read. Sizes are
-    bytes of text as UTF-8; tokens include the two that bound each document.
+    `documents.in` is `documents.kept` plus the documents of every rule of `dropped`: none is lost in silence. So it is
+    for each source, whose kept ones are its `documents` and `preferences`. What is quarantined was no document, and is
+    counted by itself; what lies beyond `data.max_bytes` was never read. Sizes are bytes of text as UTF-8; tokens
+    include the two that bound each document.
     """
     pairs: list[list[Mapping[str, Any]]] = [[] for _ in ingest["sources"]]
     for part, kept in zip(ingest[PARTS], dedup[KEPT], strict=True):
@@ -71,7 +74,6 @@ def build_report(
     ]
     preferences = _sum(chain(*pairs))
     read = _sum(sources, "documents_in", "bytes_in")
-    unique = _sum(dedup["splits"].values())
     packed = _sum(shards["splits"].values())
     kept = {unit: packed[unit] + preferences[unit] for unit in packed}
 
@@ -79,7 +81,7 @@ def build_report(
     for rule, found in duplicates.items():
         dropped[rule] = {name: of for name, of in (found or {"documents": 0}).items() if name != "by_source"}
     dropped[REFUSED] = dict(shards["chat_refused"])
-    dropped[OVER_TOKENS] = {"documents": unique["documents"] - kept["documents"] - dropped[REFUSED]["documents"]}
+    dropped[OVER_TOKENS] = {"documents": sum(source["over_tokens"] for source in shards["sources"])}
     tokens = sum(source["tokens"] for source in sources)
     return {
         "documents": {"in": read["documents"], "kept": kept["documents"]},
@@ -113,10 +115,8 @@ def build_report(
 def _source(
     read: Mapping[str, Any], packed: Mapping[str, Any], preferences: int, duplicates: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What the stages say of one source: `documents` are packed, `preferences` kept as they are, and what is left of
-    `documents_in` is `dropped`, each by one rule."""
-    dropped = {**read["dropped"], **duplicates, REFUSED: packed["refused"]}
-    dropped[OVER_TOKENS] = read["documents_in"] - packed["documents"] - preferences - sum(dropped.values())
+    """What the stages say of one source: `documents` are packed, `preferences` kept as they are."""
+    dropped = {**read["dropped"], **duplicates, REFUSED: packed["refused"], OVER_TOKENS: packed["over_tokens"]}
     return {
         **{name: read[name] for name in ("uri", "format", "kind", "files", "left_out", "quarantined")},
         "dropped": {rule: documents for rule, documents in dropped.items() if documents},
@@ -127,6 +127,7 @@ def _source(
         "bytes": packed["bytes"],
         "tokens": packed["tokens"],
         "training_tokens": packed["training_tokens"],
+        "validation_tokens": packed["validation_tokens"],
         "bytes_per_token": _per(packed["bytes"], packed["tokens"]),
     }
 
@@ -163,6 +164,7 @@ def in_one_line(report: Mapping[str, Any]) -> str:
 
 
 def _tokens(report: Mapping[str, Any]) -> str:
+    """Apart, for a limit of tokens is one of training."""
     return f"{report['training_tokens']:,} training and {report['validation_tokens']:,} validation tokens"
 
 
@@ -176,13 +178,23 @@ def draw_report(report: Mapping[str, Any]) -> Figure:
     steps = len(report["dropped"]) + 3
     sources = _drawn_sources(report["sources"])
     heights = [0.9 + 0.3 * steps, 0.9 + 0.3 * len(sources), 2.6]
-    figure = new_figure(9, sum(heights))
-    grid = figure.add_gridspec(3, 2, height_ratios=heights, width_ratios=(3, 2))
+    figure = new_figure(9, 0.6 + sum(heights))
+    figure.suptitle(_title(report), fontsize=11)
+    grid = figure.add_gridspec(3, 2, height_ratios=heights, width_ratios=(3, 2), wspace=0.06)
     _draw_flow(figure.add_subplot(grid[0, :]), report)
     tokens = figure.add_subplot(grid[1, 0])
     _draw_sources(tokens, figure.add_subplot(grid[1, 1], sharey=tokens), sources)
     _draw_lengths(figure.add_subplot(grid[2, :]), report)
     return figure
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    """In two lines: in one it would be wider than the picture."""
+    documents = report["documents"]
+    title = f"{documents['in']:,} documents in, {documents['kept']:,} kept"
+    if report["quarantined"]["records"]:
+        title += f"; {report['quarantined']['records']:,} records in quarantine"
+    return f"{title}\n{_tokens(report)}"
 
 
 def _draw_flow(axes: Axes, report: Mapping[str, Any]) -> None:
@@ -205,27 +217,24 @@ def _draw_flow(axes: Axes, report: Mapping[str, Any]) -> None:
         axes.barh(place, width, left=begin, color=color, edgecolor=color)  # without an edge a narrow one would vanish
         axes.text(begin + width + 0.01 * widest, place, label, va="center", fontsize=9)
     _name_bars(axes, [name for name, *_ in bars])
-    title = f"{documents['in']:,} documents in, {documents['kept']:,} kept: {_tokens(report)}"
-    if report["quarantined"]["records"]:
-        title += f"\n{report['quarantined']['records']:,} records in quarantine"
-    axes.set(xlim=(0, 1.3 * widest), xlabel="documents", title=title)
+    axes.set(xlim=(0, 1.3 * widest), xlabel="documents")
     _count(axes.xaxis)
 
 
 def _draw_sources(tokens: Axes, bytes_per_token: Axes, sources: Sequence[Mapping[str, Any]]) -> None:
     places = range(len(sources))
-    tokens.barh(places, [source["tokens"] for source in sources], color="tab:blue")
+    tokens.barh(places, [source["tokens"] for source in sources], color="tab:blue", edgecolor="tab:blue")
     bytes_per_token.barh(places, [source["bytes_per_token"] or 0 for source in sources], color="tab:cyan")
     for place, source in enumerate(sources):
         tokens.text(source["tokens"], place, f" {source['tokens']:,}", va="center", fontsize=9)
         shown = "none" if source["bytes_per_token"] is None else f"{source['bytes_per_token']:.2f}"
         bytes_per_token.text(source["bytes_per_token"] or 0, place, f" {shown}", va="center", fontsize=9)
-    _name_bars(tokens, [source["uri"] for source in sources])
-    bytes_per_token.tick_params(labelleft=False)
+    _name_bars(tokens, [source["label"] for source in sources])
+    bytes_per_token.tick_params(left=False, labelleft=False)
     for axes, name in ((tokens, "tokens"), (bytes_per_token, "bytes_per_token")):
         axes.set_xlim(0, 1.45 * max(source[name] or 0 for source in sources) or 1)
     tokens.set(xlabel="tokens")
-    _count(tokens.xaxis, prune="upper")  # its label would reach into the neighbour's
+    _count(tokens.xaxis)
     bytes_per_token.set(xlabel="bytes per token")
 
 
@@ -240,20 +249,22 @@ def _draw_lengths(axes: Axes, report: Mapping[str, Any]) -> None:
     density = packing["splits"]["train"]["density"]
     title = f"rows of {packing['seq_len']:,} tokens, {packing['kind']}"
     title += "" if density is None else f": {density:.1%} of their places hold a target"
-    axes.set(xlabel="tokens of a document", ylabel="documents", title=title)
+    axes.set(xlabel="tokens of a document", ylabel="documents")
+    axes.set_title(title, fontsize=10)
     axes.set_xlim(-0.1, len(shown) + 0.1)
     _count(axes.yaxis)
 
 
 def _drawn_sources(sources: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """All of them by their numbers and names, or of very many the largest and one for the others."""
-    sources = [{**source, "uri": f"{number}: {_shortened(source['uri'])}"} for number, source in enumerate(sources)]
+    """All of them with a `label`, or of very many the largest and one for the others."""
+    labels = source_labels([source["uri"] for source in sources])
+    sources = [{**source, "label": label} for source, label in zip(sources, labels, strict=True)]
     if len(sources) <= _DRAWN_SOURCES:
         return list(sources)
     largest = sorted(range(len(sources)), key=lambda index: -sources[index]["tokens"])[: _DRAWN_SOURCES - 1]
     others = [source for index, source in enumerate(sources) if index not in set(largest)]
     tokens, size = (sum(source[unit] for source in others) for unit in ("tokens", "bytes"))
-    rest = {"uri": f"{len(others)} others", "tokens": tokens, "bytes_per_token": _per(size, tokens)}
+    rest = {"label": f"{len(others)} others", "tokens": tokens, "bytes_per_token": _per(size, tokens)}
     return [*(sources[index] for index in sorted(largest)), rest]
 
 
@@ -263,16 +274,33 @@ def _name_bars(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 
-def _count(axis: Axis, prune: Literal["upper"] | None = None) -> None:
+def _count(axis: Axis) -> None:
     """Ticks at whole numbers, 1.5 M for 1,500,000."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=6, integer=True, prune=prune))
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axis.set_major_formatter(EngFormatter())
 
 
-def _shortened(uri: str) -> str:
-    """Both ends of a long URI, without its options."""
-    uri = uri.partition("?")[0]
-    begin = _LABEL_CHARS // 3
-    return uri if len(uri) <= _LABEL_CHARS else f"{uri[:begin]}…{uri[begin + 1 - _LABEL_CHARS :]}"
+def source_labels(uris: Sequence[str]) -> list[str]:
+    """Each source's number and URI without its options; of a long one those segments that few others have."""
+    shown = [uri.partition("?")[0] if "://" in uri else uri for uri in uris]  # in a path a `?` is part of a glob
+    segments = [re.split("(?<![:/])/", uri) for uri in shown]
+    sources_with = Counter(chain(*map(enumerate, segments)))
+    return [f"{number}: {_shortened(of, sources_with)}" for number, of in enumerate(segments)]
+
+
+def _shortened(segments: Sequence[str], sources_with: Mapping[tuple[int, str], int]) -> str:
+    left = list(segments)
+    middle = (len(left) - 1) / 2
+    for place in sorted(range(len(left)), key=lambda at: (-sources_with[at, left[at]], abs(at - middle)))[:-1]:
+        if len(label := _joined(left)) <= _LABEL_CHARS:
+            return label
+        left[place] = "…"
+    label = _joined(left)
+    half = (_LABEL_CHARS - 1) // 2
+    return label if len(label) <= _LABEL_CHARS else f"{label[:half]}…{label[-half:]}"
+
+
+def _joined(segments: Sequence[str]) -> str:
+    return re.sub("…(/…)+", "…", "/".join(segments))

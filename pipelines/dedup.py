@@ -11,7 +11,8 @@ near           a document goes if one that stays is before it, was found as a ca
                least `threshold` of its n-grams (the exact Jaccard similarity of the sets)
 
 Exact compares conversations by their canonical JSON, the others go by the words in them. Tasks over the parts hash the
-texts; the driver holds some numbers for each document, never text, and of the bands' hashes one column at a time.
+texts; the driver holds some numbers for each document, of the bands' hashes one column at a time, and text only of the
+few examples in the metadata.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from pipelines.minhash import Candidates, find_candidates
 from pipelines.similarity import drop_similar, find_similar
 from pipelines.sources import Corpus, DataError, find_corpus
 from pipelines.survey import NumberedParts, Survey, read_ids, survey_parts, survey_path
+from pipelines.tally import EXAMPLE_CHARS, EXAMPLES
 
 Rule = Literal["exact", "contaminated", "near"]
 
 _SCRATCH = "scratch"
 _EVALUATION = f"{_SCRATCH}/evaluation.npz"
-_EXAMPLES = 5
 
 
 def dedup_stage(config: DataConfig) -> Stage:
@@ -197,24 +198,28 @@ def _totals(corpus: NumberedParts, metadata: dict[str, Any]) -> dict[str, dict[s
 
 
 def _examples(corpus: NumberedParts, drops: Drops) -> list[dict[str, Any]]:
-    origins = _origins(corpus, drops.documents[:_EXAMPLES])
-    others = _origins(corpus, drops.of[:_EXAMPLES])
+    origins = _origins(corpus, drops.documents[:EXAMPLES])
+    others = _origins(corpus, drops.of[:EXAMPLES])
     return [
         origin | {f"of_{name}": value for name, value in other.items()} | {"similarity": similarity}
-        for origin, other, similarity in zip(origins, others, drops.similarity[:_EXAMPLES].tolist(), strict=True)
+        for origin, other, similarity in zip(origins, others, drops.similarity[:EXAMPLES].tolist(), strict=True)
     ]
 
 
 def _contaminated_examples(scratch: Store, corpus: NumberedParts, documents: np.ndarray) -> list[dict[str, Any]]:
-    examples = _origins(corpus, documents[:_EXAMPLES])
-    for example, part, row in zip(examples, *corpus.locate(documents[:_EXAMPLES]), strict=True):
+    examples = _origins(corpus, documents[:EXAMPLES])
+    for example, part, row in zip(examples, *corpus.locate(documents[:EXAMPLES]), strict=True):
         example["ngram"] = read_table(scratch, survey_path(_SCRATCH, part), ("match",))["match"][int(row)].as_py()
     return examples
 
 
 def _origins(corpus: NumberedParts, documents: np.ndarray) -> list[dict[str, Any]]:
-    """Path and offset of each document."""
-    return [
-        read_table(corpus.files, corpus.parts[part].path, ("path", "offset")).slice(row, 1).to_pylist()[0]
-        for part, row in zip(*(found.tolist() for found in corpus.locate(documents)), strict=True)
-    ]
+    """Path, offset and the beginning of the text of each document."""
+    origins: list[dict[str, Any]] = [{} for _ in documents]
+    parts, rows = corpus.locate(documents)
+    for part in set(parts.tolist()):
+        table = read_table(corpus.files, corpus.parts[part].path, ("path", "offset", "text"))
+        for place in np.flatnonzero(parts == part).tolist():
+            (origin,) = table.slice(rows[place], 1).to_pylist()
+            origins[place] = origin | {"text": origin["text"][:EXAMPLE_CHARS]}
+    return origins

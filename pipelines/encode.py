@@ -18,6 +18,7 @@ import numpy as np
 from llama.tokenizer import ChatTemplateError, Tokenizer
 from pipelines.conversations import Message, chat_contents
 from pipelines.documents import Document, Kind
+from pipelines.tally import EXAMPLE_CHARS
 
 _ENCODE_CHARS = 1 << 18  # until it is dropped, an encoding is more than a hundred times its text
 _TODAY = datetime(2025, 1, 1)  # for chat templates that ask: what is written must not depend on the day
@@ -26,11 +27,12 @@ _REASON_CHARS = 200
 
 @dataclass(frozen=True)
 class Refused:
-    """A conversation that the chat template does not take, and why."""
+    """A conversation that the chat template does not take, and why; `text` is the beginning of it."""
 
     path: str
     offset: int
     reason: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def encode_documents(
             masks.append(learned[:end])
         for index, document in enumerate(batch[:fitting]):
             if index in reasons:
-                refused.append(Refused(document.path, document.offset, reasons[index][:_REASON_CHARS]))
+                reason = reasons[index][:_REASON_CHARS]
+                refused.append(Refused(document.path, document.offset, reason, document.text[:EXAMPLE_CHARS]))
             else:
                 text_bytes += len((chat_contents(document.text) if kind == "chat" else document.text).encode())
         tokens += end

@@ -1,7 +1,8 @@
 """Ingest: the sources' text, cleaned, as documents, divided into training and validation.
 
     {split}/00-00000-000.parquet    source number, task number, file number of the task; see documents.py
-    quarantine/{task}.jsonl         what could not be read: path, offset, reason; of what could not be listed: listing
+    quarantine/{task}.jsonl         what could not be read: path, offset, reason, records; of what is not even listed:
+                                    listing
     left_out.jsonl                  files of the sources that are not read on purpose, with the reason
 
 A document's id is the hash of its cleaned text and its split a function of the id, so neither a duplicate nor a rerun
@@ -78,7 +79,7 @@ def _key(config: DataConfig, corpus: Corpus) -> dict[str, Any]:
 def _ingest(config: DataConfig, corpus: Corpus, context: StageContext) -> dict[str, JSON]:
     if config.strict and corpus.quarantined:
         raise _strict(describe(corpus.quarantined[0]))
-    by_source = _read_sources(config, corpus, context)
+    by_source, cut = _read_sources(config, corpus, context)
     total = Tally()
     for tally, unreadable in zip(by_source, corpus.unreadable, strict=True):
         for item in unreadable:
@@ -87,19 +88,17 @@ def _ingest(config: DataConfig, corpus: Corpus, context: StageContext) -> dict[s
     if config.strict and total.quarantined:
         raise _strict(total.quarantine[0])
     splits = {split: _totals(total.parts, split) for split in SPLITS}
-    _check_splits(config, total, splits)
+    _check_splits(config, total, splits, any(cut))
     if total.quarantined:
         context.emit(
             f"{total.quarantined} records could not be read: they are in quarantine, the folder of this stage's output"
         )
-    for source, tally in zip(corpus.sources, by_source, strict=True):
+    for source, tally, short in zip(corpus.sources, by_source, cut, strict=True):
         if not tally.documents:
-            first = f" ({tally.quarantine[0]})" if tally.quarantine else ""
-            unread = config.max_bytes is not None and not (tally.quarantined or tally.documents_in)
-            limit = f", or raise data.max_bytes={config.max_bytes}" if unread else ""
+            limit = f", or raise data.max_bytes={config.max_bytes}" if short else ""
             context.emit(
-                f"data.sources[{source.index}].uri={source.uri!r} yields no document: {tally.quarantined} records "
-                f"could not be read{first} and {tally.documents_in} were dropped; check its settings{limit}"
+                f"data.sources[{source.index}].uri={source.uri!r} yields no document: {_losses(tally)}; check its "
+                f"settings{limit}"
             )
     left_out = [item for items in corpus.left_out for item in items]
     output = context.attempt.store
@@ -118,8 +117,8 @@ def _ingest(config: DataConfig, corpus: Corpus, context: StageContext) -> dict[s
     return metadata
 
 
-def _read_sources(config: DataConfig, corpus: Corpus, context: StageContext) -> list[Tally]:
-    """What became of each source, as far as its share of the budget goes."""
+def _read_sources(config: DataConfig, corpus: Corpus, context: StageContext) -> tuple[list[Tally], list[bool]]:
+    """What became of each source, as far as its share of the budget goes, and whether that ended before the source."""
     groups = [group_pieces(pieces, config.part_bytes) for pieces in corpus.pieces]
     sizes = [[sum(piece.size for piece in group) for group in of] for of in groups]
     parts = sum(map(len, groups))
@@ -154,13 +153,15 @@ def _read_sources(config: DataConfig, corpus: Corpus, context: StageContext) -> 
     claims = [Claim(source.config.weight) for source in corpus.sources]
     taken = take_parts(config.max_bytes, claims, sizes, run, lambda tally: tally.bytes)
     by_source = []
-    for found in taken:
+    cut = []
+    for found, of in zip(taken, groups, strict=True):
         tally = Tally()
         for _, each in found:
             tally.add(each)
         by_source.append(tally)
+        cut.append(len(found) < len(of) or any(take.limit is not None for take, _ in found))
     context.forget({path for tally in ran for path in tally.files}.difference(*(tally.files for tally in by_source)))
-    return by_source
+    return by_source, cut
 
 
 def _name(take: Take) -> str:
@@ -190,16 +191,23 @@ def _totals(parts: Sequence[Part], split: Split) -> dict[str, int]:
     return {"documents": sum(part.documents for part in chosen), "bytes": sum(part.bytes for part in chosen)}
 
 
-def _check_splits(config: DataConfig, total: Tally, splits: dict[Split, dict[str, int]]) -> None:
+def _losses(tally: Tally) -> str:
+    """What was read and not kept, with the first reason."""
+    rules = ", ".join(f"{rule}: {drops.documents}" for rule, drops in in_order(tally.dropped).items())
+    dropped = sum(drops.documents for drops in tally.dropped.values())
+    return (
+        f"{tally.quarantined} records could not be read{f' ({tally.quarantine[0]})' if tally.quarantine else ''} and "
+        f"{dropped} were dropped{f' ({rules})' if rules else ''}"
+    )
+
+
+def _check_splits(config: DataConfig, total: Tally, splits: dict[Split, dict[str, int]], cut: bool) -> None:
+    """Raises DataError if one is empty. `cut`: reading ended with the budget."""
     if not total.documents:
-        rules = ", ".join(f"{rule}: {drops.documents}" for rule, drops in in_order(total.dropped).items())
-        dropped = sum(drops.documents for drops in total.dropped.values())
-        limit = "" if config.max_bytes is None else f", data.max_bytes={config.max_bytes}"
+        limit = f", data.max_bytes={config.max_bytes}" if cut else ""
         raise DataError(
-            f"the corpus is empty: {total.quarantined} records could not be read"
-            f"{f' ({total.quarantine[0]})' if total.quarantine else ''} and {dropped} were dropped"
-            f"{f' ({rules})' if rules else ''}; check data.sources and their text_column, data.min_document_chars, "
-            f"data.clean{limit}"
+            f"the corpus is empty: {_losses(total)}; check data.sources and their text_column, "
+            f"data.min_document_chars, data.clean{limit}"
         )
     for split in SPLITS:
         if not splits[split]["documents"]:

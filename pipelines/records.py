@@ -6,7 +6,7 @@ What is no record of its source's kind comes as Quarantined, with its position a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from pipelines.sources import Quarantined, Source
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-_TEXT_COLUMN, _CHAT_COLUMN = "text", "messages"
+_TEXT_COLUMN, _CHAT_COLUMN, _SHAREGPT_COLUMN = "text", "messages", "conversations"
 _PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
 
 
@@ -70,12 +70,22 @@ class RecordMaker:
 
     def missing(self, columns: list[str]) -> str | None:
         """Why a table with these columns yields nothing."""
-        shown = ", ".join(map(repr, columns))
         for name in (*self.columns, *self.metadata_columns):
             if columns.count(name) != 1:
                 what = "no" if name not in columns else "more than one"
-                return f"{what} column {name!r}; it has {shown if len(shown) <= 200 else shown[:200] + '...'}"
+                return f"{what} column {name!r}; {self._instead(columns)}"
         return None
+
+    def _instead(self, names: Collection[str]) -> str:
+        """What there is in place of what is missing."""
+        shown = ", ".join(map(repr, names)) or "none"
+        had = f"it has {shown if len(shown) <= 200 else shown[:200] + '...'}"
+        if self.is_text and self.columns[0] not in names:
+            if _CHAT_COLUMN in names:
+                return f"{had}; for conversations set format: chat"
+            if _SHAREGPT_COLUMN in names:
+                return f"{had}; for conversations set format: chat and text_column: {_SHAREGPT_COLUMN}"
+        return had
 
     def text(self, text: str, offset: int) -> Record:
         """The record of what is nothing but text."""
@@ -127,7 +137,7 @@ class RecordMaker:
             return canonical(parse_preference(values))
         (column,) = self.columns
         if column not in values:
-            raise ValueError(f"no key {column!r}")
+            raise ValueError(f"no key {column!r}; {self._instead(values.keys())}")
         value = values[column]
         if self._kind == "chat":
             return canonical(parse_chat(value))

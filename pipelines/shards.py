@@ -40,9 +40,8 @@ from pipelines.mixture import Claim, Take, take_parts
 from pipelines.packing import Layout, count_targets, lay_out
 from pipelines.parts import Written, map_parts
 from pipelines.sources import DataError
+from pipelines.tally import EXAMPLES
 from pipelines.vocabulary import load_tokenizer, tokenizer_fingerprint
-
-_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,14 @@ def _write_shards(config: ShardConfig, context: StageContext) -> dict[str, JSON]
         ]
         for split in SPLITS
     }
-    results = _run(config, context, tasks, stage_metadata(context.inputs["tokenizer"])["bytes_per_token"])
-    _keep_files(context, chain(*results.values()))
+    bytes_per_token = stage_metadata(context.inputs["tokenizer"])["bytes_per_token"]
+    results, over_tokens = _run(config, context, tasks, bytes_per_token)
+    everything = [*chain(*results.values())]
+    _keep_files(context, everything)
     shards = {split: [Shard(**each["shard"]) for each in results[split] if each["shard"]] for split in SPLITS}
-    refused = [each for result in chain(*results.values()) for each in result["refused"]]
+    refused = [each for result in everything for each in result["refused"]]
     if not shards["train"]:
         raise DataError(_nothing_to_train_on(config, tasks["train"], refused))
-    everything = [*chain(*results.values())]
     metadata: dict[str, Any] = {
         "seq_len": config.seq_len,
         "vocab_size": tokenizer.vocab_size,
@@ -152,23 +152,29 @@ def _write_shards(config: ShardConfig, context: StageContext) -> dict[str, JSON]
             for split, found in shards.items()
         },
         "sources": [
-            {"uri": uri}
-            | _totals(
-                [shard for shard in chain(*shards.values()) if shard.source == number], ("documents", "tokens", "bytes")
-            )
-            | {"training_tokens": sum(shard.tokens for shard in shards["train"] if shard.source == number)}
-            | {"refused": sum(each["refused_documents"] for each in everything if each["source"] == number)}
+            {"uri": uri, "over_tokens": over_tokens[number]} | _of_source(number, shards, everything)
             for number, uri in enumerate(uris)
         ],
         "length_histogram": _sum_bins(result["histogram"] for result in everything),
         "preferences": sum(part.documents for part in chain(*parts.values()) if part.kind == "preference"),
         "chat_refused": {
             "documents": sum(result["refused_documents"] for result in everything),
-            "examples": refused[:_EXAMPLES],
+            "examples": refused[:EXAMPLES],
         },
     }
     write_report(context, metadata)
     return metadata
+
+
+def _of_source(number: int, shards: dict[Split, list[Shard]], results: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """What was written of a source, and how many of its conversations were refused."""
+    mine = {split: [shard for shard in found if shard.source == number] for split, found in shards.items()}
+    return {
+        **_totals([*chain(*mine.values())], ("documents", "tokens", "bytes")),
+        "training_tokens": sum(shard.tokens for shard in mine["train"]),
+        "validation_tokens": sum(shard.tokens for shard in mine["validation"]),
+        "refused": sum(each["refused_documents"] for each in results if each["source"] == number),
+    }
 
 
 def _totals(shards: Sequence[Shard], names: Sequence[str]) -> dict[str, Any]:
@@ -219,8 +225,9 @@ def _groups(parts: Sequence[KeptPart], part_bytes: int) -> list[tuple[KeptPart, 
 
 def _run(
     config: ShardConfig, context: StageContext, tasks: dict[Split, list[ShardTask]], bytes_per_token: float
-) -> dict[Split, list[dict[str, Any]]]:
-    """The results of the shards that count, in order: of the training split as many as the budget holds."""
+) -> tuple[dict[Split, list[dict[str, Any]]], list[int]]:
+    """The results of the shards that count, in order: of the training split as many as the budget holds. And of each
+    source how many documents lie beyond what it holds."""
     by_source = [[task for task in tasks["train"] if task.source == number] for number in range(len(config.claims))]
     validation = {task.name: task for task in tasks["validation"]}
     waiting = dict(validation)  # goes along with the first wave: starting one takes seconds
@@ -248,10 +255,15 @@ def _run(
     taken = take_parts(config.max_tokens, config.claims, sizes, run, lambda result: result["tokens"])
     if waiting:
         write(dict(waiting))
-    return {
+    left_out = [
+        sum(result["left_out"] for _, result in found) + sum(_documents(task) for task in source[len(found) :])
+        for found, source in zip(taken, by_source, strict=True)
+    ]
+    counted: dict[Split, list[dict[str, Any]]] = {
         "train": [result for source in taken for _, result in source],
         "validation": [results[name] for name in validation],
     }
+    return counted, left_out
 
 
 def _limited(task: ShardTask, limit: int | None) -> ShardTask:
@@ -260,6 +272,11 @@ def _limited(task: ShardTask, limit: int | None) -> ShardTask:
 
 def _estimated_tokens(task: ShardTask, bytes_per_token: float) -> int:
     return math.ceil(sum(part.bytes for part in task.parts) / bytes_per_token)
+
+
+def _documents(task: ShardTask) -> int:
+    """Without its limit."""
+    return sum(part.documents for part in task.parts)
 
 
 def _keep_files(context: StageContext, results: Iterable[dict[str, Any]]) -> None:
@@ -282,8 +299,8 @@ def _load(tokenizer: Store) -> Tokenizer:
 
 def write_shard(task: ShardTask, output: Store) -> Written:
     """Encode, pack and write one shard. Its result: the shard and its file, or none if there is nothing to write; its
-    tokens; documents by length, bin k for 2^k tokens and more; how many conversations were refused, and some of them.
-    """
+    source and tokens; documents by length, bin k for 2^k tokens and more; how many conversations were refused, and some
+    of them; how many documents its limit leaves out."""
     tokenizer = _load(task.tokenizer)
     dtype = token_dtype(tokenizer.vocab_size)
     documents = chain.from_iterable(read_part(task.documents, part) for part in task.parts)
@@ -295,7 +312,8 @@ def write_shard(task: ShardTask, output: Store) -> Written:
         "tokens": len(encoded.stream),
         "histogram": np.bincount(np.frexp(encoded.lengths)[1] - 1).tolist(),
         "refused_documents": len(encoded.refused),
-        "refused": [asdict(each) for each in encoded.refused[:_EXAMPLES]],
+        "left_out": 0 if task.limit is None else _documents(task) - len(encoded.lengths) - len(encoded.refused),
+        "refused": [asdict(each) for each in encoded.refused[:EXAMPLES]],
     }
     if not len(encoded.lengths):
         return Written((), result)

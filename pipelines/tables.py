@@ -121,16 +121,18 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _parquet(stream: SourceStream, piece: Piece, maker: RecordMaker) -> _Batches:
+    rows = 1
     try:
         # buffered: a column's pages one after the other, instead of the whole column at once
         file = pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-        columns = _check_schema(file.schema_arrow, maker)
         metadata = file.metadata
+        rows = max(1, metadata.num_rows)
+        columns = _check_schema(file.schema_arrow, maker)
     except (DataError, StorageError):
         raise
     except (*_UNREADABLE, _Unreadable) as error:
         if piece.begin == 0:
-            yield 0, maker.quarantined(0, _reason("Parquet", error))
+            yield 0, maker.quarantined(0, _reason("Parquet", error), rows)
         return
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     total = sum(_bytes(group) for group in groups)
@@ -157,7 +159,7 @@ def _row_group(file: pq.ParquetFile, index: int, columns: list[str], row: int, m
     except (DataError, StorageError):
         raise
     except (*_UNREADABLE, _Unreadable) as error:
-        yield row, maker.quarantined(row, _reason("Parquet", error), last - row)
+        yield row, maker.quarantined(row, _reason("Parquet", error), max(1, last - row))
         return
     if row < last:
         yield row, maker.quarantined(row, "the row group ends too early", last - row)
@@ -179,7 +181,7 @@ def _arrow(stream: SourceStream, maker: RecordMaker) -> _Batches:
                 yield row, maker.quarantined(row, batch)
                 continue
             if problem := _damage(batch):
-                yield row, maker.quarantined(row, problem, len(batch))
+                yield row, maker.quarantined(row, problem, max(1, len(batch)))
             else:
                 for begin in range(0, len(batch), _ARROW_ROWS):
                     yield row + begin, batch.slice(begin, _ARROW_ROWS)

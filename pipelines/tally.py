@@ -13,8 +13,11 @@ from pipelines.sources import Quarantined
 Value = TypeVar("Value")
 
 EXAMPLES = 5
+"""Of what became of documents, for each rule."""
+EXAMPLE_CHARS = 200
+"""Of a document's text in an example."""
 IN_MANIFEST = 20
-_EXAMPLE_CHARS = 200
+"""Of what is not read; all of it is in files."""
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Tally:
         drops.documents += 1
         drops.bytes += size
         if len(drops.examples) < EXAMPLES:
-            excerpt = text[:_EXAMPLE_CHARS]
+            excerpt = text[:EXAMPLE_CHARS]
             drops.examples.append({"path": path, "offset": offset, "value": outcome.value, "text": excerpt})
 
     def put_in_quarantine(self, item: Quarantined) -> None:

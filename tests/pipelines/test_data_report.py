@@ -1,6 +1,8 @@
 """Every document is accounted for, and the picture shows the figures of the report."""
 
 import io
+import json
+import math
 import random
 import warnings
 from collections import Counter
@@ -12,11 +14,21 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from cluster.storage import Store
-from pipelines.data_report import JSON_FILE, PICTURE_FILE, build_report, draw_report, in_one_line, write_report
+from pipelines.data_config import DataConfig, DecontaminateConfig, DedupConfig, NearDuplicateConfig, SourceConfig
+from pipelines.data_report import (
+    JSON_FILE,
+    PICTURE_FILE,
+    build_report,
+    draw_report,
+    in_one_line,
+    source_labels,
+    write_report,
+)
 from pipelines.figures import own_style, png
 from pipelines.graph import Graph, Stage, StageResult
 from pipelines.report import summarise
 from pipelines.runs import Run
+from tests.pipelines.data_stages import data_graph, in_this_process, run_stages
 
 SEQ_LEN = 16
 RULES = ("min_document_chars", "min_words", "language")
@@ -102,6 +114,8 @@ def stages_metadata(documents: list[tuple[int, str, int]], uris: list[str]) -> d
                     **count(sizes("packed", source=number)),
                     "tokens": sum(size // 4 for size in sizes("packed", source=number)),
                     "training_tokens": sum(size // 4 for size in sizes("packed", source=number)),
+                    "validation_tokens": 0,
+                    "over_tokens": len(sizes("over a limit of tokens", source=number)),
                     "refused": len(sizes("refused by the chat template", source=number)),
                 }
                 for number, uri in enumerate(uris)
@@ -135,6 +149,68 @@ def test_every_document_is_kept_or_dropped_by_a_named_rule(documents: list[tuple
     assert sum(of["documents"] for of in report["length_histogram"]) == fates["packed"]
     text_bytes = [sum(size for number, fate, size in documents if (number, fate) == (n, "packed")) for n in range(3)]
     assert [source["bytes"] for source in report["sources"]] == text_bytes
+
+
+def _write_sources(folder: Path) -> tuple[SourceConfig, ...]:
+    """One of texts that meet every rule, one of conversations, one of preferences, one beyond its limit of tokens."""
+    words = [" ".join(f"{name}{number}" for number in range(40)) for name in ("near", "test", "plain")]
+    texts = ["tiny", *words, words[0] + " more", words[2]]
+    texts += [" ".join(f"word{n}x{place}" for place in range(20)) for n in range(40)]
+    talks = [[("user", f"{n}?"), ("assistant", f"{n}!")] + [("tool", "no")] * (n % 5 == 0) for n in range(60)]
+    lines = {
+        "texts": [{"text": text} for text in texts],
+        "talks": [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in talks + talks[:3]],
+        "pairs": [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in [*range(30), 0, 1]],
+        "more": [{"text": f"a text of its own, number {n}: {'x' * n}"} for n in range(90)] + [{"text": words[1]}] * 2,
+    }
+    for name, records in lines.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\nno json" * 150)
+    (folder / "evaluation.jsonl").write_text(json.dumps({"text": words[1]}))
+    return (
+        SourceConfig(uri=str(folder / "texts.jsonl")),
+        SourceConfig(uri=str(folder / "talks.jsonl"), format="chat"),
+        SourceConfig(uri=str(folder / "pairs.jsonl"), format="preference"),
+        SourceConfig(uri=str(folder / "more.jsonl"), max_tokens=500),
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1500])
+def test_of_each_source_of_a_run_every_document_is_accounted_for(tmp_path: Path, max_tokens: int | None) -> None:
+    config = DataConfig(
+        sources=_write_sources(tmp_path),
+        validation_fraction=0.2,
+        min_document_chars=8,
+        part_bytes=1 << 16,
+        max_tokens=max_tokens,
+        dedup=DedupConfig(near=NearDuplicateConfig()),
+        decontaminate=DecontaminateConfig(sources=(SourceConfig(uri=str(tmp_path / "evaluation.jsonl")),)),
+    )
+    with in_this_process():
+        artifacts = run_stages(data_graph(config, vocab_size=300), Store(tmp_path / "store"))
+    report = artifacts["shards"].files.read_json(JSON_FILE)
+    total: Counter[str] = Counter()
+    for source in report["sources"]:
+        total.update(source["dropped"])
+        kept = source["documents"] + source["preferences"]
+        assert source["documents_in"] == kept + sum(source["dropped"].values())
+        assert source["tokens"] == source["training_tokens"] + source["validation_tokens"]
+    assert [source["documents_in"] for source in report["sources"]] == [46, 63, 32, 92]
+    assert total == {rule: of["documents"] for rule, of in report["dropped"].items()}
+    assert report["documents"]["in"] == report["documents"]["kept"] + sum(total.values())
+    assert set(FATES[3:]) | {"min_document_chars"} == set(total)
+    texts, talks, pairs, more = (source["dropped"] for source in report["sources"])
+    assert [texts[rule] for rule in ("min_document_chars", *FATES[3:6])] == [1, 1, 1, 1]
+    assert (talks["exact duplicate"], talks["refused by the chat template"]) == (3, 12)
+    assert pairs == {"exact duplicate": 2}
+    assert more["exact duplicate"] == 2 and more["over a limit of tokens"] > 20
+    assert ("over a limit of tokens" in texts) == (max_tokens is not None)
+    assert report["training_tokens"] <= (max_tokens or math.inf)
+    assert report["quarantined"]["records"] == 600
+    assert all(
+        example["text"] and example.get("of_text", example["text"])
+        for rule in total.keys() - {"over a limit of tokens"}
+        for example in report["dropped"][rule]["examples"]
+    )
 
 
 def test_rates_are_bytes_per_token_and_targets_per_place() -> None:
@@ -191,6 +267,40 @@ def test_any_number_of_sources_of_any_name_is_drawn(sources: int, uri: str, draw
     assert sum(bar.get_width() for bar in tokens.patches) == report["tokens"]
     assert imread(io.BytesIO(picture)).std() > 0.05
     assert b"Software" not in picture and b"Creation" not in picture
+
+
+def test_labels_show_where_sources_differ() -> None:
+    tail = "cleaned/deduplicated/and-some-more/part-*.jsonl.zst?endpoint_override=host:80&scheme=http"
+    uris = [f"s3://corpora/a-long-name/{kind}/{year}/{tail}" for kind in ("web", "books") for year in (1999, 2025)]
+    assert source_labels([*uris, "stdlib", "s3://bucket/x?region=a", "/data/part-?.txt"]) == [
+        "0: …/web/1999/…/part-*.jsonl.zst",
+        "1: …/web/2025/…/part-*.jsonl.zst",
+        "2: …/books/1999/…/part-*.jsonl.zst",
+        "3: …/books/2025/…/part-*.jsonl.zst",
+        "4: stdlib",
+        "5: s3://bucket/x",
+        "6: /data/part-?.txt",
+    ]
+    (label,) = source_labels(["/" + "name" * 30])
+    assert len(label) <= 43 and label.endswith("name") and "…" in label
+
+
+def test_green_is_what_is_kept_and_the_title_fits() -> None:
+    documents = [(0, "packed", 40), (0, "language", 4)]
+    report = build_report(**stages_metadata(documents, ["a"])) | {"training_tokens": 10**12, "validation_tokens": 10**9}
+    report["documents"] = {"in": 10**10, "kept": 10**10}
+    report["quarantined"] = {"records": 10**9}
+    with own_style():
+        figure = draw_report(report)
+        png(figure)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["read", "language", "kept"]
+    (title,) = figure.texts
+    assert title.get_text() == (
+        "10,000,000,000 documents in, 10,000,000,000 kept; 1,000,000,000 records in quarantine\n"
+        "1,000,000,000,000 training and 1,000,000,000 validation tokens"
+    )
+    box = title.get_window_extent()
+    assert figure.bbox.x0 < box.x0 and box.x1 < figure.bbox.x1
 
 
 def test_nothing_kept_can_be_drawn() -> None:

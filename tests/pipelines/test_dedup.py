@@ -87,8 +87,10 @@ def test_of_equal_texts_the_first_stays(tmp_path):
     assert about["exact"]["examples"][0] == {
         "path": "corpus.txt",
         "offset": number,
+        "text": texts[number],
         "of_path": "corpus.txt",
         "of_offset": of,
+        "of_text": texts[of],
         "similarity": 1.0,
     }
     assert about["near"] is about["contaminated"] is None
@@ -165,14 +167,18 @@ def test_a_document_goes_for_an_earlier_one_that_stays(texts, near):
     assert about["bytes"] == sum(len(texts[number]) for number in goes)
     assert about["compared"] >= len(goes)
     assert about["not_compared"] == 0
-    number, row = next(iter(goes.items()))
-    assert about["examples"][0] == {
-        "path": "corpus.txt",
-        "offset": number,
-        "of_path": "corpus.txt",
-        "of_offset": row["of"],
-        "similarity": row["similarity"],
-    }
+    assert about["examples"] == [
+        {
+            "path": "corpus.txt",
+            "offset": number,
+            "text": texts[number][:200],
+            "of_path": "corpus.txt",
+            "of_offset": row["of"],
+            "of_text": texts[row["of"]][:200],
+            "similarity": row["similarity"],
+        }
+        for number, row in list(goes.items())[:5]
+    ]
 
 
 def test_scratch_files_are_no_output(near):
@@ -300,7 +306,7 @@ def test_documents_with_text_of_evaluation_sets_go(texts, tmp_path, max_matches)
     for example, number in zip(about["examples"], sorted(expected), strict=False):
         words = tuple(example.pop("ngram").split())
         assert words in ngrams and words in word_ngrams(texts[number], len(words))
-        assert example == {"path": "corpus.txt", "offset": number}
+        assert example == {"path": "corpus.txt", "offset": number, "text": texts[number][:200]}
 
 
 def test_rules_come_one_after_the_other(tmp_path):

@@ -67,6 +67,7 @@ def test_conversations_and_those_that_are_refused(tokenizer):
     assert found.bytes == len("the cat\nsat") + len("on the mat\nwhy?")
     assert [(each.path, each.offset) for each in found.refused] == [("file:///x", 1)]
     assert "messages.role=critic is unknown" in found.refused[0].reason
+    assert found.refused[0].text == texts[1]
     fewer = encode_documents(documents(texts), "chat", tokenizer, np.dtype(np.uint32), len(pairs[0][0]))
     assert fewer.stream.tolist() == pairs[0][0] and len(fewer.refused) == 1
     assert encode_documents([], "chat", tokenizer, np.dtype(np.uint32)).lengths.tolist() == []

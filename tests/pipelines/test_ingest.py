@@ -257,10 +257,32 @@ def test_a_source_that_yields_nothing_is_named(tmp_path):
     events = progress(tmp_path / "store", over(SourceConfig(uri=good), SourceConfig(uri=other, text_column="body")))
     news = [event.message for event in events if event.fraction is None]
     assert news[0] == "30 records could not be read: they are in quarantine, the folder of this stage's output"
-    assert len(news) == 2 and news[1].startswith(
+    assert news[1:] == [
         f"data.sources[1].uri='{other}' yields no document: 30 records could not be read (file://{other} at 0: no key "
-    )
-    assert news[1].endswith("and 0 were dropped; check its settings")
+        "'body'; it has 'text') and 0 were dropped; check its settings"
+    ]
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_the_budget_is_the_remedy_only_for_what_it_cut_off(tmp_path, cut):
+    good = write_lines(tmp_path / "good.jsonl", numbered(300))
+    other = write_lines(tmp_path / "other.jsonl", ["tiny", "x" * 5000] if cut else ["tiny"])
+    config = over(SourceConfig(uri=good), SourceConfig(uri=other), max_bytes=8000)
+    (news,) = [event.message for event in progress(tmp_path / "store", config) if event.fraction is None]
+    assert "yields no document: 0 records could not be read and 1 were dropped (min_document_chars: 1); check" in news
+    assert news.endswith(", or raise data.max_bytes=8000") == cut
+
+
+def test_how_many_records_are_quarantined_does_not_depend_on_the_parts(tmp_path):
+    path = write_lines(tmp_path / "texts.jsonl", numbered(30))
+    with open(path, "a") as file:
+        file.write("this is no json\n" * 20_000)
+    for part_bytes in (1 << 16, 1 << 20):
+        found = ingest(Store(tmp_path / "store"), data_config(path, part_bytes=part_bytes))
+        assert metadata(found)["quarantined"] == metadata(found)["sources"][0]["quarantined"] == 20_000
+        names = [file.path for file in found.manifest().files if file.path.startswith("quarantine/")]
+        items = [json.loads(line) for name in names for line in found.files.read_bytes(name).splitlines()]
+        assert sum(item["records"] for item in items) == 20_000 > 20 * len(items)
 
 
 def test_a_try_that_is_killed_at_its_end_is_finished_by_the_next(tmp_path):

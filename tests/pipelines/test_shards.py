@@ -228,6 +228,10 @@ def test_the_manifest_counts_tokens_bytes_and_rows(artifacts):
     assert [{name: source[name] for name in names} for source in found["sources"]] == [
         {name: sum(found["splits"][split][name] for split in SPLITS) for name in names}
     ]
+    by_split = {split: found["splits"][split]["tokens"] for split in SPLITS}
+    assert [(each["training_tokens"], each["validation_tokens"]) for each in found["sources"]] == [
+        (by_split["train"], by_split["validation"])
+    ]
 
 
 def test_files_are_uncompressed_arrow_of_fixed_size_lists(artifacts):
@@ -312,6 +316,9 @@ def test_budgets_take_the_longest_beginnings_that_fit(sources, store, max_tokens
     ]
     taken = [sum(source == n for source, _ in decoded) for n in range(3)]
     assert decoded == [pair for n in range(3) for pair in [each for each in documents if each[0] == n][: taken[n]]]
+    left_out = [sum(source == n for source, _ in documents) - taken[n] for n in range(3)]
+    assert [source["over_tokens"] for source in metadata(artifacts)["sources"]] == left_out
+    assert [source["training_tokens"] for source in metadata(artifacts)["sources"]] == found
     whole = len(documents_of(artifacts, "validation"))
     assert metadata(artifacts)["splits"]["validation"]["documents"] == whole
     # What was written beyond the budget is gone, from the manifest and from the folder.
@@ -329,7 +336,7 @@ def test_progress_tells_a_bound_from_a_number(limit, words, monkeypatch):
 
     def write(context, function, tasks, on_result, record):
         on_result(len(tasks))
-        return {name: {"tokens": 10} for name in tasks}
+        return {name: {"tokens": 10, "left_out": 0} for name in tasks}
 
     monkeypatch.setattr("pipelines.shards.map_parts", write)
     tasks = {
@@ -426,6 +433,7 @@ def test_conversations_are_learned_where_an_assistant_speaks(talks, store, packi
         assert rebuilt == expected
     assert chat_count and refused
     assert found["chat_refused"]["documents"] == refused
+    assert [source["refused"] for source in found["sources"]] == [0, 0, refused]
     example = found["chat_refused"]["examples"][0]
     assert example["path"].endswith("chats.jsonl") and "messages.role=tool is unknown" in example["reason"]
     preferences = [source for split in SPLITS for source, _ in documents_of(artifacts, split) if source == 1]

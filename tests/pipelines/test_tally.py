@@ -12,7 +12,7 @@ EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("keep"), st.integers(1, 99), st.sets(st.sampled_from(["unicode", "control_characters"]))),
         st.tuples(st.just("drop"), st.integers(1, 99), st.sampled_from(["min_document_chars", "language"])),
-        st.tuples(st.just("quarantine"), st.integers(0, 99), st.just("no JSON")),
+        st.tuples(st.just("quarantine"), st.integers(1, 99), st.just("no JSON")),
     ),
     max_size=60,
 )
@@ -28,7 +28,7 @@ def count(events):
         elif event == "drop":
             tally.drop(size, Dropped(what, number), "file", number, "x" * size * 10)
         else:
-            tally.put_in_quarantine(Quarantined("file", size, what))
+            tally.put_in_quarantine(Quarantined("file", number, what, records=size))
     return tally
 
 
@@ -46,7 +46,8 @@ def test_counts_of_stretches_add_up_to_those_of_the_whole(events, data):
     }
     assert all(len(drops.examples) == min(EXAMPLES, drops.documents) for drops in whole.dropped.values())
     assert all(len(example["text"]) <= 200 for drops in whole.dropped.values() for example in drops.examples)
-    assert len(whole.quarantine) == min(IN_MANIFEST, whole.quarantined)
+    unreadable = [size for event, size, _ in events if event == "quarantine"]
+    assert whole.quarantined == sum(unreadable) and len(whole.quarantine) == min(IN_MANIFEST, len(unreadable))
     assert Tally.from_json(json.loads(json.dumps(whole.to_json()))) == whole
 
 

@@ -123,7 +123,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="'x' has 1 different documents in 50,000 bytes; give at least 2"):
         find_texts(TokenizerBench((("x", str(tmp_path / "one.txt")),), megabytes=0.05))
     (tmp_path / "records.jsonl").write_text('{"content": "a record, long enough to be one"}\n')
-    with pytest.raises(DataError, match=r"--text x=.*no key 'text'\); give text, or records with the key 'text'"):
+    with pytest.raises(DataError, match=r"--text x=.*no key 'text'; it has 'content'\); give text, or records"):
         find_texts(TokenizerBench((("x", str(tmp_path / "records.jsonl")),), megabytes=0.05))
     with pytest.raises(DataError, match="nowhere"):
         find_texts(TokenizerBench((("x", str(tmp_path / "nowhere")),), megabytes=0.05))
