@@ -105,6 +105,8 @@ def _local(uri: str, path: Path) -> Listing:
     except PermissionError as error:
         raise ValueError("no permission to look at it; change the permissions") from error
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError("a link on its path leads to itself; give a file, a folder, a glob or 'stdlib'") from error
         if not _MAGIC & set(str(path)):
             raise ValueError("it does not exist; give a file, a folder, a glob or 'stdlib'") from error
         return _local_glob(path)
@@ -141,7 +143,8 @@ def _walk(store: Store, base: Path, glob: _Glob) -> Listing:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 reached = glob.step(states, entry.name)
                 is_folder = entry.is_dir(follow_symlinks=False)
-                if not (glob.goes_on(reached) if is_folder else glob.matches(reached)):
+                matches = not is_folder and glob.matches(reached)
+                if not matches and not (glob.goes_on(reached) and (is_folder or _leads_to_folder(entry))):
                     continue
                 if entry.name.startswith("."):
                     found.left_out.append((path, "hidden: its name begins with a dot"))
@@ -150,6 +153,13 @@ def _walk(store: Store, base: Path, glob: _Glob) -> Listing:
                 else:
                     _look(entry, path, found)
     return found
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_symlink() and entry.is_dir()
+    except OSError:  # a link that leads to itself, or behind a closed door
+        return False
 
 
 def _look(entry: os.DirEntry[str], path: str, found: Listing) -> None:

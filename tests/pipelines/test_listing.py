@@ -92,6 +92,24 @@ def test_what_is_no_file_is_named_and_never_opened(tmp_path):
     assert reasons == {"gone.txt": "a link to nothing", "loop": "a link that leads to itself"}
 
 
+def test_a_glob_names_the_links_that_it_would_have_gone_through(tree):
+    (tree / "linked").symlink_to(tree / "two")
+    (tree / "one" / "b.lnk").symlink_to(tree / "one" / "b.txt")
+    (tree / "loop").symlink_to(tree / "loop")
+    link = "a link to a folder; links to folders are not followed"
+    for pattern in ("**/*.txt", "*/a.txt", "*/*/a.txt", "**"):
+        assert ("linked", link) in list_source(str(tree / pattern)).left_out, pattern
+    for pattern in ("*.txt", "one/**/*.txt", "t*/*.txt"):
+        assert not list_source(str(tree / pattern)).left_out, pattern
+
+
+def test_a_source_that_is_a_link_to_itself(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "a.txt", tmp_path / "loop" / "*.txt"):
+        with pytest.raises(DataError, match="a link on its path leads to itself; give a file"):
+            corpus_of(path)
+
+
 def test_names_that_are_no_text_are_read_and_shown_escaped(tmp_path):
     name = b"caf\xe9 \n.txt"
     with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
