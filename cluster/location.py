@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 import pyarrow.fs as pafs
 
@@ -70,7 +70,9 @@ class Location:
                 raise LocationError(f"{shown}: unknown option {name!r}; {parts.scheme}:// takes {allowed}")
             if "@" in value:
                 raise LocationError(f"{shown}: option {name} has an '@' in it; leave credentials out of it")
-        path = unquote(parts.path).rstrip("/")
+        # a name on disk is bytes
+        raw = unquote_to_bytes(os.fsencode(parts.path))
+        path = (os.fsdecode(raw) if parts.scheme == "file" else raw.decode(errors="replace")).rstrip("/")
         if path:
             checked(path[1:])
         user, _, password = credentials.partition(":")
@@ -94,7 +96,7 @@ class Location:
             if self.kind == "gs":
                 credentials = "anonymous@"
         query = "&".join(f"{name}={quote(value, safe=':/')}" for name, value in self.options)
-        return f"{self.kind}://{credentials}{self.bucket}{quote(self.path)}{'?' if query else ''}{query}"
+        return f"{self.kind}://{credentials}{self.bucket}{quote(os.fsencode(self.path))}{'?' if query else ''}{query}"
 
     def connect(self) -> FileSystem:
         """Raises OSError if the bucket's region cannot be found out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,4 +25,11 @@ def lasting_uri(uri: str) -> str:
     another folder, by other people. Raises ValueError for a URI with credentials."""
     if has_credentials(uri):
         raise ValueError("carries credentials; put them in the environment, a recipe is stored with its run")
-    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+    if "://" in uri:
+        return uri
+    path = os.path.abspath(os.path.expanduser(uri))
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # names on disk are bytes, and a recipe is text
+        return Path(path).as_uri()
+    return path

@@ -1,5 +1,6 @@
 import glob
 import os
+import pickle
 import socket
 from contextlib import closing
 
@@ -7,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.storage import Store
+from pipelines.data_config import SourceConfig
 from pipelines.listing import _Glob, list_source
-from pipelines.sources import DataError
+from pipelines.sources import DataError, find_corpus
 from tests.pipelines.reading import corpus_of, read_all, texts
 
 NAMES = ("a.txt", "b.txt", "b1.md", "[x].txt")
@@ -117,6 +120,23 @@ def test_names_that_are_no_text_are_read_and_shown_escaped(tmp_path):
     corpus = corpus_of(tmp_path)
     (record,) = read_all(corpus)
     assert record.text == "text" and record.path == f"{tmp_path.as_uri()}/caf%E9%20%0A.txt"
+
+
+def test_a_folder_whose_name_is_no_text_is_a_source(tmp_path, monkeypatch):
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.makedirs(os.path.join(folder, b"in"))
+    with open(os.path.join(folder, b"in", b"a.txt"), "wb") as file:
+        file.write(b"text")
+    monkeypatch.chdir(os.fsdecode(folder))
+    for uri in ("in", "in/*.txt", "in/a.txt", f"{tmp_path.as_uri()}/caf%E9"):
+        config = SourceConfig(uri=uri)
+        (record,) = read_all(find_corpus([config]))
+        assert (record.text, record.path) == ("text", f"{tmp_path.as_uri()}/caf%E9/in/a.txt")
+        assert SourceConfig.model_validate_json(config.model_dump_json()) == config
+    store = pickle.loads(pickle.dumps(Store(os.fsdecode(folder))))
+    assert store.list() == ["in/a.txt"] and store.uri == f"{tmp_path.as_uri()}/caf%E9"
+    with pytest.raises(DataError, match=r"caf%E9/no.*does not exist"):
+        corpus_of("no")
 
 
 def test_a_path_longer_than_the_system_allows(tmp_path):
