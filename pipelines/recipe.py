@@ -339,7 +339,8 @@ def _parse_yaml(text: str, what: str) -> Any:
         return yaml.load(text, _UniqueKeyLoader)  # a SafeLoader: builds plain values only
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{what} is not valid YAML{line}: {error.problem}") from error
+        hint = '; within {} quote a URI that has a ?: {uri: "s3://..."}' if "got '?'" in (error.problem or "") else ""
+        raise RecipeError(f"{what} is not valid YAML{line}: {error.problem}{hint}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{what} is not valid YAML: {_first_line(error)}") from error
 

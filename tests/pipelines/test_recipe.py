@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,16 @@ ERRORS = [
     ("data.max_tokens=1e9", "data.max_tokens='1e9': input should be a valid integer, such as 1_000_000"),
     ("name=a/b", "name='a/b': string should match pattern"),
 ]
+
+
+def test_a_question_mark_within_braces_needs_quotes():
+    hint = re.escape("""; within {} quote a URI that has a ?: {uri: "s3://..."}""")
+    with pytest.raises(RecipeError, match=f"^the value of override .* got '\\?'{hint}$"):
+        Recipe.from_yaml(TEXT, ["data.sources=[{uri: s3://b/a?region=x}]"])
+    with pytest.raises(RecipeError, match=f"^the recipe .*, line 2: .*{hint}$"):
+        Recipe.from_yaml("data:\n  sources: [{uri: s3://b/a?region=x}]")
+    quoted = Recipe.from_yaml(TEXT, ['data.sources=[{uri: "s3://b/a?region=x"}]'])
+    assert quoted.data.sources[0].uri == "s3://b/a?region=x"
 
 
 @pytest.mark.parametrize(("override", "expected"), ERRORS, ids=[override for override, _ in ERRORS])
