@@ -68,29 +68,50 @@ class FileSystem(Protocol):
     def delete(self, key: str) -> None: ...
 
 
+_DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "Forbidden", "status 403", "status 401")
+_UNREACHABLE = (
+    "NETWORK_CONNECTION",
+    "REQUEST_TIMEOUT",
+    "timeout",
+    "Couldn't connect",
+    "Could not connect",
+    "resolve host",
+)
+
 # (what the error says, what is wrong, what to do); the first match counts
 _REMEDIES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("NO_SUCH_BUCKET", "NoSuchBucket"), "the bucket does not exist", "create it, or correct the URI"),
     (
-        ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "Forbidden", "status 403", "status 401"),
+        _DENIED,
         "access is denied",
         "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (gs: the application credentials) and the bucket's policy",
     ),
     (
-        ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "timeout", "Couldn't connect", "Could not connect", "resolve host"),
+        _UNREACHABLE,
         "the store cannot be reached",
         "check the URI's endpoint_override and scheme, and that the service runs",
     ),
     (
         ("status 400",),
         "the store refused the request",
-        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and check the bucket's region",
+        "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and the bucket's region",
     ),
     (
         ("status 500", "status 502", "status 503", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE"),
         "the store's service failed",
         "look at its health, then run again",
     ),
+)
+# where the client knows no keys, and where the URI names no endpoint
+_KEYLESS = (
+    (*_DENIED, "status 400"),
+    "access is denied",
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set: set them, or check the machine's own role",
+)
+_CLOUD = (
+    _UNREACHABLE,
+    "the store cannot be reached",
+    "check the network; a server of your own needs endpoint_override=host:port in the URI",
 )
 _ERRNO_REMEDIES = {
     errno.ENOSPC: ("the disk is full", "free some space, or choose another store"),
@@ -100,6 +121,7 @@ _ERRNO_REMEDIES = {
     errno.EROFS: ("the disk is read-only", "choose another store"),
     errno.EEXIST: ("the path, or a parent of it, is a file", "choose another store, or move that file away"),
     errno.ENOTDIR: ("a parent of the path is a file", "choose another store, or move that file away"),
+    errno.ENOENT: ("no file can be made there", "choose another store"),
     errno.EISDIR: ("the path is a folder", "choose another store, or move that folder away"),
 }
 
@@ -107,16 +129,21 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """What `link` says on a file system that has none, such as FAT or a mounted bucket."""
 
 
-def explain(error: OSError) -> tuple[str, str]:
-    """What went wrong and what to do about it, in a few words each."""
+def explain(error: OSError, keyless: bool = False, cloud: bool = False) -> tuple[str, str]:
+    """What went wrong and what to do about it, in a few words each.
+
+    `keyless`: nothing gave the client a key. `cloud`: the URI names no endpoint, so that it is the cloud's own.
+    """
     known = _ERRNO_REMEDIES.get(error.errno or 0)
     if known is not None:
         return known
     text = str(error)
-    for marks, problem, remedy in _REMEDIES:
+    special = (*((_KEYLESS,) if keyless else ()), *((_CLOUD,) if cloud else ()))
+    for marks, problem, remedy in (*special, *_REMEDIES):
         if any(mark.lower() in text.lower() for mark in marks):
             return problem, remedy
-    return text.splitlines()[0] if text else type(error).__name__, "check the URI and the store, then run again"
+    problem = text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return problem, "check the URI and the store, then run again"
 
 
 class LocalFiles:
@@ -215,6 +242,9 @@ class ObjectFiles:
 
     def is_file(self, key: str) -> bool:
         return self._filesystem.get_file_info(key).type == pafs.FileType.File
+
+    def has_bucket(self, bucket: str) -> bool:
+        return self._filesystem.get_file_info(bucket).type != pafs.FileType.NotFound
 
     def open_input(self, key: str) -> BinaryIO:
         return io.BufferedReader(BlockCachedFile(self._filesystem.open_input_file(key)), buffer_size=64 * 2**10)

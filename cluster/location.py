@@ -11,6 +11,7 @@ import pyarrow.fs as pafs
 from cluster.filesystem import TEMPORARY_PREFIX, FileSystem, LocalFiles, ObjectFiles
 
 _OPTIONS = {"file": (), "s3": ("endpoint_override", "region", "scheme"), "gs": ("endpoint_override", "scheme")}
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _CONNECT_SECONDS = 5
 _REQUEST_SECONDS = 60
 
@@ -41,6 +42,7 @@ class Location:
                 f"a store's URI {'has a zero byte in it' if uri else 'is empty'}; give a folder, file:///dir, "
                 "s3://bucket/prefix or gs://bucket/prefix"
             )
+        check_slashes(uri)
         if "://" not in uri:
             return cls("file", "", os.path.abspath(os.path.expanduser(uri)).rstrip("/"))
         try:
@@ -98,6 +100,20 @@ class Location:
         query = "&".join(f"{name}={quote(value, safe=':/')}" for name, value in self.options)
         return f"{self.kind}://{credentials}{self.bucket}{quote(os.fsencode(self.path))}{'?' if query else ''}{query}"
 
+    def shown(self) -> str:
+        """`uri` for a message, with the signs of a glob as they were written."""
+        return re.sub("%2A|%5B|%5D|%21", lambda found: unquote(found[0]), self.uri())
+
+    @property
+    def keyless(self) -> bool:
+        """True if neither the URI nor the environment has a key for S3; the machine may still have a role."""
+        return self.kind == "s3" and not (self.user or set(_KEYS) & os.environ.keys())
+
+    @property
+    def cloud(self) -> bool:
+        """True if no endpoint is named, so that it is the cloud's own."""
+        return self.kind != "file" and "endpoint_override" not in dict(self.options)
+
     def connect(self) -> FileSystem:
         """Raises OSError if the bucket's region cannot be found out."""
         if self.kind == "file":
@@ -122,6 +138,14 @@ class Location:
                 **options,
             )
         )
+
+
+def check_slashes(uri: str) -> None:
+    """Raises LocationError for `s3:/bucket`, which would be a folder called `s3:`."""
+    scheme, colon, rest = uri.partition(":")
+    if colon and scheme.lower() in _OPTIONS and rest.startswith("/") and not rest.startswith("//"):
+        meant = f"{scheme.lower()}://{'' if scheme.lower() == 'file' else 'bucket'}/prefix"
+        raise LocationError(f"{scheme}:/***: one slash after {scheme}:; write {meant}, or ./{scheme}: for a folder")
 
 
 def has_credentials(uri: str) -> bool:

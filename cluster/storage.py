@@ -34,6 +34,7 @@ from cluster.filesystem import (
     FileStat,
     FileSystem,
     NotFound,
+    ObjectFiles,
     Sink,
     StorageError,
     explain,
@@ -279,6 +280,11 @@ class Store:
         except NotFound:
             return None
 
+    def lacks_bucket(self) -> bool:
+        """True if there is not even the bucket that the URI names."""
+        with self._guard("look at", ""):
+            return isinstance(self._files, ObjectFiles) and not self._files.has_bucket(self._location.bucket)
+
     def check_writable(self) -> None:
         """Raises StorageError unless a file can be written, read and deleted here now. For a check before long work."""
         probe = f"check-{uuid.uuid4().hex}"
@@ -305,15 +311,17 @@ class Store:
     @contextmanager
     def _guard(self, action: str, path: str) -> Iterator[None]:
         """Turn whatever the file system raises into a StorageError that says where, what and what to do."""
-        where = f"{self.uri}: cannot {action} {path!r}" if path else f"{self.uri}: cannot {action} it"
+        shown = self._location.shown()
+        where = f"{shown}: cannot {action} {path!r}" if path else f"{shown}: cannot {action} it"
         try:
             yield
         except StorageError:
             raise
-        except FileNotFoundError as error:
-            raise NotFound(f"{where}: there is no such file") from error
         except (OSError, pa.ArrowException) as error:
-            problem, remedy = explain(error if isinstance(error, OSError) else OSError(str(error)))
+            if isinstance(error, FileNotFoundError) and action != "write":
+                raise NotFound(f"{where}: there is no such file") from error
+            known = error if isinstance(error, OSError) else OSError(str(error))
+            problem, remedy = explain(known, self._location.keyless, self._location.cloud)
             if self._location.password:
                 problem = problem.replace(self._location.password, "***")
             raise StorageError(f"{where}: {problem}; {remedy}") from error

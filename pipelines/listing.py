@@ -223,7 +223,10 @@ def _single_object(folder: str, name: str, depth: int) -> Listing | None:
 
 def _objects(store: Store, glob: _Glob) -> Listing:
     found = Listing(store)
-    for path, status in store.stats().items():
+    stats = store.stats()
+    if not stats and store.lacks_bucket():
+        raise ValueError("its bucket does not exist; create it, or correct the URI")
+    for path, status in stats.items():
         states = glob.start
         for name in path.split("/"):
             states = glob.step(states, name)

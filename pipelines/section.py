@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.location import has_credentials
+from cluster.location import check_slashes, has_credentials
 
 Positive = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -22,7 +22,8 @@ class Section(BaseModel):
 
 def lasting_uri(uri: str) -> str:
     """The same place, named so that it means that everywhere: a recipe is stored with its run and may be read in
-    another folder, by other people. Raises ValueError for a URI with credentials."""
+    another folder, by other people. Raises ValueError for a URI with credentials or with a slash too few."""
+    check_slashes(uri)
     if has_credentials(uri):
         raise ValueError("carries credentials; put them in the environment, a recipe is stored with its run")
     if "://" in uri:

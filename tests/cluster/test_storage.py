@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 import xxhash
 
 from cluster.filesystem import HELD_BYTES, AlreadyExists, BlockCachedFile, ObjectFiles, explain
+from cluster.location import Location
 from cluster.storage import (
     Artifact,
     CorruptArtifact,
@@ -54,6 +56,8 @@ def _files_on_disk(folder: Path) -> list[str]:
         ("s3:///prefix", "bucket is missing"),
         ("s3://bucket/a#b", "%23"),
         ("s3://bucket/a?endpoint=host", "'endpoint'.*endpoint_override, region, scheme"),
+        ("s3:/bucket/a", "one slash.*write s3://bucket/prefix"),
+        ("file:/dir", "one slash.*write file:///prefix"),
         ("gs://user:password@bucket/a", "GOOGLE_APPLICATION_CREDENTIALS"),
     ],
 )
@@ -236,6 +240,10 @@ def test_missing_file_unusable_folder_and_bad_json_name_what_and_where(store: St
     (tmp_path / "plain").write_text("a file")
     with pytest.raises(StorageError, match="a parent of the path is a file"):
         Store(tmp_path / "plain" / "store").check_writable()
+    with pytest.raises(
+        StorageError, match=r"^file:///proc/x: cannot write .*: no file can be made there; choose another"
+    ):
+        Store("/proc/x").check_writable()
     store.write_bytes("x.json", b"{")
     with pytest.raises(ValueError, match="x.json is not valid JSON"):
         store.read_json("x.json")
@@ -263,6 +271,34 @@ def test_no_permission_says_so(tmp_path: Path) -> None:
 )
 def test_errors_of_object_stores_are_explained(text: str, problem: str) -> None:
     assert problem in explain(OSError(text))[0]
+
+
+def test_the_remedy_fits_what_the_client_was_told() -> None:
+    refused = OSError("AWS Error UNKNOWN (HTTP status 400) during HeadObject operation: No response body.")
+    assert "are not set: set them" in explain(refused, keyless=True)[1]
+    assert explain(refused)[0] == "the store refused the request"
+    assert explain(OSError("Odd.\nMore.")) == ("Odd", "check the URI and the store, then run again")
+    lost = OSError("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7")
+    assert "check the URI's endpoint_override" in explain(lost)[1]
+    assert "check the network" in explain(lost, cloud=True)[1]
+
+
+def test_what_a_client_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert Location.parse("s3://bucket/a").keyless and Location.parse("s3://bucket/a").cloud
+    assert not Location.parse("s3://key:secret@bucket/a?endpoint_override=host:1").keyless
+    assert not Location.parse("s3://bucket/a?endpoint_override=host:1").cloud
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    assert not Location.parse("s3://bucket/a").keyless
+
+
+def test_a_glob_is_shown_as_it_was_written() -> None:
+    store = Store("s3://bucket/web/**/[!a] b%25.txt?endpoint_override=127.0.0.1:1&scheme=http")
+    with pytest.raises(
+        StorageError, match=re.escape("s3://bucket/web/**/[!a]%20b%25.txt?endpoint_override=127.0.0.1:1")
+    ):
+        store.list()
 
 
 def test_arrow_can_write_its_files_through_a_store(store: Store) -> None:

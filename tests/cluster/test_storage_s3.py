@@ -125,6 +125,12 @@ def test_missing_object_bucket_permission_and_service_are_told_apart(
     assert "wrong-secret" not in str(denied.value)
     with pytest.raises(StorageError, match="access is denied"):
         Store(swift.uri(bucket, "x")).exists("anything")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(StorageError, match="access is denied; AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set"):
+        Store(swift.uri(bucket, "x")).exists("anything")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", swift.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", swift.secret_key)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

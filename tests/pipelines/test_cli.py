@@ -46,6 +46,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     [
         (["train.stepz=5"], ["train.stepz", "unknown key", "train.steps"]),
         (["data.sources[0].uri=/no/such/folder"], ["/no/such/folder"]),
+        (["data.sources[0].uri=s3:/bucket/x"], ["data.sources[0].uri", "one slash", "s3://bucket/prefix"]),
         (["train.parallel.ep=3"], ["train.parallel.ep=3", "does not divide"]),
         (["model.num_heads=5"], ["model.dim=32", "model.num_heads=5"]),
         (["train.steps=many"], ["train.steps", "many"]),
@@ -122,6 +123,7 @@ def test_what_is_not_there_is_one_line(
     ("arguments", "words"),
     [
         (["--store", "ftp://host/x"], ["ftp"]),
+        (["--store", "s3:/bucket/x"], ["one slash", "s3://bucket/prefix"]),
         (["--store", "s3://bucket/x?bogus=1"], ["bogus"]),
         (["--store", "s3://key:secret@bucket/x"], ["credentials", "environment"]),
         (["--keep", "--until", "export"], ["--keep", "--until=export"]),

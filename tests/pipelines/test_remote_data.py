@@ -93,6 +93,9 @@ def test_single_and_missing_objects(stages, swift: Swift):
     assert record.path == Store(swift.uri(bucket, "texts")).child("small.txt").uri
     with pytest.raises(DataError, match="has no files"):
         corpus_of(swift.uri(bucket, "nothing"))
+    for pattern in ("texts", "**/*.txt"):
+        with pytest.raises(DataError, match="its bucket does not exist; create it, or correct the URI"):
+            corpus_of(swift.uri("no-such-bucket", pattern))
 
 
 def test_records_on_an_object_store_are_those_on_disk(swift: Swift, tmp_path):
