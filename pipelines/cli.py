@@ -239,6 +239,8 @@ def _drive(
     from cluster.serve import control
     from pipelines.progress import RunDisplay, print_summary
     from pipelines.report import summarise
+    from pipelines.runs import one_line
+    from pipelines.sources import DataError
     from pipelines.stages import build_graph
 
     started = time.monotonic()
@@ -257,13 +259,19 @@ def _drive(
         only = f", until {until}" if until else ""
         console.print(f"[bold]run[/] {run.id} in {escape(run.store.uri)}{only}", highlight=False)
         try:
-            with RunDisplay(console, run.directory.uri) as display:
+            with RunDisplay(console) as display:
                 results = graph.run(run.store, run, until=until, on_event=display)
-        except BaseException:
+        except BaseException as error:
             options = {"--store": run.store.uri if store else None, "--address": address}
             again = resume_command(run.id, options, keep)
-            console.print(f"go on with it: {again}", highlight=False, markup=False, soft_wrap=True)
-            raise
+            expected = _expected(error)
+            if expected is not None:
+                print_error(one_line(expected))
+            first = "change the data, or a setting with --set, and " if isinstance(expected, DataError) else ""
+            console.print(f"{first}go on with it: {again}", highlight=False, markup=False, soft_wrap=True)
+            if expected is None:
+                raise
+            raise typer.Exit(1) from error
         summary = summarise(run, results, time.monotonic() - started)
         if as_json:
             print_json(asdict(summary))
@@ -438,14 +446,12 @@ def _open_store(uri: str | None) -> Store:
     return store
 
 
-def _explanation(error: BaseException) -> str | None:
-    """The one line of an error that the project raises on purpose; None for anything else, which is a bug."""
-    from pipelines.runs import one_line
-
+def _expected(error: BaseException) -> BaseException | None:
+    """An error that the project raises on purpose, or None for anything else, which is a bug."""
     while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
         error = cause  # raised in a Ray task, and wrapped
     ours = type(error).__module__.partition(".")[0] in ("llama", "cluster", "pipelines")
-    return one_line(error) if ours else None
+    return error if ours else None
 
 
 def main() -> None:
@@ -458,10 +464,12 @@ def main() -> None:
             err.print("interrupted" if ended.code == INTERRUPTED else "terminated")
         raise
     except Exception as error:
-        explanation = _explanation(error)
-        if explanation is None:
+        from pipelines.runs import one_line
+
+        expected = _expected(error)
+        if expected is None:
             raise
-        print_error(explanation)
+        print_error(one_line(expected))
         raise SystemExit(1) from None
 
 

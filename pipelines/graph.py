@@ -39,6 +39,7 @@ class Event:
     """Something for the eyes of whoever watches: a stage changed its state, or made progress.
 
     `fraction` of the stage's work done (0 to 1) and `values` (step, loss, tokens/s, ...) come from the stage itself.
+    `traceback` is the URI of a failed stage's, if it could be written.
     """
 
     stage: str
@@ -47,6 +48,7 @@ class Event:
     fraction: float | None = None
     values: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    traceback: str | None = None
 
 
 @dataclass
@@ -194,8 +196,8 @@ class Graph:
             metadata = self._execute(stage, artifact, store, run, on_event)
         except BaseException as error:
             status.state, status.ended, status.error = "failed", time.time(), one_line(error)
-            run.keep_traceback(stage.name, error)
-            on_event(Event(stage.name, "failed", status.error, seconds=status.ended - started))
+            traceback = run.keep_traceback(stage.name, error)
+            on_event(Event(stage.name, "failed", status.error, seconds=status.ended - started, traceback=traceback))
             raise
         status.state, status.ended = "done", time.time()
         run.save()

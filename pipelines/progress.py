@@ -26,9 +26,8 @@ class RunDisplay:
     is printed at most every `PLAIN_INTERVAL_SECONDS`, so that a log stays readable, and how far it came at its end.
     """
 
-    def __init__(self, console: Console, run_folder: str) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._run_folder = run_folder
         self._last_number = float("-inf")
         self._held_back = ""
         self._task: TaskID | None = None
@@ -76,7 +75,8 @@ class RunDisplay:
         elif event.message == INTERRUPTED:
             self._print(event.stage, f"[red]{INTERRUPTED}[/]")
         else:
-            self._print(event.stage, f"[red]failed[/], see errors/{event.stage}.txt in {escape(self._run_folder)}")
+            see = f", see {escape(event.traceback)}" if event.traceback else ""
+            self._print(event.stage, f"[red]failed[/]{see}")
 
     def _show_progress(self, event: Event) -> None:
         if self._progress and self._task is not None:

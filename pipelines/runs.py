@@ -112,6 +112,7 @@ class Run:
         self.status = status
         self.directory = _directory(store, run_id)
         self._lock = threading.Lock()
+        self._warned = False
 
     @classmethod
     def create(cls, store: Store, recipe_yaml: str, run_id: str | None = None, until: str | None = None) -> "Run":
@@ -145,6 +146,7 @@ class Run:
         """Write the status, whole."""
         with self._lock:
             self.directory.write_json("status.json", asdict(self.status))
+            self._warned = False
 
     def replace_recipe(self, recipe_yaml: str) -> None:
         """The run goes on with another recipe than it began with."""
@@ -155,13 +157,17 @@ class Run:
         """Remove the run's folder; its artifacts stay."""
         self.store.delete(f"runs/{self.id}")
 
-    def keep_traceback(self, stage: str, error: BaseException) -> None:
-        """Write what failed, at length, to `errors/{stage}.txt`; the status has the one line."""
+    def keep_traceback(self, stage: str, error: BaseException) -> str | None:
+        """Write what failed, at length, to `errors/{stage}.txt`; the status has the one line. Returns the file's URI,
+        or None if the store does not take it."""
         text = "".join(traceback.format_exception(error))
+        path = f"errors/{stage}.txt"
         try:
-            self.directory.write_bytes(f"errors/{stage}.txt", text.encode(errors="backslashreplace"))
+            self.directory.write_bytes(path, text.encode(errors="backslashreplace"))
         except StorageError as failure:  # the stage's own error is the one to report
-            _log.warning("the traceback of run %s was not written: %s", self.id, failure)
+            self._warn(failure)
+            return None
+        return self.directory.child(path).uri
 
     @contextmanager
     def driving(self) -> Iterator[None]:
@@ -208,7 +214,13 @@ class Run:
         try:
             self.save()
         except StorageError as error:  # the work itself may go on, or ended with a more telling error
-            _log.warning("the status of run %s was not written: %s", self.id, error)
+            self._warn(error)
+
+    def _warn(self, failure: StorageError) -> None:
+        """Once for each time that the store fails, however much is not written until it works again."""
+        if not self._warned:
+            _log.warning("the status of run %s was not written: %s", self.id, failure)
+        self._warned = True
 
 
 def list_runs(store: Store) -> list[str]:

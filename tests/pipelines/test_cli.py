@@ -1,15 +1,21 @@
 """What the command says when it is given something wrong: one line, a non-zero exit, nothing left behind."""
 
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from cluster.storage import Store
+from cluster import session
+from cluster.storage import StorageError, Store
 from pipelines import cli
+from pipelines.graph import Graph
 from pipelines.recipe import Recipe
 from pipelines.runs import Run
+from pipelines.sources import DataError
 
 RECIPE = {
     "name": "tiny",
@@ -219,6 +225,38 @@ def test_a_resumed_run_goes_as_far_as_it_was_begun_for(
     monkeypatch.setattr(cli, "_drive", drive)
     assert run_cli(monkeypatch, "resume", "r1", "--store", home / "store", *(["--until", given] if given else [])) == 0
     assert driven == [(goes_to, goes_to)]
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (
+            DataError("no text is left"),
+            "change the data, or a setting with --set, and go on with it: caravan resume r1",
+        ),
+        (StorageError("the disk is full"), "go on with it: caravan resume r1"),
+    ],
+)
+def test_an_error_comes_before_what_to_do_next(
+    recipe: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+    error: Exception,
+    hint: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(session, "connect", lambda address: nullcontext(SimpleNamespace(dashboard_url="")))
+    monkeypatch.setattr(Graph, "run", fail)
+    monkeypatch.setattr(cli, "out", cli.err)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run_cli(monkeypatch, "run", recipe, "--run-id", "r1", "--until", "shards") == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err.splitlines()[-2:] == [f"error: {error}", hint]
 
 
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Summaries and pictures of a run."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -88,29 +89,36 @@ def test_the_summary_prints_what_there_is_and_keeps_paths_whole() -> None:
 def test_the_display_shows_every_state_of_a_stage(terminal: bool) -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100)
-    with RunDisplay(console, "file:///runs/r1") as display:
+    with RunDisplay(console) as display:
         display(Event("ingest", "skipped", "committed already"))
         display(Event("pretrain", "running"))
         display(Event("pretrain", "progress", "worker was lost: [/__w/pair.cc:537] [red]; resumed from step 40"))
         display(Event("pretrain", "progress", "step 10/20  [/loss] 3.1", fraction=0.5))
         display(Event("pretrain", "done", seconds=2.5))
         display(Event("export", "running"))
-        display(Event("export", "failed", "the disk is full"))
+        display(Event("export", "failed", "no such dtype", traceback="file:///runs/r1/errors/export.txt"))
+        display(Event("deploy", "running"))
+        display(Event("deploy", "failed", "the disk is full"))
     shown = stream.getvalue()
     for words in (
         "committed already",
         "[/__w/pair.cc:537] [red]; resumed from step 40",
         "in 2.5 s",
-        "errors/export.txt",
+        "failed, see file:///runs/r1/errors/export.txt",
     ):
-        assert words in shown, shown
+        assert words in plain(shown), shown
+    assert "errors/deploy.txt" not in shown
     if not terminal:
         assert shown.count("step 10/20") == 1
 
 
+def plain(shown: str) -> str:
+    return re.sub("\x1b\\[[0-9;]*m", "", shown)
+
+
 def plain_lines(events: list[Event]) -> list[str]:
     stream = io.StringIO()
-    with RunDisplay(Console(file=stream, width=100), "file:///runs/r1") as display:
+    with RunDisplay(Console(file=stream, width=100)) as display:
         for event in events:
             display(event)
     return [" ".join(line.split()) for line in stream.getvalue().splitlines()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import Store
+from cluster.storage import StorageError, Store
 from pipelines.runs import LOST_AFTER_SECONDS, Run, RunError, RunStatus, StageStatus, list_runs, new_run_id, one_line
 
 
@@ -81,6 +81,32 @@ def test_driving_records_the_outcome(store):
         raise KeyboardInterrupt
     status = Run.open(store, run.id).status
     assert (status.state, status.error) == ("failed", "interrupted")
+
+
+def test_a_store_that_fails_is_told_once_and_nothing_unwritten_is_pointed_at(store, monkeypatch, caplog):
+    run = Run.create(store, "")
+    written = run.keep_traceback("export", ValueError("first"))
+    assert written == store.child("runs", run.id, "errors", "export.txt").uri
+    remote = Run(Store("s3://bucket/x?endpoint_override=127.0.0.1:1"), "r1", "", run.status)
+    monkeypatch.setattr(Store, "write_bytes", lambda *_, **__: None)
+    assert remote.keep_traceback("a b", ValueError()).endswith(
+        "/runs/r1/errors/a%20b.txt?endpoint_override=127.0.0.1:1"
+    )
+
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("the disk is full")
+
+    for _ in range(2):
+        monkeypatch.setattr(Store, "write_bytes", full)
+        assert run.keep_traceback("export", ValueError("second")) is None
+        run._save_or_warn()
+        run._save_or_warn()
+        assert [record.message for record in caplog.records] == [
+            f"the status of run {run.id} was not written: the disk is full"
+        ]
+        caplog.clear()
+        monkeypatch.undo()
+        run.save()
 
 
 def test_the_heartbeat_is_renewed(store, monkeypatch):
