@@ -75,6 +75,15 @@ def test_what_comes_before_damage_is_read(codec):
     assert read_compressed(codec, b"plain text") == (b"", f"no {codec} data")
 
 
+@pytest.mark.parametrize(
+    ("window_log", "found"),
+    [(27, (b"hello", None)), (28, (b"", "a zstd window above 128 MiB; compress it without --long, or with --long=27"))],
+)
+def test_a_zstd_window_is_bounded(window_log, found):
+    header, block = bytes([0, window_log - 10 << 3]), (len(b"hello") << 3 | 1).to_bytes(3, "little") + b"hello"
+    assert read_compressed("zstd", b"\x28\xb5\x2f\xfd" + header + block) == found
+
+
 @pytest.mark.parametrize("codec", ["gzip", "zstd"])
 def test_a_bomb_is_read_up_to_its_bound(codec):
     data = compress(codec, bytes(50 << 20))
