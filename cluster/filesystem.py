@@ -25,8 +25,9 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow.fs as pafs
 
 BLOCK_BYTES = 8 * 2**20
+"""Unit of remote reads, and of copies."""
 HELD_BYTES = 64 * 2**20
-"""Unit of remote reads, and the size up to which a remote write is one request."""
+"""Up to which a remote write is held back until all of it is there, and sent whole."""
 
 TEMPORARY_PREFIX = ".caravan-tmp-"
 """Files still being written; never listed, and refused as a name in a store."""
