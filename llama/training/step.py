@@ -1,0 +1,188 @@
+"""One optimizer step.
+
+Every rank runs its micro-batches forward and backward, FSDP adds the gradients up, the norm over both meshes clips
+them, the optimizer moves the shards. Every loss is a sum divided by a count over all ranks, so the gradient is that of
+the global batch, whatever the layout and the accumulation:
+
+    loss = Σ cross-entropy / valid tokens of the step
+         + Σ over micro-steps and MoE layers of (tokens of the micro-step / tokens of the step)
+           · (balance_loss_weight · balance + z_loss_weight · z)
+
+A micro-step is one forward pass of all ranks. Its balance and z losses are functions of sums over the micro-step's
+tokens (llama/balance.py), which all ranks add up in one all-reduce; every rank keeps the graph of its own share of the
+sums, so the gradients, added up over the ranks, are those of the loss of all tokens together.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from llama.all_to_all import AllToAllDispatch
+from llama.attention import Attend, CausalAttend
+from llama.balance import RoutingStatistics, balance_loss, balanced_bias, routing_sums, with_total
+from llama.model import Transformer
+from llama.moe import RoutingRecord
+from llama.training.attention import BlockCausalAttend
+from llama.training.batch import Batch, loss_sum
+from llama.training.config import TrainConfig
+from llama.training.optim import clip_coefficient, local_square_sum, scale_gradients
+from llama.training.parallel import moe_layers
+from llama.training.schedule import learning_rate
+
+
+@dataclass
+class _StepSums:
+    """What a step adds up: the cross-entropy on this rank, the routing over all ranks."""
+
+    cross_entropy: Tensor
+    balance: Tensor
+    z: Tensor
+    counts_LE: Tensor | None = None
+    """(token, choice) pairs by MoE layer and expert, float64."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step over all ranks; every rank has the same. The fields are those of `StepMetrics`."""
+
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    updated: bool
+    """False: the gradient was not fit to be applied, and nothing has changed."""
+    balance_loss: float | None
+    z_loss: float | None
+    expert_load: dict[int, list[float]]
+    all_to_all_bytes: int
+
+
+class TrainStep:
+    """Takes optimizer steps with a model that is sharded already (llama/training/parallel.py).
+
+    Args:
+        model: its parameters on `device`; every rank of the default process group has one, and steps together.
+    """
+
+    def __init__(
+        self, model: Transformer, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.config = config
+        self.device = device
+        self._world_size = dist.get_world_size()
+        self.accumulation = config.accumulation_steps(self._world_size)
+        self.attend: Callable[[Tensor | None], Attend] = BlockCausalAttend if device.type == "cpu" else CausalAttend
+        self._parameters = list(model.parameters())
+        self._moes = moe_layers(model)
+        dispatches = (moe.dispatch for moe in self._moes.values())
+        self._dispatches = [dispatch for dispatch in dispatches if isinstance(dispatch, AllToAllDispatch)]
+
+    def __call__(self, batches: list[Batch], step: int) -> StepResult:
+        """Optimizer step number `step`, counted from 0, over this rank's micro-batches."""
+        valid = torch.stack([batch.num_targets() for batch in batches]).sum()
+        counting = dist.all_reduce(valid, async_op=True)
+        bytes_before = sum(dispatch.bytes_sent for dispatch in self._dispatches)
+        # What dropout draws depends on nothing but the step and the rank: a resumed run draws the same.
+        if self.model.config.attention_dropout or self.model.config.residual_dropout:
+            torch.manual_seed(zlib.crc32(f"{self.config.seed}/{step}/{dist.get_rank()}".encode()))
+        sums = _StepSums(*torch.zeros(3, dtype=torch.float64, device=self.device))
+        for index, batch in enumerate(batches):
+            self._last_micro_step(index == len(batches) - 1)
+            self._micro_step(batch, sums, counting, valid).backward()
+        bytes_sent = sum(dispatch.bytes_sent for dispatch in self._dispatches) - bytes_before
+
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        totals = torch.zeros(5, dtype=torch.float64, device=self.device)
+        totals[0] = local_square_sum(gradients, self._world_size)
+        totals[1] = sums.cross_entropy
+        totals[2] = bytes_sent
+        dist.all_reduce(totals[:3])
+        totals[3:] = torch.stack((sums.balance, sums.z))
+        square, cross_entropy, all_bytes, balance, z = totals.tolist()
+        norm = math.sqrt(square) if square >= 0 else math.nan
+        lr = learning_rate(step, self.config.steps, self.config.optimizer.lr, self.config.schedule)
+        updated = self._update(gradients, norm, lr, sums)
+        return StepResult(
+            loss=cross_entropy / max(1, int(valid)),
+            learning_rate=lr,
+            grad_norm=norm,
+            updated=updated,
+            balance_loss=balance / len(self._moes) if self._moes else None,
+            z_loss=z / len(self._moes) if self._moes else None,
+            expert_load=self._expert_load(sums.counts_LE),
+            all_to_all_bytes=int(all_bytes),
+        )
+
+    def _micro_step(self, batch: Batch, sums: _StepSums, counting: dist.Work, valid: Tensor) -> Tensor:
+        """Forward pass of one micro-batch: its share of the step's loss, with the graph."""
+        routing = RoutingRecord() if self._moes else None
+        cross_entropy = loss_sum(self.model, batch, self.attend, routing)
+        counting.wait()
+        sums.cross_entropy += cross_entropy.detach()
+        loss = cross_entropy / valid.clamp(min=1)
+        return loss if routing is None else loss + self._routing_loss(routing, sums)
+
+    def _routing_loss(self, routing: RoutingRecord, sums: _StepSums) -> Tensor:
+        """The micro-step's weighted balance and z losses over all ranks, with the graph of this rank's tokens."""
+        moe = self.model.config.moe
+        assert moe is not None
+        with torch.set_grad_enabled(moe.balance_loss_weight > 0 or moe.z_loss_weight > 0):
+            sums_LS = routing_sums((routing.layers[layer] for layer in self._moes), moe.balance_loss)
+        total_LS = sums_LS.detach().clone()
+        dist.all_reduce(total_LS)
+        statistics = RoutingStatistics(with_total(sums_LS, total_LS))
+        sums.counts_LE = statistics.counts if sums.counts_LE is None else sums.counts_LE + statistics.counts
+        balance = balance_loss(moe.balance_loss, statistics).sum() / self.accumulation
+        z = statistics.z_loss.sum() / self.accumulation
+        sums.balance += balance.detach()
+        sums.z += z.detach()
+        loss = torch.zeros_like(balance)
+        for weight, part in ((moe.balance_loss_weight, balance), (moe.z_loss_weight, z)):
+            if weight > 0:
+                loss = loss + weight * part
+        return loss
+
+    def _last_micro_step(self, last: bool) -> None:
+        """On the CPU gradients are reduced once a step, after its last micro-step; until then they are kept whole."""
+        assert isinstance(self.model, FSDPModule)
+        if self.device.type == "cpu":
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_reshard_after_backward(last)
+        self.model.set_is_last_backward(last)
+
+    @torch.no_grad()
+    def _update(self, gradients: list[Tensor], norm: float, lr: float, sums: _StepSums) -> bool:
+        """Clips and applies the gradients if they are finite, clears them; returns whether they were applied."""
+        finite = math.isfinite(norm)
+        if finite:
+            scale_gradients(gradients, clip_coefficient(norm, self.config.optimizer.grad_clip))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self._balance_bias(sums.counts_LE)
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    def _balance_bias(self, counts_LE: Tensor | None) -> None:
+        """Moves the routing bias by the load of the whole step."""
+        moe = self.model.config.moe
+        if counts_LE is None or moe is None or moe.bias_update_rate == 0:
+            return
+        for layer, counts_E in zip(self._moes.values(), counts_LE, strict=True):
+            bias_E = layer.router.expert_bias
+            bias_E.copy_(balanced_bias(bias_E, counts_E, moe.bias_update_rate))
+
+    def _expert_load(self, counts_LE: Tensor | None) -> dict[int, list[float]]:
+        if counts_LE is None:
+            return {}
+        shares_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True)
+        return dict(zip(self._moes, shares_LE.tolist(), strict=True))
