@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from llama.autograd import first_order
+from llama.kernels import rows as rows_kernel
 
 
 class ExpertsFunction(Protocol):
@@ -109,6 +110,8 @@ def combine_rows(y_RM: Tensor, rows: ExpertRows, topk_weights_TK: Tensor) -> Ten
 
 def _weighted_sum(y_RM: Tensor, row_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     """Σₖ weights[t, k] · y[row[t, k]] in one pass over the rows."""
+    if rows_kernel.available(y_RM):
+        return rows_kernel.weighted_sum(y_RM, row_TK, weights_TK)
     return embedding_bag(row_TK, y_RM, mode="sum", per_sample_weights=weights_TK)
 
 
@@ -137,6 +140,9 @@ class _Combine(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_RM, weights_TK, pair_R = ctx.saved_tensors
+        if rows_kernel.available(y_RM):
+            d_y_RM, d_weights_TK = rows_kernel.weighted_sum_gradients(gradients[0], y_RM, weights_TK, pair_R)
+            return d_y_RM, d_weights_TK.to(weights_TK.dtype), None, None
         gradient_RM = gradients[0].index_select(0, pair_R // weights_TK.shape[1])
         weights_gradient_N = weights_TK.new_zeros(weights_TK.numel())
         weights_gradient_N[pair_R] = (gradient_RM * y_RM).sum(dim=1).to(weights_TK.dtype)

@@ -44,6 +44,20 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "tiny-moe": _TINY | {"moe": {"num_experts": 4, "num_shared_experts": 1, "expert_hidden_dim": 192}},
     "small": _SMALL,
     "small-moe": _SMALL | {"moe": {"num_experts": 4, "num_shared_experts": 1, "expert_hidden_dim": 1408}},
+    # For one GPU: a step of `python -m llama.bench` with fp32 master weights, beside the peer's.
+    "moe-3b": {
+        "vocab_size": 32000,
+        "dim": 2048,
+        "num_layers": 14,
+        "num_heads": 16,
+        "num_kv_heads": 8,
+        "hidden_dim": 4096,
+        "max_seq_len": 4096,
+        "norm_eps": 1e-6,
+        "qk_norm": "head",
+        "tie_embeddings": False,
+        "moe": {"num_experts": 32, "top_k": 4, "expert_hidden_dim": 1024},
+    },
     # arXiv:2307.09288
     "llama-2-7b": {
         "vocab_size": 32000,

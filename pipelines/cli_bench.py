@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,8 +21,9 @@ RoundsOption = Annotated[int, typer.Option(help="At least 5.")]
 @bench.command("train")
 def bench_train(
     model: Annotated[str, typer.Option(help="Preset: small, small-moe, ...")] = "small",
-    precision: Annotated[str, typer.Option(help="bf16 or fp32")] = "bf16",
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
+    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="bf16 or fp32")] = "bf16",
+    batch: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     rounds: RoundsOption = 7,
     steps: Annotated[int, typer.Option(help="Optimizer steps of a contestant in each round.")] = 2,
@@ -34,7 +35,9 @@ def bench_train(
     from llama.bench import train
 
     signal.signal(signal.SIGTERM, terminate)
-    report = train.measure(train.TrainBench(model, precision, batch, seq_len, rounds, steps, threads, device))
+    report = train.measure(
+        train.TrainBench(model, precision, batch, accumulate, seq_len, rounds, steps, threads, device)
+    )
     _print(train.as_json(report) if as_json else train.as_text(report))
 
 

@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print JSON")
     # A contestant's process is this command again.
     alone = commands.choices["train"]
-    alone.add_argument("--only", choices=train.CONTESTANTS, help=argparse.SUPPRESS)
+    alone.add_argument("--only", choices=train.CONTESTANTS["cpu"], help=argparse.SUPPRESS)
     alone.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     alone.add_argument("--expert-backend", default="", help=argparse.SUPPRESS)
     return parser

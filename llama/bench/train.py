@@ -1,24 +1,26 @@
 """A training step beside Hugging Face transformers': same weights, data, shapes and optimizer, interleaved in one run.
 
-Three contestants, each in a process of its own: ours; the peer as shipped (sdpa, no cache, its fastest experts backend,
-uncompiled); and the peer with our process settings (fp32 GEMM library, allocator) given to it too, which shows how much
-of a lead is those alone. bf16 is autocast over fp32 weights for all. The peer's weights are our export, so both must
-start at the same loss, and the run fails if they do not.
+Contestants, each in a process of its own: ours, which is the trainer's own step on one rank; the peer as shipped (sdpa,
+no cache, its fastest experts backend); and on a CPU the peer with our process settings (fp32 GEMM library, allocator)
+given to it too, which shows how much of a lead is those alone. The weights are fp32 for all, bf16 is the arithmetic:
+the peer's autocast, our mixed precision. A step is `accumulate` micro-batches, clipping by the global norm and fused
+AdamW. The peer's weights are our export, so both must start at the same loss, and the run fails if they do not.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +39,22 @@ from llama.bench.harness import (
 from llama.hf import load_pretrained, save_pretrained
 from llama.model import Transformer
 from llama.presets import PRESETS
-from llama.training.attention import BlockCausalAttend
+from llama.training.batch import Batch, loss_sum
+from llama.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from llama.training.memory import reuse_freed_memory
+from llama.training.mesh import build_mesh, process_group
+from llama.training.optim import build_optimizer
+from llama.training.parallel import apply_parallel
 from llama.training.precision import fast_cpu_matmul
+from llama.training.step import TrainStep, attention
 
 OURS, PEER, PEER_WITH_SETTINGS = "caravan", "transformers", "transformers+settings"
-CONTESTANTS = (OURS, PEER, PEER_WITH_SETTINGS)
+CONTESTANTS = {"cpu": (OURS, PEER, PEER_WITH_SETTINGS), "cuda": (OURS, PEER)}
 _EXPERT_BACKENDS = ("eager", "grouped_mm")
 """The third, batched_mm, copies every chosen expert's weights for each token: a decoder's, out of memory here."""
+
+
+_LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,11 @@ class TrainBench:
     """
 
     model: str = "small"
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     batch: int = 4
+    """Sequences of a micro-batch."""
+    accumulate: int = 1
+    """Micro-batches of a step."""
     seq_len: int = 512
     rounds: int = 7
     steps: int = 2
@@ -68,8 +81,8 @@ class TrainBench:
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp32"):
             raise BenchError(f"precision={self.precision!r} is not one of bf16, fp32")
-        for name, least in (("batch", 1), ("seq_len", 1), ("rounds", MIN_ROUNDS), ("steps", 1), ("threads", 1)):
-            if getattr(self, name) < least:
+        for name in ("batch", "accumulate", "seq_len", "rounds", "steps", "threads"):
+            if getattr(self, name) < (least := MIN_ROUNDS if name == "rounds" else 1):
                 raise BenchError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.model not in PRESETS:
             raise BenchError(f"model={self.model!r} is not one of {', '.join(PRESETS)}")
@@ -87,7 +100,7 @@ class TrainBench:
 
     def _needed_gib(self) -> float:
         """fp32 weights, gradients and two moments, three times, activations not counted."""
-        return PRESETS[self.model].num_parameters() * 16 * len(CONTESTANTS) / 2**30
+        return PRESETS[self.model].num_parameters() * 16 * len(CONTESTANTS[self.device]) / 2**30
 
 
 def _or_cuda() -> str:
@@ -124,41 +137,81 @@ class TrainReport:
     """Of the start weights, in fp32, by contestant."""
 
 
-@dataclass
-class _Step:
-    """Forward, backward and update on one batch; returns the mean loss."""
+class _Step(Protocol):
+    """Forward, backward and update on one batch of `accumulate` micro-batches."""
 
-    loss: Callable[[Tensor, Tensor], Tensor]
-    parameters: list[nn.Parameter]
-    autocast: bool
-    device: str
+    start_loss: float
+    """Mean of the first micro-batch, in fp32, before any step."""
 
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+    def __call__(self, tokens: Tensor) -> None: ...
 
-    def start_loss(self, batch: Tensor) -> float:
-        """In fp32, without a step."""
+
+class _OurStep:
+    """The trainer's."""
+
+    def __init__(self, bench: TrainBench, directory: Path) -> None:
+        device = torch.device(bench.device)
+        model = load_pretrained(directory).to(device).train()
+        first = _as_batch(next(_batches(bench))[: bench.batch])
         with torch.no_grad():
-            return self.loss(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).item()
+            self.start_loss = loss_sum(model, first, attention(device)).item() / first.labels.numel()
+        config = TrainConfig(
+            steps=sys.maxsize,
+            global_batch=bench.batch * bench.accumulate,
+            micro_batch=bench.batch,
+            seq_len=bench.seq_len,
+            optimizer=OptimizerConfig(lr=_LEARNING_RATE),
+            schedule=ScheduleConfig(kind="constant", warmup_steps=0),
+            precision=bench.precision,
+        )
+        apply_parallel(model, build_mesh(config.parallel, 1, bench.device), config.precision)
+        self._step = TrainStep(model, build_optimizer(model, config.optimizer), config, device)
+        self._taken = 0
 
-    def __call__(self, batch: Tensor) -> float:
-        inputs, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-            loss = self.loss(inputs, labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+    def __call__(self, tokens: Tensor) -> None:
+        self._step([_as_batch(part) for part in tokens.split(len(tokens) // self._step.accumulation)], self._taken)
+        self._taken += 1
 
 
-def _our_step(bench: TrainBench, directory: Path) -> _Step:
-    model: Transformer = load_pretrained(directory).to(bench.device).train()
-    attend = BlockCausalAttend() if bench.device == "cpu" else None
+class _PeerStep:
+    """As one writes it around a transformers model."""
 
-    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
-        return model(inputs, attend=attend, labels=labels) / labels.numel()
+    def __init__(self, bench: TrainBench, directory: Path, backend: str | None) -> None:
+        transformers = _import_transformers()
+        settings: dict[str, Any] = {"experts_implementation": backend} if backend else {}
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="sdpa", **settings
+        )
+        self._model.to(bench.device).train()
+        self._bench = bench
+        with torch.no_grad():
+            self.start_loss = self._loss(next(_batches(bench))[: bench.batch]).item()
+        ours = OptimizerConfig(lr=_LEARNING_RATE)
+        self._max_norm = ours.grad_clip
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), ours.lr, (ours.beta1, ours.beta2), ours.eps, ours.weight_decay, fused=True
+        )
 
-    return _Step(loss, list(model.parameters()), bench.precision == "bf16", bench.device)
+    def _loss(self, tokens: Tensor) -> Tensor:
+        batch = _as_batch(tokens)
+        return self._model(input_ids=batch.inputs, labels=batch.labels, shift_labels=batch.labels, use_cache=False).loss
+
+    def __call__(self, tokens: Tensor) -> None:
+        bench = self._bench
+        total = torch.zeros((), device=bench.device)
+        for part in tokens.split(bench.batch):
+            with torch.autocast(bench.device, torch.bfloat16, enabled=bench.precision == "bf16"):
+                loss = self._loss(part) / bench.accumulate
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(self._model.parameters(), self._max_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        total.item()
+
+
+def _as_batch(tokens: Tensor) -> Batch:
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
 def _import_transformers() -> Any:
@@ -171,37 +224,36 @@ def _import_transformers() -> Any:
     return transformers
 
 
-def _peer_step(bench: TrainBench, directory: Path, backend: str | None) -> _Step:
-    transformers = _import_transformers()
-    settings: dict[str, Any] = {"experts_implementation": backend} if backend else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="sdpa", **settings
-    )
-    model.to(bench.device).train()
-
-    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
-        return model(input_ids=inputs, labels=labels, shift_labels=labels, use_cache=False).loss
-
-    return _Step(loss, list(model.parameters()), bench.precision == "bf16", bench.device)
-
-
 def _batches(bench: TrainBench) -> Iterator[Tensor]:
     """The same random tokens for everybody."""
     generator = torch.Generator().manual_seed(1)
     while True:
-        shape = (bench.batch, bench.seq_len + 1)
+        shape = (bench.batch * bench.accumulate, bench.seq_len + 1)
         yield torch.randint(PRESETS[bench.model].vocab_size, shape, generator=generator).to(bench.device)
 
 
 @contextmanager
 def _exported(bench: TrainBench) -> Iterator[Path]:
     """A directory with the start weights, as both sides load them."""
-    model = Transformer(PRESETS[bench.model])
-    model.init_weights(seed=0)
+    with torch.device(bench.device):
+        model = Transformer(PRESETS[bench.model])
+    if bench.device == "cpu":
+        model.init_weights(seed=0)
+    else:
+        _draw_weights(model)
     with tempfile.TemporaryDirectory() as directory:
         save_pretrained(model, directory)
         del model
         yield Path(directory)
+
+
+@torch.no_grad()
+def _draw_weights(model: Transformer) -> None:
+    """Start values of the usual sizes, drawn where the weights lie: billions take a CPU a minute."""
+    for parameter in model.parameters():
+        _ = parameter.fill_(1.0) if parameter.ndim < 2 else parameter.normal_(0.0, 0.02)
+    for buffer in model.buffers():
+        buffer.zero_()
 
 
 def _arguments(bench: TrainBench, name: str, directory: Path, backend: str | None) -> list[str]:
@@ -242,7 +294,7 @@ def _process_settings(name: str, device: str) -> Iterator[None]:
 def compete(bench: TrainBench, name: str, directory: Path, backend: str | None) -> None:
     """One contestant's process: says its start loss; a turn is `bench.steps` steps, answered with the peak memory."""
     torch.set_num_threads(bench.threads)
-    with _process_settings(name, bench.device):
+    with _process_settings(name, bench.device), process_group():
         _warm_up(bench, name, backend)
         before = resident_mib()
         step, batches = _step(bench, name, directory, backend), _batches(bench)
@@ -251,19 +303,22 @@ def compete(bench: TrainBench, name: str, directory: Path, backend: str | None) 
             for _ in range(bench.steps):
                 step(next(batches))
             if bench.device != "cpu":
+                torch.cuda.empty_cache()  # the other's turn: it needs the room
                 return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20}
             return {"peak_mib": peak_memory_mib() - before}
 
-        serve({"loss": step.start_loss(next(_batches(bench)))}, turn)
+        if bench.device != "cpu":
+            torch.cuda.empty_cache()
+        serve({"loss": step.start_loss}, turn)
 
 
 def _step(bench: TrainBench, name: str, directory: Path, backend: str | None) -> _Step:
-    return _our_step(bench, directory) if name == OURS else _peer_step(bench, directory, backend)
+    return _OurStep(bench, directory) if name == OURS else _PeerStep(bench, directory, backend)
 
 
 def _warm_up(bench: TrainBench, name: str, backend: str | None) -> None:
     """Takes a step of a tiny model, so that the modules loaded on the way are not counted as the model's memory."""
-    tiny = replace(bench, model="tiny-moe" if PRESETS[bench.model].moe else "tiny", batch=1, seq_len=8)
+    tiny = replace(bench, model="tiny-moe" if PRESETS[bench.model].moe else "tiny", batch=1, accumulate=1, seq_len=8)
     with _exported(tiny) as directory:
         _step(tiny, name, directory, backend)(next(_batches(tiny)))
 
@@ -294,7 +349,7 @@ def measure(bench: TrainBench) -> TrainReport:
         backend = _backend(bench, directory)
         contestants = {
             name: stack.enter_context(Contestant(name, _arguments(bench, name, directory, backend)))
-            for name in CONTESTANTS
+            for name in CONTESTANTS[bench.device]
         }
 
         losses = {name: contestant.ready["loss"] for name, contestant in contestants.items()}
@@ -303,12 +358,12 @@ def measure(bench: TrainBench) -> TrainReport:
         def turn(name: str) -> None:
             answers[name] = contestants[name].turn()
 
-        seconds = interleave({name: partial(turn, name) for name in CONTESTANTS}, bench.rounds)
+        seconds = interleave({name: partial(turn, name) for name in CONTESTANTS[bench.device]}, bench.rounds)
     ceiling = _gemm_ceiling(bench)
-    tokens = bench.batch * bench.seq_len * bench.steps
+    tokens = bench.batch * bench.accumulate * bench.seq_len * bench.steps
     gflops = PRESETS[bench.model].flops_per_token(bench.seq_len) / 1e9
     rows = []
-    for name in CONTESTANTS:
+    for name in CONTESTANTS[bench.device]:
         rate = tokens / median(seconds[name])
         versus = None if name == PEER else ratio(seconds[name], seconds[PEER])
         rows.append(Row(name, rate, rate * gflops / ceiling, answers[name]["peak_mib"], versus))
@@ -326,8 +381,8 @@ def as_text(report: TrainReport) -> str:
     """The table for a terminal."""
     bench = report.bench
     lines = [
-        f"{bench.model}, {bench.precision}, batch {bench.batch} × {bench.seq_len} tokens, {bench.threads} thread(s), "
-        f"{bench.device}; {bench.rounds} rounds of {bench.steps} steps; "
+        f"{bench.model}, {bench.precision}, {bench.accumulate} × batch {bench.batch} × {bench.seq_len} tokens, "
+        f"{bench.threads} thread(s), {bench.device}; {bench.rounds} rounds of {bench.steps} steps; "
         f"GEMM ceiling {report.ceiling_gflops:.0f} GFLOP/s"
         + (f"; peer's experts: {report.expert_backend}" if report.expert_backend else ""),
         f"{'':20}{'tokens/s':>10}{'of ceiling':>12}{'peak MiB':>10}   speed over transformers as shipped",

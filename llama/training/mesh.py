@@ -9,8 +9,12 @@ consecutive: groups stay inside a node when the node's worker count is a multipl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llama.config import ModelConfig
@@ -113,3 +117,17 @@ def build_mesh(parallel: ParallelConfig, world_size: int, device_type: str) -> M
         device_type, (plan.dp_replicate, plan.efsdp, plan.ep), mesh_dim_names=("dp_replicate", "efsdp", "ep")
     )
     return Meshes(plan, dense, sparse)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The default process group; for the time of the block one of a single rank where there is none."""
+    if dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -30,7 +30,8 @@ def apply_parallel(model: Transformer, meshes: Meshes, precision: Literal["fp32"
     """Shards a plain model in place: every block a unit of FSDP, the rest one more, experts split over `ep`.
 
     On an accelerator a block's gathered parameters are dropped after its forward pass and gathered again in backward
-    (ZeRO-3); on the CPU they stay until backward is done, which saves the second gather at the price of memory.
+    (ZeRO-3); on the CPU, and where one rank holds all of a copy, they stay until backward is done, which saves the
+    second gather at the price of memory.
 
     Args:
         model: on the meta device, or with its weights on the meshes' device.
@@ -39,7 +40,7 @@ def apply_parallel(model: Transformer, meshes: Meshes, precision: Literal["fp32"
         ValueError: the experts cannot be split evenly; names field, value and remedy.
     """
     _check(model, meshes)
-    reshard = meshes.dense.device_type != "cpu"
+    reshard = meshes.dense.device_type != "cpu" and meshes.plan.dp_shard > 1
     policy = mixed_precision(precision)
     dense = _data_mesh(meshes.dense, "dp_replicate", "dp_shard")
     moes = moe_layers(model)

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,7 +18,7 @@ from llama.training.batch import Batch
 from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, training_tensors
 from llama.training.config import TrainConfig, check_trainable
 from llama.training.memory import reuse_freed_memory
-from llama.training.mesh import build_mesh
+from llama.training.mesh import build_mesh, process_group
 from llama.training.metrics import StepMetrics, TrainSummary
 from llama.training.optim import build_optimizer
 from llama.training.parallel import apply_parallel, init_sharded_weights
@@ -105,7 +104,7 @@ class Trainer:
 
     def fit(self) -> TrainSummary:
         """Trains to `config.steps` and returns when the last checkpoint is committed."""
-        with _process_group(), fast_cpu_matmul(), reuse_freed_memory():
+        with process_group(), fast_cpu_matmul(), reuse_freed_memory():
             self._set_up()
             resumed_step = self._resume()
             self.on_resume(resumed_step)
@@ -210,17 +209,3 @@ class Trainer:
             if tensor is not None and tuple(tensor.shape) != expected:
                 raise ValueError(f"the loader gave a batch whose {name} are {tuple(tensor.shape)}, expected {expected}")
         return batch.to(self.device)
-
-
-@contextmanager
-def _process_group() -> Iterator[None]:
-    """The default process group; for the time of the block one of a single rank where there is none."""
-    if dist.is_initialized():
-        yield
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
