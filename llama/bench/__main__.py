@@ -31,7 +31,6 @@ def _parser() -> argparse.ArgumentParser:
     alone = commands.choices["train"]
     alone.add_argument("--only", choices=train.CONTESTANTS["cpu"], help=argparse.SUPPRESS)
     alone.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
-    alone.add_argument("--expert-backend", default="", help=argparse.SUPPRESS)
     return parser
 
 
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         bench = _settings(train.TrainBench, options)
         if options.only:
-            train.compete(bench, options.only, options.directory, options.expert_backend or None)
+            train.compete(bench, options.only, options.directory)
             return 0
         report = train.measure(bench)
         print(json.dumps(train.as_json(report)) if options.json else train.as_text(report))

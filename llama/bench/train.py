@@ -77,6 +77,8 @@ class TrainBench:
     """Optimizer steps of a contestant in each round."""
     threads: int = 1
     device: str = "cpu"
+    expert_backend: str = ""
+    """The peer's `experts_implementation`; left out, the fastest by trial."""
 
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp32"):
@@ -176,8 +178,9 @@ class _OurStep:
 class _PeerStep:
     """As one writes it around a transformers model."""
 
-    def __init__(self, bench: TrainBench, directory: Path, backend: str | None) -> None:
+    def __init__(self, bench: TrainBench, directory: Path) -> None:
         transformers = _import_transformers()
+        backend = bench.expert_backend
         settings: dict[str, Any] = {"experts_implementation": backend} if backend else {}
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="sdpa", **settings
@@ -242,9 +245,16 @@ def _exported(bench: TrainBench) -> Iterator[Path]:
     else:
         _draw_weights(model)
     with tempfile.TemporaryDirectory() as directory:
-        save_pretrained(model, directory)
+        save_pretrained(model, directory, dtype=torch.float32 if bench.device == "cpu" else torch.bfloat16)
         del model
+        _give_back_memory(bench)
         yield Path(directory)
+
+
+def _give_back_memory(bench: TrainBench) -> None:
+    """For the contestant whose turn is next: a GPU's memory does not hold two at work."""
+    if bench.device != "cpu":
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -257,14 +267,15 @@ def _draw_weights(model: Transformer) -> None:
 
 
 def _arguments(bench: TrainBench, name: str, directory: Path, backend: str | None) -> list[str]:
-    settings = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(bench).items()]
-    return ["train", *settings, f"--only={name}", f"--directory={directory}", f"--expert-backend={backend or ''}"]
+    chosen = asdict(replace(bench, expert_backend=backend or ""))
+    settings = [f"--{key.replace('_', '-')}={value}" for key, value in chosen.items()]
+    return ["train", *settings, f"--only={name}", f"--directory={directory}"]
 
 
 def _backend(bench: TrainBench, directory: Path) -> str | None:
     """The peer's fastest experts backend here, by the median of interleaved rounds."""
-    if PRESETS[bench.model].moe is None:
-        return None
+    if PRESETS[bench.model].moe is None or bench.expert_backend:
+        return bench.expert_backend or None
     failures: list[str] = []
     with ExitStack() as stack:
         able: dict[str, Contestant] = {}
@@ -291,36 +302,35 @@ def _process_settings(name: str, device: str) -> Iterator[None]:
         yield
 
 
-def compete(bench: TrainBench, name: str, directory: Path, backend: str | None) -> None:
+def compete(bench: TrainBench, name: str, directory: Path) -> None:
     """One contestant's process: says its start loss; a turn is `bench.steps` steps, answered with the peak memory."""
     torch.set_num_threads(bench.threads)
     with _process_settings(name, bench.device), process_group():
-        _warm_up(bench, name, backend)
+        _warm_up(bench, name)
         before = resident_mib()
-        step, batches = _step(bench, name, directory, backend), _batches(bench)
+        step, batches = _step(bench, name, directory), _batches(bench)
 
         def turn() -> dict[str, float]:
             for _ in range(bench.steps):
                 step(next(batches))
             if bench.device != "cpu":
-                torch.cuda.empty_cache()  # the other's turn: it needs the room
+                _give_back_memory(bench)
                 return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20}
             return {"peak_mib": peak_memory_mib() - before}
 
-        if bench.device != "cpu":
-            torch.cuda.empty_cache()
+        _give_back_memory(bench)
         serve({"loss": step.start_loss}, turn)
 
 
-def _step(bench: TrainBench, name: str, directory: Path, backend: str | None) -> _Step:
-    return _OurStep(bench, directory) if name == OURS else _PeerStep(bench, directory, backend)
+def _step(bench: TrainBench, name: str, directory: Path) -> _Step:
+    return _OurStep(bench, directory) if name == OURS else _PeerStep(bench, directory)
 
 
-def _warm_up(bench: TrainBench, name: str, backend: str | None) -> None:
+def _warm_up(bench: TrainBench, name: str) -> None:
     """Takes a step of a tiny model, so that the modules loaded on the way are not counted as the model's memory."""
     tiny = replace(bench, model="tiny-moe" if PRESETS[bench.model].moe else "tiny", batch=1, accumulate=1, seq_len=8)
     with _exported(tiny) as directory:
-        _step(tiny, name, directory, backend)(next(_batches(tiny)))
+        _step(tiny, name, directory)(next(_batches(tiny)))
 
 
 def _gemm_ceiling(bench: TrainBench) -> float:

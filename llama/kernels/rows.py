@@ -8,8 +8,6 @@ by memory: a row is read once and written once, where torch's own operations tak
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -65,15 +63,15 @@ if triton is not None:
 
     @triton.jit
     def _weighted_sum(
-        y: Any,
-        row: Any,
-        weights: Any,
-        out: Any,
-        dim: Any,
+        y,
+        row,
+        weights,
+        out,
+        dim: tl.constexpr,
         choices: tl.constexpr,
         weighted: tl.constexpr,
         block: tl.constexpr,
-    ) -> None:
+    ):
         token = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * block + tl.arange(0, block)
         inside = columns < dim
@@ -88,16 +86,16 @@ if triton is not None:
 
     @triton.jit
     def _weighted_sum_gradients(
-        gradient: Any,
-        y: Any,
-        weights: Any,
-        pairs: Any,
-        d_y: Any,
-        d_weights: Any,
-        dim: Any,
+        gradient,
+        y,
+        weights,
+        pairs,
+        d_y,
+        d_weights,
+        dim: tl.constexpr,
         choices: tl.constexpr,
         block: tl.constexpr,
-    ) -> None:
+    ):
         row = tl.program_id(0).to(tl.int64)
         pair = tl.load(pairs + row)
         weight = tl.load(weights + pair).to(tl.float32)
