@@ -66,6 +66,26 @@ def bench_data(
     _print(data.as_json(report) if as_json else data.as_text(report))
 
 
+@bench.command("checkpoint")
+def bench_checkpoint(
+    model: Annotated[str, typer.Option(help="Preset: tiny, small, ...")] = "small",
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
+    rounds: RoundsOption = 10,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    store: Annotated[str, typer.Option(help="Folder or URI to write to [default: a temporary folder]")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Times training steps without, with asynchronous and with synchronous checkpoints, interleaved; needs no
+    cluster."""
+    from pipelines.bench import checkpoint
+
+    signal.signal(signal.SIGTERM, terminate)
+    report = checkpoint.measure(checkpoint.CheckpointBench(model, batch, seq_len, every, rounds, threads, store), _say)
+    _print(checkpoint.as_json(report) if as_json else checkpoint.as_text(report))
+
+
 @bench.command("tokenizers")
 def bench_tokenizers(
     text: Annotated[
