@@ -29,46 +29,70 @@ def check_trainable(model: ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) and the gradient clipping before it."""
+    """The optimizer, and what a gradient meets before it: clipping, and the skipping of steps.
 
+    `adamw` is AdamW (Loshchilov & Hutter, arXiv:1711.05101) for every parameter; `muon` is Muon for the matrices of the
+    blocks and AdamW for the rest, with the same learning rate and decay (llama/training/muon.py).
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = 3e-3
     """Peak learning rate, reached at the end of the warm-up."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.95
+    """Muon's."""
     weight_decay: float = 0.1
     """Decoupled decay of the matrices; norms, embeddings and biases have none."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    skip_sigma: float = 0.0
+    """A step is skipped when its gradient's norm lies more than so many standard deviations above the mean of the last
+    `skip_window` norms; 0 skips only what is not finite (llama/training/skip.py)."""
+    skip_window: int = 128
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _require(self.kind in ("adamw", "muon"), f"train.optimizer.kind={self.kind!r} is not one of adamw, muon")
         _require(self.lr > 0, f"train.optimizer.lr={self.lr} must be positive")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"train.optimizer.{name}={value} must lie in [0, 1)")
+        _require(
+            self.kind == "muon" or self.momentum == 0.95,
+            f"train.optimizer.momentum={self.momentum} is Muon's; set train.optimizer.kind=muon or leave it out",
+        )
         _require(self.eps > 0, f"train.optimizer.eps={self.eps} must be positive; 1e-8 is usual")
-        for name in ("weight_decay", "grad_clip"):
+        for name in ("weight_decay", "grad_clip", "skip_sigma"):
             value = getattr(self, name)
             _require(value >= 0, f"train.optimizer.{name}={value} must not be negative; 0 turns it off")
+        _require(self.skip_window >= 4, f"train.optimizer.skip_window={self.skip_window} must be at least 4")
+        _require(
+            self.skip_sigma > 0 or self.skip_window == 128,
+            f"train.optimizer.skip_window={self.skip_window} has no use without train.optimizer.skip_sigma; "
+            "set that too, 6 is usual",
+        )
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Learning rate over the steps: a linear warm-up, then `kind` down to `min_lr_ratio` of the peak."""
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: int = 20
     min_lr_ratio: float = 0.1
     """Last learning rate over the peak one; `constant` stays at the peak and does not use it."""
+    decay_ratio: float = 0.1
+    """`wsd` stays at the peak until this share of all steps is left."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         _require(
-            self.kind in ("cosine", "linear", "constant"),
-            f"train.schedule.kind={self.kind!r} is not one of cosine, linear, constant",
+            self.kind in ("cosine", "linear", "constant", "wsd"),
+            f"train.schedule.kind={self.kind!r} is not one of cosine, linear, constant, wsd",
         )
         _require(
             self.warmup_steps >= 0,
@@ -77,6 +101,12 @@ class ScheduleConfig:
         _require(
             0 <= self.min_lr_ratio <= 1,
             f"train.schedule.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]",
+        )
+        _require(0 < self.decay_ratio <= 1, f"train.schedule.decay_ratio={self.decay_ratio} must lie in (0, 1]")
+        _require(
+            self.kind == "wsd" or self.decay_ratio == 0.1,
+            f"train.schedule.decay_ratio={self.decay_ratio} is that of wsd; set train.schedule.kind=wsd or leave it "
+            "out",
         )
 
 

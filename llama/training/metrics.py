@@ -31,7 +31,7 @@ class StepMetrics:
     all_to_all_bytes: int
     """Bytes of token rows that crossed between ranks in this step, forward and backward, over all ranks."""
     skipped_steps: int
-    """Steps without an update because the gradient was not finite, since step 0."""
+    """Steps without an update, since step 0: the gradient was not finite, or an outlier (llama/training/skip.py)."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from llama.training.config import TrainConfig
 from llama.training.optim import clip_coefficient, local_square_sum, scale_gradients
 from llama.training.parallel import moe_layers
 from llama.training.schedule import learning_rate
+from llama.training.skip import StepGuard
 
 
 @dataclass
@@ -86,6 +87,8 @@ class TrainStep:
         self._world_size = dist.get_world_size()
         self.accumulation = config.accumulation_steps(self._world_size)
         self.attend = attention(device)
+        self.guard = StepGuard(config.optimizer.skip_sigma, config.optimizer.skip_window)
+        """Its state is part of the run's: a resumed run must judge as the first would have."""
         self._parameters = list(model.parameters())
         self._moes = moe_layers(model)
         dispatches = (moe.dispatch for moe in self._moes.values())
@@ -106,24 +109,30 @@ class TrainStep:
         bytes_sent = sum(dispatch.bytes_sent for dispatch in self._dispatches) - bytes_before
 
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        totals = torch.zeros(5, dtype=torch.float64, device=self.device)
-        totals[0] = local_square_sum(gradients, self._world_size)
-        totals[1] = sums.cross_entropy
-        totals[2] = bytes_sent
-        dist.all_reduce(totals[:3])
-        totals[3:] = torch.stack((sums.balance, sums.z))
-        square, cross_entropy, all_bytes, balance, z = totals.tolist()
+        totals = torch.stack(
+            (
+                local_square_sum(gradients, self._world_size),
+                sums.cross_entropy,
+                torch.full_like(sums.cross_entropy, bytes_sent),
+            )
+        )
+        dist.all_reduce(totals)
+        # All numbers of the step in one copy to the host: an accelerator is waited for once.
+        numbers = [totals, torch.stack((valid.double(), sums.balance, sums.z))]
+        if sums.counts_LE is not None:
+            numbers.append(_shares(sums.counts_LE))
+        square, cross_entropy, all_bytes, targets, balance, z, *loads = torch.cat(numbers).tolist()
         norm = math.sqrt(square) if square >= 0 else math.nan
         lr = learning_rate(step, self.config.steps, self.config.optimizer.lr, self.config.schedule)
         updated = self._update(gradients, norm, lr, sums)
         return StepResult(
-            loss=cross_entropy / max(1, int(valid)),
+            loss=cross_entropy / max(1, targets),
             learning_rate=lr,
             grad_norm=norm,
             updated=updated,
             balance_loss=balance / len(self._moes) if self._moes else None,
             z_loss=z / len(self._moes) if self._moes else None,
-            expert_load=self._expert_load(sums.counts_LE),
+            expert_load=self._by_layer(loads),
             all_to_all_bytes=int(all_bytes),
         )
 
@@ -166,16 +175,16 @@ class TrainStep:
 
     @torch.no_grad()
     def _update(self, gradients: list[Tensor], norm: float, lr: float, sums: _StepSums) -> bool:
-        """Clips and applies the gradients if they are finite, clears them; returns whether they were applied."""
-        finite = math.isfinite(norm)
-        if finite:
+        """Clips and applies the gradients if the guard accepts them, clears them; returns whether they were applied."""
+        accepted = self.guard.accepts(norm)
+        if accepted:
             scale_gradients(gradients, clip_coefficient(norm, self.config.optimizer.grad_clip))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
             self._balance_bias(sums.counts_LE)
         self.optimizer.zero_grad(set_to_none=True)
-        return finite
+        return accepted
 
     def _balance_bias(self, counts_LE: Tensor | None) -> None:
         """Moves the routing bias by the load of the whole step."""
@@ -186,8 +195,11 @@ class TrainStep:
             bias_E = layer.router.expert_bias
             bias_E.copy_(balanced_bias(bias_E, counts_E, moe.bias_update_rate))
 
-    def _expert_load(self, counts_LE: Tensor | None) -> dict[int, list[float]]:
-        if counts_LE is None:
-            return {}
-        shares_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True)
-        return dict(zip(self._moes, shares_LE.tolist(), strict=True))
+    def _by_layer(self, loads: list[float]) -> dict[int, list[float]]:
+        experts = len(loads) // max(1, len(self._moes))
+        return {layer: loads[place * experts : (place + 1) * experts] for place, layer in enumerate(self._moes)}
+
+
+def _shares(counts_LE: Tensor) -> Tensor:
+    """Each layer's shares of pairs by expert, one layer after the other."""
+    return (counts_LE / counts_LE.sum(dim=1, keepdim=True)).flatten()

@@ -136,6 +136,7 @@ class Trainer:
                 discarded = True
                 continue
             self._progress = _Progress(saved["step"], saved["tokens"], saved["skipped_steps"], saved.get("loss"))
+            self._step.guard.restore(**saved["guard"])
             self.loader.load_state_dict(saved["loader"])
             return step
         if discarded and dist.get_rank() == 0:
@@ -199,7 +200,8 @@ class Trainer:
         if self.checkpointer is None or not (step == self.config.steps or (every and step % every == 0)):
             return
         began = time.perf_counter()
-        progress = asdict(self._progress) | {"loader": self.loader.state_dict(), "train": asdict(self.config)}
+        states = {"loader": self.loader.state_dict(), "guard": self._step.guard.state()}
+        progress = asdict(self._progress) | states | {"train": asdict(self.config)}
         self.checkpointer.save(step, training_tensors(self.model, self.optimizer), progress)
         clock.checkpoint += time.perf_counter() - began
 

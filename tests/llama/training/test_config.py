@@ -22,9 +22,16 @@ def test_a_global_batch_that_does_not_split_names_its_fields():
         (lambda: OptimizerConfig(lr=0), r"train\.optimizer\.lr=0"),
         (lambda: OptimizerConfig(beta2=1.0), r"train\.optimizer\.beta2=1\.0"),
         (lambda: OptimizerConfig(grad_clip=-1), r"train\.optimizer\.grad_clip=-1"),
+        (lambda: OptimizerConfig(kind="sgd"), r"train\.optimizer\.kind='sgd'.*adamw"),  # type: ignore[arg-type]
+        (lambda: OptimizerConfig(momentum=0.9), r"train\.optimizer\.momentum=0\.9 is Muon's"),
+        (lambda: OptimizerConfig(skip_sigma=-1), r"train\.optimizer\.skip_sigma=-1"),
+        (lambda: OptimizerConfig(skip_sigma=6, skip_window=3), r"train\.optimizer\.skip_window=3"),
+        (lambda: OptimizerConfig(skip_window=64), r"train\.optimizer\.skip_window=64 has no use"),
+        (lambda: ScheduleConfig(kind="wsd", decay_ratio=0), r"train\.schedule\.decay_ratio=0"),
+        (lambda: ScheduleConfig(decay_ratio=0.2), r"train\.schedule\.decay_ratio=0\.2 .*kind=wsd"),
         (lambda: ScheduleConfig(warmup_steps=-1), r"train\.schedule\.warmup_steps=-1"),
         (lambda: ScheduleConfig(min_lr_ratio=2), r"train\.schedule\.min_lr_ratio=2"),
-        (lambda: ScheduleConfig(kind="wsd"), r"train\.schedule\.kind='wsd'.*cosine"),  # type: ignore[arg-type]
+        (lambda: ScheduleConfig(kind="step"), r"train\.schedule\.kind='step'.*cosine"),  # type: ignore[arg-type]
         (lambda: ParallelConfig(dp_shard=0), r"train\.parallel\.dp_shard=0"),
         (lambda: ParallelConfig(ep=0), r"train\.parallel\.ep=0"),
         (lambda: TrainConfig(steps=0), r"train\.steps=0"),

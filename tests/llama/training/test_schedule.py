@@ -36,6 +36,19 @@ def test_constant_stays_at_the_peak():
     assert rates(ScheduleConfig("constant", warmup_steps=20))[19:] == [PEAK] * 81
 
 
+def test_wsd_stays_at_the_peak_and_falls_in_equal_steps_over_the_last_share():
+    lr = rates(ScheduleConfig("wsd", warmup_steps=20, min_lr_ratio=0.2, decay_ratio=0.25))
+    assert lr[:20] == rates(ScheduleConfig("constant", warmup_steps=20))[:20]
+    assert lr[20:75] == [PEAK] * 55
+    assert lr[75:] == pytest.approx([PEAK * (1 - 0.8 * k / 25) for k in range(1, 26)])
+
+
+def test_wsd_whose_warm_up_reaches_into_its_decay_and_of_one_step():
+    lr = rates(ScheduleConfig("wsd", warmup_steps=8, min_lr_ratio=0.0, decay_ratio=0.5), steps=10)
+    assert lr[7:] == pytest.approx([PEAK, PEAK / 2, 0.0])
+    assert rates(ScheduleConfig("wsd", warmup_steps=0, min_lr_ratio=0.5), steps=1) == [PEAK / 2]
+
+
 def test_without_warm_up_and_with_one_longer_than_the_run():
     assert rates(ScheduleConfig(warmup_steps=0, min_lr_ratio=0.0), steps=1) == pytest.approx([0.0])
     assert rates(ScheduleConfig(warmup_steps=50), steps=10)[-1] == pytest.approx(PEAK * 10 / 50)

@@ -26,8 +26,8 @@ from llama.losses import IGNORE_INDEX
 from llama.model import Transformer
 from llama.moe import RoutingRecord
 from llama.training.batch import Batch, loss_sum
-from llama.training.config import ParallelConfig
-from llama.training.optim import local
+from llama.training.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from llama.training.mesh import local
 from llama.training.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.llama.training.helpers import DENSE, MOE, Samples, difference, samples, train_config, whole
@@ -430,6 +430,29 @@ def test_a_non_finite_gradient_skips_the_step_and_is_counted(monkeypatch):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not all(torch.equal(weights[1][name], weights[2][name]) for name in weights[1])
     assert math.isfinite(seen[2].loss) and summary.loss == seen[2].loss
+
+
+def test_an_outlying_gradient_skips_the_step_and_is_counted(monkeypatch):
+    config = train_config(
+        steps=9,
+        micro_batch=8,
+        optimizer=OptimizerConfig(skip_sigma=3.0, skip_window=6),
+        schedule=ScheduleConfig("constant", warmup_steps=0),
+    )
+    seen, calls = [], 0
+    original = model_module.linear_cross_entropy_sum
+
+    def spiked(hidden, weight, labels):
+        nonlocal calls
+        calls += 1
+        return original(hidden, weight, labels) * (100 if calls == 7 else 1)
+
+    monkeypatch.setattr(model_module, "linear_cross_entropy_sum", spiked)
+    trainer = Trainer(DENSE, config, Samples(config, DENSE.vocab_size), on_metrics=seen.append)
+    trainer.fit()
+    assert [metrics.skipped_steps for metrics in seen] == [0] * 6 + [1] * 3
+    applied = [metrics.grad_norm for metrics in seen[:6] + seen[7:]]
+    assert trainer._step.guard.state() == {"norms": applied[-6:], "outliers": 0}
 
 
 def test_the_summary_of_a_loss_that_is_not_finite_is_json(monkeypatch):
