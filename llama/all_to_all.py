@@ -12,7 +12,9 @@ rank and direction, forward and again in backward: about N·(P − 1)/P rows of 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -52,7 +54,10 @@ class AllToAllDispatch:
         self.group = group
         self.num_experts = num_experts
         self.bytes_sent = 0
+        self._number = next(_NUMBERS)
+        _DISPATCHES[self._number] = self
 
+    @torch.compiler.disable  # how many rows arrive is known only when they do
     def __call__(
         self,
         experts: ExpertsFunction,
@@ -86,12 +91,24 @@ class AllToAllDispatch:
 
     def send(self, rows: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
         """The exchange itself, outside autograd; counts its bytes."""
-        rows = rows.contiguous()
-        received = rows.new_empty((sum(arriving), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows, arriving, leaving, group=self.group)
-        away = len(rows) - leaving[self.group.rank()]
-        self.bytes_sent += away * rows[:1].numel() * rows.element_size()
-        return received
+        sent: Tensor = _all_to_all(rows.contiguous(), leaving, arriving, self._number)
+        return sent
+
+
+_NUMBERS = itertools.count()
+_DISPATCHES: WeakValueDictionary[int, AllToAllDispatch] = WeakValueDictionary()
+"""By number, which an operator can be given."""
+
+
+@torch.library.custom_op("caravan::all_to_all", mutates_args=())
+def _all_to_all(rows: Tensor, leaving: list[int], arriving: list[int], number: int) -> Tensor:
+    """An operator, so that activation checkpointing can keep its result instead of sending the rows again."""
+    dispatch = _DISPATCHES[number]
+    received = rows.new_empty((sum(arriving), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows, arriving, leaving, group=dispatch.group)
+    away = len(rows) - leaving[dispatch.group.rank()]
+    dispatch.bytes_sent += away * rows[:1].numel() * rows.element_size()
+    return received
 
 
 def _orders(arriving_PS: Tensor, rows: int) -> tuple[ExpertRows, ExpertRows]:

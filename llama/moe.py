@@ -144,6 +144,7 @@ def _grouped(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E.to(torch.int32))
 
 
+@torch.compiler.disable  # a compiler would make a variant for every way the rows fall
 def _looped(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """The same, expert by expert."""
     ends = [0, *ends_E.tolist()]

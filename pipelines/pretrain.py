@@ -11,9 +11,9 @@ begins; when the code or the configuration is at fault, the loop ends at once, a
 origin comes back before the next checkpoint. Checkpoints belong to the artifact's key, not to a run: whoever trains the
 same thing next, after a killed driver for instance, goes on from them.
 
-The key leaves out how the work is laid out over ranks (workers, parallelism, micro-batches) and when it is reported or
-saved, so that a run may be resumed on a smaller cluster. The layout changes results by rounding, and through the
-micro-step over which the balance loss takes its averages.
+The key leaves out how the work is laid out over ranks (workers, parallelism, micro-batches), what is computed twice or
+compiled, and when it is reported or saved, so that a run may be resumed on a smaller cluster. The layout changes
+results by rounding, and through the micro-step over which the balance loss takes its averages.
 """
 
 from __future__ import annotations
@@ -53,7 +53,15 @@ from pipelines.runs import one_line
 
 CHECKPOINTS, METRICS, INCARNATIONS, SUMMARY = "checkpoints", "metrics", "incarnations", "summary.json"
 
-_LAYOUT = {"micro_batch", "parallel", "checkpoint_every", "keep_last", "log_every"}
+_LAYOUT = {
+    "micro_batch",
+    "parallel",
+    "activation_checkpointing",
+    "compile",
+    "checkpoint_every",
+    "keep_last",
+    "log_every",
+}
 """Settings of TrainConfig that do not belong to what is trained."""
 
 _OWN_FAULT = (ValueError, TypeError, AttributeError, KeyError, ImportError, AssertionError)

@@ -26,7 +26,7 @@ from llama.config import ModelConfig
 from llama.engine.config import EngineConfig, check_cacheable
 from llama.presets import PRESETS, preset_settings
 from llama.tokenizer_training import SMALLEST_VOCABULARY, TokenizerKind
-from llama.training.config import TrainConfig, check_trainable
+from llama.training.config import TrainConfig, check_compilable, check_trainable
 from llama.training.mesh import check_experts_split, plan_mesh
 from pipelines.adopted_tokenizer import adopt_tokenizer
 from pipelines.data_config import DataConfig
@@ -261,6 +261,7 @@ class Recipe(Section):
         plan = plan_mesh(train.parallel, train.workers)
         check_experts_split(model, plan.ep)
         check_trainable(model)
+        check_compilable(model, self.train)
         check_cacheable(model)
         if engine.num_blocks * engine.block_size < model.max_seq_len:
             raise ValueError(

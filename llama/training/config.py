@@ -27,6 +27,20 @@ def check_trainable(model: ModelConfig) -> None:
     )
 
 
+def check_compilable(model: ModelConfig, train: TrainConfig) -> None:
+    """Whether `train.compile`, if set, can be obeyed.
+
+    Raises:
+        ValueError: it cannot; names field, value and remedy.
+    """
+    # The compiler cannot carry what a repeated block writes into the routing record, and would leave it as it is.
+    _require(
+        not train.compile or model.moe is None or train.activation_checkpointing == "none",
+        f"train.compile=True compiles no experts with train.activation_checkpointing={train.activation_checkpointing}; "
+        "set train.activation_checkpointing=none or train.compile=False",
+    )
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer, and what a gradient meets before it: clipping, and the skipping of steps.
@@ -153,6 +167,11 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward; weights, reductions and optimizer state are fp32 either way."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What backward computes again instead of finding it in memory: nothing, each block's whole forward pass, or all of
+    it but the products, attention and all-to-alls (llama/training/recompute.py)."""
+    compile: bool = False
+    """Compiles each block (`torch.compile`); the first step takes a minute."""
     checkpoint_every: int = 50
     """Steps between checkpoints; the last step always writes one, and 0 writes only that."""
     keep_last: int = 2
@@ -173,6 +192,10 @@ class TrainConfig:
             f"choose a divisor of {self.global_batch}",
         )
         _require(self.precision in ("fp32", "bf16"), f"train.precision={self.precision!r} is not one of fp32, bf16")
+        _require(
+            self.activation_checkpointing in ("none", "full", "selective"),
+            f"train.activation_checkpointing={self.activation_checkpointing!r} is not one of none, full, selective",
+        )
         _require(
             self.checkpoint_every >= 0,
             f"train.checkpoint_every={self.checkpoint_every} must not be negative; 0 writes only the last step's",

@@ -1,16 +1,26 @@
 """Parallelism applied to a plain model: FSDP2 on the dense mesh, experts on the sparse one.
 
     model = Transformer(config) on the meta device
-    apply_parallel(model, meshes, precision)
+    apply_parallel(model, meshes, precision)           # each block: recomputation → compilation → FSDP
     init_sharded_weights(model, seed, device)          # or load a checkpoint
 
 Gradients are sums: FSDP's averaging is off, because the trainer divides its loss by the global number of tokens, and
 an average over a mesh would make expert gradients `ep` times too large. Weights, gradients and reductions are fp32;
 `bf16` casts the gathered parameters, so that forward and backward compute in bf16 and gathers move half the bytes.
+
+Plain replication is a mesh of one shard: FSDP's gather is then a copy inside the process, and its all-reduce over the
+replicas the only communication.
+
+Not built, and where it would go: tensor parallelism is one more mesh axis, innermost, whose plan cuts a block's
+projections before recomputation is applied; pipeline parallelism the outermost one, which cuts `model.layers` into
+stages, each of which goes through `apply_parallel` as the whole does here, under a schedule in place of the loop over
+micro-batches in llama/training/step.py.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Literal
 
@@ -24,9 +34,17 @@ from llama.all_to_all import AllToAllDispatch
 from llama.model import Transformer
 from llama.moe import Experts, MoE
 from llama.training.mesh import Meshes, check_experts_split
+from llama.training.recompute import ActivationCheckpointing, recompute_activations
 
 
-def apply_parallel(model: Transformer, meshes: Meshes, precision: Literal["fp32", "bf16"]) -> Transformer:
+def apply_parallel(
+    model: Transformer,
+    meshes: Meshes,
+    precision: Literal["fp32", "bf16"],
+    *,
+    activation_checkpointing: ActivationCheckpointing = "none",
+    compile: bool = False,
+) -> Transformer:
     """Shards a plain model in place: every block a unit of FSDP, the rest one more, experts split over `ep`.
 
     On an accelerator a block's gathered parameters are dropped after its forward pass and gathered again in backward
@@ -40,11 +58,18 @@ def apply_parallel(model: Transformer, meshes: Meshes, precision: Literal["fp32"
         ValueError: the experts cannot be split evenly; names field, value and remedy.
     """
     _check(model, meshes)
+    if compile:
+        _check_compiler()
     reshard = meshes.dense.device_type != "cpu" and meshes.plan.dp_shard > 1
     policy = mixed_precision(precision)
     dense = _data_mesh(meshes.dense, "dp_replicate", "dp_shard")
     moes = moe_layers(model)
+    random = model.config.attention_dropout > 0 or model.config.residual_dropout > 0
     for layer, block in enumerate(model.layers):
+        # In this order: a compiler must see the repetition, and FSDP's hooks lie outside of both.
+        recompute_activations(block, activation_checkpointing, random=random)
+        if compile:
+            block.compile(isolate_recompiles=True)  # blocks share their code, and not a limit on its variants
         experts = moes[layer].experts if layer in moes else None
         if experts is not None and meshes.sparse is not None:
             _split_experts(moes[layer], meshes.sparse, policy, reshard)
@@ -120,6 +145,14 @@ def _split_experts(moe: MoE, sparse: DeviceMesh, policy: MixedPrecisionPolicy, r
         shard_placement_fn=lambda parameter: Shard(1),
     )
     moe.dispatch = AllToAllDispatch(sparse["ep"].get_group(), num_experts)
+
+
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX", "g++")  # as torch's own compiler looks for it
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"train.compile=True needs a C++ compiler, and {compiler} is not there; get it or set train.compile=False"
+        )
 
 
 def _check(model: Transformer, meshes: Meshes) -> None:

@@ -65,9 +65,10 @@ class StepResult:
     all_to_all_bytes: int
 
 
-def attention(device: torch.device) -> Callable[[Tensor | None], Attend]:
+def attention(device: torch.device, *, compiled: bool = False) -> Callable[[Tensor | None], Attend]:
     """Makes the fastest causal attention there for a batch's documents."""
-    return BlockCausalAttend if device.type == "cpu" else CausalAttend
+    # The one by blocks cuts them by data, which a compiler cannot follow.
+    return BlockCausalAttend if device.type == "cpu" and not compiled else CausalAttend
 
 
 class TrainStep:
@@ -86,7 +87,7 @@ class TrainStep:
         self.device = device
         self._world_size = dist.get_world_size()
         self.accumulation = config.accumulation_steps(self._world_size)
-        self.attend = attention(device)
+        self.attend = attention(device, compiled=config.compile)
         self.guard = StepGuard(config.optimizer.skip_sigma, config.optimizer.skip_window)
         """Its state is part of the run's: a resumed run must judge as the first would have."""
         self._parameters = list(model.parameters())

@@ -16,7 +16,7 @@ from llama.config import ModelConfig
 from llama.model import Transformer
 from llama.training.batch import Batch
 from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, training_tensors
-from llama.training.config import TrainConfig, check_trainable
+from llama.training.config import TrainConfig, check_compilable, check_trainable
 from llama.training.memory import reuse_freed_memory
 from llama.training.mesh import build_mesh, process_group
 from llama.training.metrics import StepMetrics, TrainSummary
@@ -94,6 +94,7 @@ class Trainer:
                 "shorten the one or raise the other"
             )
         check_trainable(model_config)
+        check_compilable(model_config, config)
         self.model_config = model_config
         self.config = config
         self.loader = loader
@@ -114,7 +115,13 @@ class Trainer:
         meshes = build_mesh(self.config.parallel, dist.get_world_size(), self.device.type)
         with torch.device("meta"):
             model = Transformer(self.model_config)
-        self.model = apply_parallel(model, meshes, self.config.precision)
+        self.model = apply_parallel(
+            model,
+            meshes,
+            self.config.precision,
+            activation_checkpointing=self.config.activation_checkpointing,
+            compile=self.config.compile,
+        )
         self._initialise()
         self._progress = _Progress()
 

@@ -13,6 +13,7 @@ three steps are compared, which a wrong step could not pass.
 
 import math
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import cycle
 
 import pytest
@@ -51,26 +52,51 @@ UNUSUAL_MOE = replace(
     variant(num_experts=3), position="learned", norm_placement="sandwich", activation="swish_learned", sliding_window=5
 )
 
-# (model, layout, micro-batch, steps)
-LAYOUTS = {
-    2: [
-        (DENSE, ParallelConfig(), 4, 3),
-        (DENSE, ParallelConfig(), 2, 3),
-        (MOE, ParallelConfig(ep=1), 4, 3),
-        (MOE, ParallelConfig(ep=2), 4, 3),
-        (MOE, ParallelConfig(ep=2), 2, 3),
-        (variant(balance_loss="switch_sequence", score="sigmoid", shared_gate=True), ParallelConfig(ep=2), 2, 1),
-        (variant(balance_loss="importance_entropy", route_scale=2.0), ParallelConfig(ep=2), 4, 1),
-        (variant(balance_loss="frequency_entropy", balance_loss_weight=0.5), ParallelConfig(ep=2), 2, 1),
-        (variant(balance_loss="kl_uniform", z_loss_weight=0.0), ParallelConfig(ep=2), 2, 1),
-        (variant(balance_loss="expert_load", score="sigmoid"), ParallelConfig(ep=2), 4, 1),
-        (variant(balance_loss_weight=0.0, z_loss_weight=0.0), ParallelConfig(ep=2), 4, 1),
-        (UNUSUAL_DENSE, ParallelConfig(), 2, 3),
-        (UNUSUAL_MOE, ParallelConfig(), 2, 3),
-    ],
-    4: [(MOE, ParallelConfig(dp_replicate=1, ep=2), 2, 3), (MOE, ParallelConfig(dp_replicate=2, ep=2), 1, 3)],
+SEQUENCE = variant(balance_loss="switch_sequence", score="sigmoid", shared_gate=True, balance_loss_weight=0.5)
+
+
+def layout(dp_replicate, dp_shard, ep):
+    return ParallelConfig(dp_replicate, dp_shard, ep)
+
+
+# Every layout of one, two and four ranks, and each with one micro-step and with two.
+MATRIX = {
+    1: [layout(1, 1, 1)],
+    2: [layout(1, 2, 1), layout(1, 2, 2), layout(2, 1, 1)],
+    4: [layout(1, 4, 1), layout(1, 4, 2), layout(1, 4, 4), layout(2, 2, 1), layout(2, 2, 2)],
 }
+
+# (model, layout, micro-batch, steps, other settings)
+LAYOUTS = {
+    world_size: [
+        (model, parallel, 8 // world_size // accumulation, 3, {})
+        for parallel in layouts
+        for model in ((DENSE, MOE) if parallel.ep == 1 else (MOE,))
+        for accumulation in (1, 2)
+    ]
+    for world_size, layouts in MATRIX.items()
+}
+LAYOUTS[2] += [
+    (SEQUENCE, layout(1, 2, 2), 4, 1, {}),
+    (SEQUENCE, layout(1, 2, 2), 1, 1, {}),
+    (variant(balance_loss="importance_entropy", route_scale=2.0), layout(1, 2, 2), 4, 1, {}),
+    (variant(balance_loss="frequency_entropy", balance_loss_weight=0.5), layout(1, 2, 2), 2, 1, {}),
+    (variant(balance_loss="kl_uniform", z_loss_weight=0.0), layout(1, 2, 2), 2, 1, {}),
+    (variant(balance_loss="expert_load", score="sigmoid"), layout(1, 2, 2), 4, 1, {}),
+    (variant(balance_loss_weight=0.0, z_loss_weight=0.0), layout(1, 2, 2), 4, 1, {}),
+    (UNUSUAL_DENSE, layout(1, 2, 1), 2, 3, {}),
+    (UNUSUAL_MOE, layout(1, 2, 1), 2, 3, {}),
+    (MOE, layout(1, 2, 2), 2, 3, {"activation_checkpointing": "full"}),
+    (SEQUENCE, layout(1, 2, 2), 4, 1, {"activation_checkpointing": "selective"}),
+    (MOE, layout(1, 2, 2), 2, 3, {}),  # once more
+]
 CASES = [(world_size, index) for world_size, layouts in LAYOUTS.items() for index in range(len(layouts))]
+
+
+def at(world_size, *case, again=0, **settings):
+    """The index of a case."""
+    same = [index for index, found in enumerate(LAYOUTS[world_size]) if found[:3] == case and found[4] == settings]
+    return same[again]
 
 
 def balance_of(kind, probabilities, chosen, batch):
@@ -95,6 +121,7 @@ def balance_of(kind, probabilities, chosen, batch):
     return value + through - through.detach()
 
 
+@cache
 def reference(model_config, config, chunk):
     """Trains in one process; `chunk` sequences share a balance loss. Returns what `train` returns."""
     model = Transformer(model_config)
@@ -194,8 +221,14 @@ def train(rank, world_size, layouts):
     return results
 
 
-def config_of(parallel, micro_batch, steps):
-    return train_config(parallel=parallel, micro_batch=micro_batch, steps=steps)
+def config_of(parallel, micro_batch, steps, settings):
+    return train_config(parallel=parallel, micro_batch=micro_batch, steps=steps, **settings)
+
+
+def expected_of(world_size, index):
+    """The reference takes no account of how the work is laid out, but for the size of a micro-step."""
+    model, _, micro_batch, steps, _ = LAYOUTS[world_size][index]
+    return reference(model, train_config(steps=steps), micro_batch * world_size)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +244,7 @@ def trained():
 def test_equals_one_process(trained, world_size, index):
     model_config, *settings = LAYOUTS[world_size][index]
     config = config_of(*settings)
-    expected = reference(model_config, config, config.micro_batch * world_size)
+    expected = expected_of(world_size, index)
     for ranks in trained[world_size]:
         result = ranks[index]
         assert all(torch.equal(result["start"][name], value) for name, value in expected["start"].items())
@@ -245,8 +278,59 @@ def test_experts_are_sharded_and_tokens_travel(trained, world_size, index):
 
 
 @pytest.mark.integration
+def test_the_same_seed_and_layout_give_the_same_to_the_bit(trained):
+    first, second = (trained[2][0][at(2, MOE, layout(1, 2, 2), 2, again=again)] for again in (0, 1))
+    assert first["history"] == second["history"]
+    assert all(torch.equal(first["end"][name], value) for name, value in second["end"].items())
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("model_config", [DENSE, MOE])
+def test_across_layouts_the_losses_are_the_same_to_rounding(trained, model_config):
+    """In micro-steps of one size: the balance loss takes its averages over them."""
+    histories = [
+        trained[world_size][0][index]["history"]
+        for world_size, index in CASES
+        if LAYOUTS[world_size][index][0] == model_config and LAYOUTS[world_size][index][2] * world_size == 8
+    ]
+    assert len(histories) == (5 if model_config == DENSE else 9)
+    for history in histories[1:]:
+        assert [value for pair in history for value in pair] == pytest.approx(
+            [value for pair in histories[0] for value in pair], rel=1e-6
+        )
+
+
+@pytest.mark.integration
+def test_accumulation_changes_nothing_where_losses_are_of_sequences_and_tokens(trained):
+    one, four = (trained[2][0][at(2, SEQUENCE, layout(1, 2, 2), micro_batch)] for micro_batch in (4, 1))
+    for key in ("gradients", "end"):
+        assert max(difference(four[key][name], value) for name, value in one[key].items()) <= 1e-5
+    for key in ("loss", "balance_loss", "z_loss", "grad_norm"):
+        assert four["metrics"][0][key] == pytest.approx(one["metrics"][0][key], rel=1e-6)
+
+
+@pytest.mark.integration
+def test_recomputed_blocks_change_no_bit_and_selective_ones_send_no_token_twice(trained):
+    plain, full = (
+        trained[2][0][at(2, MOE, layout(1, 2, 2), 2, **settings)]
+        for settings in ({}, {"activation_checkpointing": "full"})
+    )
+    assert full["history"] == plain["history"]
+    assert all(torch.equal(full["end"][name], value) for name, value in plain["end"].items())
+    # There and back, in forward and again in backward; forward twice with recomputation.
+    assert full["summary"]["all_to_all_bytes"] == 1.5 * plain["summary"]["all_to_all_bytes"]
+    plain, selective = (
+        trained[2][0][at(2, SEQUENCE, layout(1, 2, 2), 4, **settings)]
+        for settings in ({}, {"activation_checkpointing": "selective"})
+    )
+    assert all(torch.equal(selective["end"][name], value) for name, value in plain["end"].items())
+    assert selective["summary"]["all_to_all_bytes"] == plain["summary"]["all_to_all_bytes"]
+
+
+@pytest.mark.integration
 def test_metrics_are_global_and_the_same_on_every_rank(trained):
-    timeless = [[{**metrics, "tokens_per_second": None} for metrics in ranks[3]["metrics"]] for ranks in trained[2]]
+    moe = at(2, MOE, layout(1, 2, 2), 4)
+    timeless = [[{**metrics, "tokens_per_second": None} for metrics in ranks[moe]["metrics"]] for ranks in trained[2]]
     assert timeless[0] == timeless[1]
     last = timeless[0][-1]
     assert (last["step"], last["steps"], last["tokens"]) == (3, 3, 3 * 8 * 16)
