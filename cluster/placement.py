@@ -8,8 +8,9 @@ The plan is made before a start, handed to Ray as labels, and verified by the wo
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import floor, inf
 from typing import TYPE_CHECKING, TypeVar
 
@@ -66,6 +67,33 @@ class WorkerNeeds:
         return floor(min(room, default=inf) + 1e-9)
 
 
+@dataclass(frozen=True)
+class WorldSizes:
+    """The numbers of workers that a training can use: those of `smallest` to `largest` that satisfy `fits`, whose
+    multiples of `ep` they are. Picklable if `fits` is."""
+
+    smallest: int
+    largest: int
+    ep: int
+    fits: Callable[[int], bool]
+
+    @classmethod
+    def exactly(cls, workers: int, ep: int = 1) -> "WorldSizes":
+        return cls(workers, workers, ep, partial(_divides, ep))
+
+    def usable(self, room: int) -> int | None:
+        """The largest of them in a room for so many workers; None if there is none."""
+        return next((size for size in range(min(self.largest, room), self.smallest - 1, -1) if self.fits(size)), None)
+
+    def nearest(self, room: int) -> int | None:
+        """In that room, what satisfies `fits` and is nearest to them; None if nothing does."""
+        fitting = [size for size in range(1, room + 1) if self.fits(size)]
+        return min(fitting, key=lambda size: (max(self.smallest - size, size - self.largest, 0), -size), default=None)
+
+    def __str__(self) -> str:
+        return str(self.largest) if self.smallest == self.largest else f"[{self.smallest}, {self.largest}]"
+
+
 class PlacementError(ValueError):
     """There is no such plan, or it was not kept. `nearest` is the (workers, ep) that would fit, if any does."""
 
@@ -120,8 +148,7 @@ def plan(nodes: Sequence[NodeResources], workers: int, ep: int, needs: WorkerNee
         raise _refusal(f"workers={workers} is not a multiple of ep={ep}", nodes, workers, ep, needs)
     slots = {node.node_id: needs.slots(node) for node in nodes}
     if workers > capacity(nodes, ep, needs):
-        rooms = ", ".join(f"{node_id}: {count}" for node_id, count in sorted(slots.items())) or "there is no node"
-        reason = f"workers={workers} in groups of ep={ep} do not fit (a group stays on one node; room: {rooms})"
+        reason = f"workers={workers} in groups of ep={ep} do not fit ({_rooms(nodes, needs)})"
         raise _refusal(reason, nodes, workers, ep, needs)
     left, chosen = workers, []
     for node_id, room in sorted(slots.items(), key=lambda item: (-(item[1] // ep), item[0])):
@@ -130,6 +157,26 @@ def plan(nodes: Sequence[NodeResources], workers: int, ep: int, needs: WorkerNee
             chosen.append((node_id, count))
             left -= count
     return PlacementPlan(tuple(chosen), ep, needs)
+
+
+def largest_plan(nodes: Sequence[NodeResources], sizes: WorldSizes, needs: WorkerNeeds) -> PlacementPlan:
+    """`plan` of the most workers of `sizes` that the nodes hold.
+
+    Raises PlacementError that says why there is no room, and what would fit.
+    """
+    room = capacity(nodes, sizes.ep, needs)
+    workers = sizes.usable(room)
+    if workers is not None:
+        return plan(nodes, workers, sizes.ep, needs)
+    if sizes.smallest == sizes.largest and sizes.largest % sizes.ep:
+        return plan(nodes, sizes.largest, sizes.ep, needs)  # which says that
+    reason = f"workers={sizes} in groups of ep={sizes.ep} do not fit ({_rooms(nodes, needs)})"
+    if sizes.usable(sizes.largest) is None:
+        reason = f"workers={sizes} fit the training in no number"
+    nearest = sizes.nearest(room)
+    if nearest is None:
+        raise _refusal(reason, nodes, sizes.smallest, sizes.ep, needs)
+    raise PlacementError(f"{reason}; workers={nearest} with ep={sizes.ep} would fit", (nearest, sizes.ep))
 
 
 def capacity(nodes: Sequence[NodeResources], ep: int, needs: WorkerNeeds) -> int:
@@ -159,13 +206,16 @@ def verify(node_ids_by_rank: Sequence[str], ep: int) -> None:
             )
 
 
-def alive_nodes() -> list[NodeResources]:
-    """What the nodes of the cluster that this process is connected to have in all, in use or not."""
+def alive_nodes(without: Collection[str] = ()) -> list[NodeResources]:
+    """What the nodes of the cluster that this process is connected to have in all, in use or not.
+
+    `without`: ids of nodes to leave out.
+    """
     import ray
 
     nodes = []
     for node in ray.nodes():
-        if node["Alive"]:
+        if node["Alive"] and node["NodeID"] not in without:
             has = node["Resources"]
             kinds = sorted(name.removeprefix(_ACCELERATOR) for name in has if name.startswith(_ACCELERATOR))
             kind = kinds[0] if kinds else None
@@ -173,8 +223,11 @@ def alive_nodes() -> list[NodeResources]:
     return nodes
 
 
-def await_plan(workers: int, ep: int, needs: WorkerNeeds, wait_seconds: float = 0.0) -> PlacementPlan:
-    """`plan` on the nodes of this process's cluster; where there is no room yet, an autoscaler is asked for it once.
+def await_plan(
+    sizes: WorldSizes, needs: WorkerNeeds, wait_seconds: float = 0.0, without: Collection[str] = ()
+) -> PlacementPlan:
+    """`largest_plan` on the nodes of this process's cluster, `without` left out; where there is no room yet for the
+    smallest, an autoscaler is asked for that once.
 
     Raises PlacementError if there is still no room after `wait_seconds`, and at once if no cluster could have any.
     """
@@ -185,13 +238,14 @@ def await_plan(workers: int, ep: int, needs: WorkerNeeds, wait_seconds: float = 
     try:
         while True:
             try:
-                return plan(alive_nodes(), workers, ep, needs)
+                return largest_plan(alive_nodes(without), sizes, needs)
             except PlacementError:
-                if workers % ep or time.monotonic() >= deadline:
+                smallest = next((size for size in range(sizes.smallest, sizes.largest + 1) if sizes.fits(size)), None)
+                if smallest is None or time.monotonic() >= deadline:
                     raise
             if not asked:
                 asked = True
-                request_resources(bundles=[needs.resources()] * workers)
+                request_resources(bundles=[needs.resources()] * smallest)
             time.sleep(_POLL_SECONDS)
     finally:
         if asked:
@@ -208,7 +262,7 @@ def run_on_cluster(
     """
     import ray
 
-    await_plan(1, 1, needs, wait_seconds)
+    await_plan(WorldSizes.exactly(1), needs, wait_seconds)
     remote = ray.remote(function).options(
         num_cpus=needs.cpus, num_gpus=needs.gpus, accelerator_type=needs.accelerator_type
     )
@@ -223,6 +277,16 @@ def run_on_cluster(
         ray.cancel(task)
         ray.wait([task], timeout=_CANCEL_SECONDS)
         raise
+
+
+def _divides(ep: int, workers: int) -> bool:
+    return workers % ep == 0
+
+
+def _rooms(nodes: Sequence[NodeResources], needs: WorkerNeeds) -> str:
+    slots = sorted((node.node_id, needs.slots(node)) for node in nodes)
+    rooms = ", ".join(f"{node_id}: {count}" for node_id, count in slots) or "there is no node"
+    return f"a group stays on one node; room: {rooms}"
 
 
 def _refusal(reason: str, nodes: Sequence[NodeResources], workers: int, ep: int, needs: WorkerNeeds) -> PlacementError:

@@ -3,13 +3,12 @@
     {artifact}/checkpoints/step-00000100/        checkpoints, each an artifact (llama/training/checkpoint.py)
     {artifact}/incarnations/{name}.json          one per start of the workers: resumed step, ranks, nodes
     {artifact}/metrics/{name}-{step}.jsonl       the training curve in parts (pipelines/metrics.py)
+    {artifact}/hangs/{name}/rank-00000.txt       the stacks of an incarnation that hung (llama/training/watchdog.py)
     {artifact}/attempts/{attempt}/summary.json   the finished run
 
-The driver runs an outer loop. Each turn is one incarnation: a plan of workers on the nodes that are there, one
-`TorchTrainer` of fixed size, and training from the latest committed checkpoint. When workers are lost the next turn
-begins; when the code or the configuration is at fault, the loop ends at once, and so it does when a failure of unclear
-origin comes back before the next checkpoint. Checkpoints belong to the artifact's key, not to a run: whoever trains the
-same thing next, after a killed driver for instance, goes on from them.
+The driver trains in incarnations (pipelines/incarnations.py); a worker of one is pipelines/training_worker.py.
+Checkpoints belong to the artifact's key, not to a run: whoever trains the same thing next, after a killed driver for
+instance, goes on from them.
 
 The key leaves out how the work is laid out over ranks (workers, parallelism, micro-batches), what is computed twice or
 compiled, and when it is reported or saved, so that a run may be resumed on a smaller cluster. The layout changes
@@ -19,39 +18,27 @@ results by rounding, and through the micro-step over which the balance loss take
 from __future__ import annotations
 
 import logging
-import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
-import ray
-import ray.train
-import torch
-import torch.distributed as dist
-from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchTrainer, get_device
-
-from cluster import placement
-from cluster.session import node_folder
-from cluster.storage import JSON, Artifact, StorageError, Store
+from cluster.storage import JSON, Artifact, StorageError
 from llama.config import ModelConfig
 from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
-from llama.training.mesh import plan_mesh
-from llama.training.metrics import StepMetrics, TrainSummary
-from llama.training.trainer import Trainer
+from llama.training.retry import retried
 from pipelines.graph import Stage, StageContext
-from pipelines.loader import ShardLoader
-from pipelines.metrics import MetricsReader, MetricsWriter
+from pipelines.incarnations import TrainingFailed, train_in_incarnations, worker_needs
+from pipelines.metrics import MetricsReader
 from pipelines.recipe import TrainRecipe
-from pipelines.runs import one_line
+from pipelines.training_worker import CHECKPOINTS, HANGS, INCARNATIONS, METRICS, WorkerTask
 
-CHECKPOINTS, METRICS, INCARNATIONS, SUMMARY = "checkpoints", "metrics", "incarnations", "summary.json"
+__all__ = ["CHECKPOINTS", "INCARNATIONS", "METRICS", "SUMMARY", "TrainingFailed", "pretrain_stage"]
+
+SUMMARY = "summary.json"
 
 _LAYOUT = {
     "micro_batch",
@@ -61,35 +48,13 @@ _LAYOUT = {
     "checkpoint_every",
     "keep_last",
     "log_every",
+    "hang_seconds",
 }
 """Settings of TrainConfig that do not belong to what is trained."""
-
-_OWN_FAULT = (ValueError, TypeError, AttributeError, KeyError, ImportError, AssertionError)
-"""Errors that another try would meet again."""
 
 _POLL_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
-
-
-class TrainingFailed(RuntimeError):
-    """Training ended with an error that no restart could help, or too often; the message is one line."""
-
-
-@dataclass(frozen=True)
-class WorkerTask:
-    """What a training worker is sent."""
-
-    model: ModelConfig
-    train: TrainConfig
-    threads: int
-    shards: Artifact
-    shuffle_shards: int | None
-    cache_bytes: int | None
-    output: Store
-    """The artifact's folder: checkpoints, metrics, incarnations."""
-    attempt: Store
-    incarnation: str
 
 
 def pretrain_stage(model: ModelConfig, train: TrainRecipe) -> Stage:
@@ -102,7 +67,7 @@ def pretrain_stage(model: ModelConfig, train: TrainRecipe) -> Stage:
 def _pretrain(model: ModelConfig, train: TrainRecipe, context: StageContext) -> dict[str, JSON]:
     settings = TrainConfig(**{item.name: getattr(train, item.name) for item in fields(TrainConfig)})
 
-    def task(incarnation: str) -> WorkerTask:
+    def task(incarnation: str, known_nodes: frozenset[str]) -> WorkerTask:
         return WorkerTask(
             model=model,
             train=settings,
@@ -111,13 +76,17 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, context: StageContext) -> 
             shuffle_shards=train.shuffle_shards,
             cache_bytes=train.cache_bytes,
             output=context.artifact_store,
-            attempt=context.attempt.store,
             incarnation=incarnation,
+            sizes=train.world_sizes,
+            needs=worker_needs(train),
+            known_nodes=known_nodes,
         )
 
     with _followed(context):
-        _train_with_restarts(train, task, partial(_latest_step, context), context.emit)
-    summary: dict[str, Any] = context.attempt.store.read_json(SUMMARY)
+        outcome = train_in_incarnations(train, task, _StoreRecords(context, train), context.emit)
+    summary: dict[str, Any] = asdict(outcome.summary)
+    assert context.attempt is not None
+    retried(partial(context.attempt.store.write_json, SUMMARY, summary), "writing the summary")
     return {
         **summary,
         "checkpoint": f"{CHECKPOINTS}/step-{train.steps:08d}",
@@ -126,157 +95,28 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, context: StageContext) -> 
     }
 
 
-def _latest_step(context: StageContext) -> int:
-    """Step of the last whole checkpoint; 0 without one."""
-    return Checkpointer(context.artifact_store.child(CHECKPOINTS), Artifact).latest() or 0
+class _StoreRecords:
+    """What the artifact's folder tells of the training."""
 
+    def __init__(self, context: StageContext, train: TrainRecipe) -> None:
+        self._store = context.artifact_store
+        self._hang_seconds = train.hang_seconds
 
-def _train_with_restarts(
-    train: TrainRecipe,
-    task: Callable[[str], WorkerTask],
-    latest_step: Callable[[], int],
-    emit: Callable[[str], None],
-) -> None:
-    """Starts incarnations until one finishes. Raises TrainingFailed."""
-    for failures in range(train.max_failures + 1):
-        step_before = latest_step()
+    def latest_step(self) -> int:
+        checkpoints = self._store.child(CHECKPOINTS)
+        return retried(lambda: Checkpointer(checkpoints, Artifact).latest(), "looking for checkpoints") or 0
+
+    def hang(self, incarnation: str) -> str | None:
+        folder = self._store.child(HANGS, incarnation)
         try:
-            emit(f"starting {train.workers} worker{'s' if train.workers > 1 else ''}")
-            _train_once(train, task(f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"))
-            return
-        except TrainingFailedError as error:
-            reason, retryable = _diagnose(error)
-            if not (retryable if retryable is not None else latest_step() > step_before):
-                raise TrainingFailed(reason) from error
-            if failures == train.max_failures:
-                used_up = f"train.max_failures={train.max_failures} restarts are used up"
-                raise TrainingFailed(f"{reason}; {used_up}") from error
-            emit(f"{reason}; restart {failures + 1} of {train.max_failures} from the last committed checkpoint")
-
-
-def _train_once(train: TrainRecipe, task: WorkerTask) -> None:
-    """One incarnation: plan, start, train to the end.
-
-    Raises TrainingFailedError, or PlacementError before it starts.
-    """
-    ep = plan_mesh(train.parallel, train.workers).ep
-    plan = placement.await_plan(train.workers, ep, worker_needs(train), train.wait_for_nodes)
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"task": task},
-        scaling_config=plan.to_scaling(),
-        # Ray's own record of the run; our checkpoints, metrics and summary lie in the store.
-        run_config=RunConfig(
-            name=task.incarnation,
-            storage_path=str(node_folder("train")),
-            failure_config=FailureConfig(max_failures=0),
-        ),
-    )
-    with _interruptible():
-        trainer.fit()
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ray Train takes over Ctrl-C, keeps it, and ends the process with a number; here it stays an interruption."""
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT) if on_main_thread else None
-    try:
-        yield
-    except SystemExit as error:
-        if error.code in (0, 1):  # Ray's; a signal of our own has another number
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        if on_main_thread:
-            signal.signal(signal.SIGINT, before)
-
-
-def worker_needs(train: TrainRecipe) -> placement.WorkerNeeds:
-    """What one process of this training asks of Ray."""
-    return placement.WorkerNeeds(train.cpus_per_worker, train.gpus_per_worker, train.accelerator_type)
-
-
-def _diagnose(error: TrainingFailedError) -> tuple[str, bool | None]:
-    """One line that says what failed on which rank, and whether another try makes sense.
-
-    None means that the error alone does not tell: another try makes sense if this one had got on.
-    """
-    if not isinstance(error, WorkerGroupError) or not error.worker_failures:
-        return one_line(error), True
-    causes = {rank: _root_cause(failure) for rank, failure in error.worker_failures.items()}
-    for rank, cause in sorted(causes.items()):
-        if isinstance(cause, _OWN_FAULT):
-            return f"training failed on rank {rank}: {one_line(cause)}", False
-    # When one worker dies its neighbours fail on the broken connection: name a death rather than its echo.
-    deaths = {rank: cause for rank, cause in causes.items() if isinstance(cause, RayError)}
-    if deaths:
-        rank, cause = min(deaths.items())
-        return f"worker of rank {rank} was lost: {one_line(cause)}", True
-    outside = {rank: cause for rank, cause in causes.items() if isinstance(cause, OSError | dist.DistError)}
-    rank, cause = min((outside or causes).items())
-    return f"training failed on rank {rank}: {one_line(cause)}", True if outside else None
-
-
-def _root_cause(failure: BaseException) -> BaseException:
-    """What the training function itself raised, out of Ray's wrappers."""
-    inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None)
-    return _root_cause(inner) if isinstance(inner, BaseException) and inner is not failure else failure
-
-
-# --- on the workers -------------------------------------------------------------------------------------------------
-
-
-def train_worker(config: Mapping[str, WorkerTask]) -> None:
-    """One rank of the training; Ray Train has initialised the process group."""
-    task = config["task"]
-    torch.set_num_threads(task.threads)
-    nodes = _verify_nodes(task)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    train = task.train
-    checkpointer = Checkpointer(task.output.child(CHECKPOINTS), Artifact, keep_last=train.keep_last)
-    metrics = MetricsWriter(task.output.child(METRICS), task.incarnation)
-
-    def on_resume(step: int) -> None:
-        if rank == 0:
-            record = {"resumed_step": step, "world_size": world_size, "nodes": nodes}
-            task.output.child(INCARNATIONS).write_json(f"{task.incarnation}.json", record)
-
-    def on_metrics(step: StepMetrics) -> None:
-        if rank == 0:
-            metrics.write(asdict(step))
-            if train.checkpoint_every and step.step % train.checkpoint_every == 0:
-                metrics.flush()  # a run resumed from this step's checkpoint will not repeat these lines
-
-    device = get_device()
-    assert isinstance(device, torch.device)
-    with ShardLoader(
-        task.shards,
-        seq_len=train.seq_len,
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
-        rank=rank,
-        world_size=world_size,
-        seed=train.seed,
-        shuffle_shards=task.shuffle_shards,
-        cache_dir=node_folder("shards"),
-        cache_bytes=task.cache_bytes,
-    ) as loader:
-        trainer = Trainer(
-            task.model, train, loader, checkpointer, on_metrics=on_metrics, on_resume=on_resume, device=device
-        )
-        summary: TrainSummary = trainer.fit()
-    if rank == 0:
-        metrics.flush()
-        task.attempt.write_json(SUMMARY, asdict(summary))
-
-
-def _verify_nodes(task: WorkerTask) -> list[str]:
-    """Node ids by rank. Raises PlacementError where an expert group crosses nodes."""
-    nodes: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
-    placement.verify(nodes, plan_mesh(task.train.parallel, len(nodes)).ep)
-    return nodes
+            ranks = [str(int(path.removeprefix("rank-").removesuffix(".txt"))) for path in folder.list()]
+        except StorageError as error:
+            _log.warning("whether the training hung could not be found out: %s", error)
+            return None
+        if not ranks:
+            return None
+        where = f"the stacks of rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)} lie in {folder.uri}"
+        return f"training hung: no step ended for train.hang_seconds={self._hang_seconds:g}; {where}"
 
 
 # --- watching -------------------------------------------------------------------------------------------------------
@@ -287,8 +127,8 @@ def _followed(context: StageContext) -> Iterator[None]:
     """Reports the training's progress, as the store tells it, while the block runs."""
     store = context.artifact_store
     reader = MetricsReader(store.child(METRICS))
-    reader.skip_existing()
-    seen = set(store.list(INCARNATIONS))
+    retried(reader.skip_existing, "reading the training's progress")
+    seen = set(retried(partial(store.list, INCARNATIONS), "reading the training's progress"))
     stop = threading.Event()
 
     def report() -> None:

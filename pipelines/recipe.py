@@ -14,20 +14,22 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from cluster.location import has_credentials
+from cluster.placement import WorldSizes
 from llama.config import ModelConfig
 from llama.engine.config import EngineConfig, check_cacheable
 from llama.presets import PRESETS, preset_settings
 from llama.tokenizer_training import SMALLEST_VOCABULARY, TokenizerKind
 from llama.training.config import TrainConfig, check_compilable, check_trainable
-from llama.training.mesh import check_experts_split, plan_mesh
+from llama.training.mesh import check_experts_split, fits_world_size, plan_mesh
 from pipelines.adopted_tokenizer import adopt_tokenizer
 from pipelines.data_config import DataConfig
 from pipelines.section import Positive, Section, lasting_uri
@@ -96,20 +98,33 @@ class TokenizerConfig(Section):
         return values
 
 
+def _counts(value: Any) -> Any:
+    """Raises ValueError for what is neither a number of workers nor the bounds of one."""
+    bounds = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    if not all(type(bound) is int for bound in bounds):
+        raise ValueError(f"train.workers={_shown(value)} is no number of workers, such as 4, and no [min, max]")
+    return value
+
+
 @dataclass(frozen=True)
 class TrainRecipe(TrainConfig):
     """A training run and what it asks of the cluster."""
 
-    workers: int = 1
-    """Ranks, one process each."""
+    workers: Annotated[int | tuple[int, int], BeforeValidator(_counts)] = 1
+    """Ranks, one process each; or [min, max], between which the training takes the most that the nodes hold whenever
+    it starts, shrinks when it loses some, and grows at a checkpoint when a node joins. The global batch stays: every
+    rank accumulates more or fewer micro-batches."""
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     accelerator_type: str | None = None
     """Ray's name of the GPU that a worker must get, such as H200."""
     wait_for_nodes: float = 0.0
-    """Seconds to wait for an autoscaler to bring the nodes that the workers need; 0 refuses at once."""
+    """Seconds to wait for the nodes that the (fewest) workers need, at the beginning and after a loss; an autoscaler is
+    asked for them. 0 refuses at once."""
     max_failures: int = 2
-    """How often the training may be restarted from its last checkpoint after losing a worker."""
+    """How often in a row the training may be restarted from its last checkpoint after losing a worker. A restart that
+    committed a newer checkpoint before it failed ends the row; growing, and nodes that were announced to be taken away,
+    are no failures."""
     shuffle_shards: int | None = None
     """Shards whose rows are mixed with one another; each epoch takes the shards in an order of its own. None mixes the
     rows of all shards, and so needs them all at hand."""
@@ -119,8 +134,17 @@ class TrainRecipe(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers < 1:
-            raise ValueError(f"train.workers={self.workers} must be at least 1")
+        sizes = self.world_sizes
+        smallest, largest, shown = sizes.smallest, sizes.largest, str(sizes)
+        if smallest < 1:
+            raise ValueError(f"train.workers={shown} must be at least 1")
+        if smallest > largest:
+            raise ValueError(f"train.workers={shown} is [min, max] with min above max; write [{largest}, {smallest}]")
+        if smallest < largest and self.parallel.dp_shard != -1:
+            raise ValueError(
+                f"train.parallel.dp_shard={self.parallel.dp_shard} allows one number of workers, and train.workers="
+                f"{shown} several; set train.parallel.dp_shard=-1"
+            )
         if self.wait_for_nodes < 0:
             raise ValueError(f"train.wait_for_nodes={self.wait_for_nodes} must not be negative; 0 refuses at once")
         if self.max_failures < 0:
@@ -130,6 +154,27 @@ class TrainRecipe(TrainConfig):
             if value is not None and value < 1:
                 raise ValueError(f"train.{name}={value} must be at least 1; leave it out to {otherwise}")
         _check_resources("train", "worker", self.cpus_per_worker, self.gpus_per_worker, self.accelerator_type)
+
+    @property
+    def world_sizes(self) -> WorldSizes:
+        """The numbers of workers that may train this."""
+        smallest, largest = self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+        return WorldSizes(smallest, largest, self.parallel.ep, partial(fits_world_size, self))
+
+    def check_world_sizes(self) -> None:
+        """Raises ValueError if no number of workers fits the mesh and the batch; names the nearest that does."""
+        sizes = self.world_sizes
+        if sizes.smallest == sizes.largest:  # these say what is wrong with it
+            self.accumulation_steps(sizes.largest)
+            plan_mesh(self.parallel, sizes.largest)
+        elif sizes.usable(sizes.largest) is None:
+            nearest = sizes.nearest(self.global_batch // self.micro_batch)
+            remedy = f"; {nearest} would" if nearest else ""
+            raise ValueError(
+                f"train.workers={sizes}: no number between them is a multiple of train.parallel.dp_replicate="
+                f"{self.parallel.dp_replicate} times train.parallel.ep={self.parallel.ep} and, times train.micro_batch="
+                f"{self.micro_batch}, divides train.global_batch={self.global_batch}{remedy}"
+            )
 
 
 class EvaluateConfig(Section):
@@ -257,9 +302,8 @@ class Recipe(Section):
             raise ValueError(
                 f"train.seq_len={train.seq_len} is above model.max_seq_len={model.max_seq_len}; lower it, or raise that"
             )
-        train.accumulation_steps(train.workers)
-        plan = plan_mesh(train.parallel, train.workers)
-        check_experts_split(model, plan.ep)
+        train.check_world_sizes()
+        check_experts_split(model, train.parallel.ep)
         check_trainable(model)
         check_compilable(model, self.train)
         check_cacheable(model)

@@ -8,8 +8,9 @@ from pipelines.deploy import deploy_stage
 from pipelines.evaluate import evaluate_stage
 from pipelines.export import export_stage
 from pipelines.graph import Graph
+from pipelines.incarnations import worker_needs
 from pipelines.ingest import ingest_stage
-from pipelines.pretrain import pretrain_stage, worker_needs
+from pipelines.pretrain import pretrain_stage
 from pipelines.recipe import Recipe
 from pipelines.shards import ShardConfig, shards_stage
 from pipelines.vocabulary import tokenizer_stage

@@ -32,7 +32,14 @@ from llama.training.tensor_files import (
     read_tensors,
 )
 
-__all__ = ["CheckpointError", "Checkpointer", "CorruptCheckpoint", "load_model_weights", "training_tensors"]
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "CorruptCheckpoint",
+    "StoreFailed",
+    "load_model_weights",
+    "training_tensors",
+]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +56,10 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; says on which ranks and why."""
+
+
+class StoreFailed(CheckpointError):
+    """The store, and nothing that was asked of it, is at fault: another try may succeed."""
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -95,6 +106,7 @@ class Checkpointer:
         self._keep_last = keep_last
         self._pending: Future[Any] | None = None
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._agreement = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def artifact(self, step: int) -> Artifact:
         return self._open(f"step-{step:08d}")
@@ -115,7 +127,7 @@ class Checkpointer:
         return self._on_first_rank(find)
 
     def save(self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], *, wait: bool = False) -> None:
-        """Copies the tensors and writes them in the background; a save still under way is awaited first.
+        """`begin`, once a save that is still under way has ended.
 
         Args:
             tensors: as `training_tensors`; may change as soon as this returns.
@@ -126,6 +138,15 @@ class Checkpointer:
             CheckpointError: this save (with `wait`) or the previous one failed.
         """
         self.wait()
+        self._pending = self.begin(step, tensors, progress)
+        if wait:
+            self.wait()
+
+    def begin(self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any]) -> Future[Any]:
+        """Copies the tensors and writes them in the background; no other save may be under way in this group.
+
+        The future ends when the checkpoint is committed, and raises on every rank if one of them could not write.
+        """
         group = self._require_group()
         rng = {f"rng.{dist.get_rank()}": torch.get_rng_state()}
         writer = _RetainingWriter(self, step, {"step": step} | progress)
@@ -136,9 +157,7 @@ class Checkpointer:
             process_group=group,
         )
         assert isinstance(pending, Future)
-        self._pending = pending
-        if wait:
-            self.wait()
+        return pending
 
     def wait(self) -> None:
         """Returns when no save is under way. Raises CheckpointError if the last one failed."""
@@ -150,6 +169,17 @@ class Checkpointer:
         except (Exception, CheckpointException) as error:
             raise CheckpointError(f"the checkpoint could not be written: {error}") from error
 
+    def agree(self, value: int) -> int:
+        """The greatest of the ranks' values, beside a save that is under way; every rank calls this together."""
+        greatest = torch.tensor([value])
+        dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=self._agreement)
+        return int(greatest)
+
+    def renew_group(self) -> None:
+        """A group for the saves to come, after one that hangs or broke off in the old; every rank calls this."""
+        self._require_group()
+        self._group = dist.new_group(backend="gloo")
+
     def load(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Fills `tensors` in place from the checkpoint of `step` and returns its progress.
 
@@ -158,7 +188,7 @@ class Checkpointer:
         Raises:
             FileNotFoundError: no such checkpoint is committed.
             CorruptCheckpoint: bytes are wrong, on whichever rank; every rank raises it. What was filled so far stays.
-            CheckpointError: a tensor is absent or has another shape, or the store failed.
+            CheckpointError: a tensor is absent or has another shape; StoreFailed: the store did not hand it out.
         """
         group = self._require_group()
         files, index, progress = self._on_first_rank(lambda: self._contents(step))
@@ -174,7 +204,9 @@ class Checkpointer:
             for cause, _ in error.failures.values():
                 if isinstance(cause, CorruptCheckpoint):
                     raise cause from error
-            raise CheckpointError(f"the checkpoint of step {step} could not be read: {error}") from error
+            stored = any(isinstance(cause, OSError) for cause, _ in error.failures.values())
+            kind = StoreFailed if stored else CheckpointError
+            raise kind(f"the checkpoint of step {step} could not be read: {error}") from error
         for state in rng.values():
             torch.set_rng_state(state)
         return progress

@@ -178,6 +178,9 @@ class TrainConfig:
     """Committed checkpoints kept."""
     log_every: int = 10
     """Steps between metrics; the first and the last step always report."""
+    hang_seconds: float = 600.0
+    """Seconds without a step, a save or a load after which a rank counts as hanging: its stacks are written down and
+    its process ends. Must exceed the longest step, the first with its compilation; 0 never does."""
     seed: int = 0
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -199,6 +202,10 @@ class TrainConfig:
         _require(
             self.checkpoint_every >= 0,
             f"train.checkpoint_every={self.checkpoint_every} must not be negative; 0 writes only the last step's",
+        )
+        _require(
+            self.hang_seconds >= 0,
+            f"train.hang_seconds={self.hang_seconds} must not be negative; 0 turns the watchdog off",
         )
         _require(0 <= self.seed < 2**31, f"train.seed={self.seed} must lie in [0, 2**31)")
 

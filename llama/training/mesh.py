@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from llama.config import ModelConfig
-from llama.training.config import ParallelConfig
+from llama.training.config import ParallelConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,16 @@ def plan_mesh(parallel: ParallelConfig, world_size: int) -> MeshPlan:
             "number of workers"
         )
     return MeshPlan(parallel.dp_replicate, dp_shard, parallel.ep)
+
+
+def fits_world_size(train: TrainConfig, world_size: int) -> bool:
+    """Whether so many ranks can train this: the mesh can be laid out, and the global batch splits evenly."""
+    try:
+        plan_mesh(train.parallel, world_size)
+        train.accumulation_steps(world_size)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,17 @@ class StepMetrics:
     """Bytes of token rows that crossed between ranks in this step, forward and backward, over all ranks."""
     skipped_steps: int
     """Steps without an update, since step 0: the gradient was not finite, or an outlier (llama/training/skip.py)."""
+    failed_checkpoints: int = 0
+    """Checkpoints that were due and could not be written, since step 0."""
 
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """A finished run, or the last part of one that was resumed."""
+    """A finished run, or one part of it: the last after a resume, or one that was told to stop."""
 
     step: int
+    finished: bool
+    """Whether all steps are done; False for a part that stopped early, with its checkpoint if one could be written."""
     resumed_step: int
     """Step of the checkpoint that this part went on from; 0 for a fresh start."""
     loss: float | None
@@ -54,3 +58,4 @@ class TrainSummary:
     all_to_all_bytes: int
     """Of this part, over all ranks."""
     skipped_steps: int
+    failed_checkpoints: int = 0

@@ -33,6 +33,7 @@ from llama.moe import RoutingRecord
 from llama.training.attention import BlockCausalAttend
 from llama.training.batch import Batch, loss_sum
 from llama.training.config import TrainConfig
+from llama.training.control import Request
 from llama.training.optim import clip_coefficient, local_square_sum, scale_gradients
 from llama.training.parallel import moe_layers
 from llama.training.schedule import learning_rate
@@ -63,6 +64,8 @@ class StepResult:
     z_loss: float | None
     expert_load: dict[int, list[float]]
     all_to_all_bytes: int
+    request: Request
+    """The most urgent that any rank came with."""
 
 
 def attention(device: torch.device, *, compiled: bool = False) -> Callable[[Tensor | None], Attend]:
@@ -95,8 +98,11 @@ class TrainStep:
         dispatches = (moe.dispatch for moe in self._moes.values())
         self._dispatches = [dispatch for dispatch in dispatches if isinstance(dispatch, AllToAllDispatch)]
 
-    def __call__(self, batches: list[Batch], step: int) -> StepResult:
-        """Optimizer step number `step`, counted from 0, over this rank's micro-batches."""
+    def __call__(self, batches: list[Batch], step: int, request: Request = Request.GO_ON) -> StepResult:
+        """Optimizer step number `step`, counted from 0, over this rank's micro-batches.
+
+        `request` is what this rank wants done after the step; the ranks agree in the step's own all-reduce.
+        """
         valid = torch.stack([batch.num_targets() for batch in batches]).sum()
         counting = dist.all_reduce(valid, async_op=True)
         bytes_before = sum(dispatch.bytes_sent for dispatch in self._dispatches)
@@ -115,6 +121,7 @@ class TrainStep:
                 local_square_sum(gradients, self._world_size),
                 sums.cross_entropy,
                 torch.full_like(sums.cross_entropy, bytes_sent),
+                torch.full_like(sums.cross_entropy, request),
             )
         )
         dist.all_reduce(totals)
@@ -122,7 +129,7 @@ class TrainStep:
         numbers = [totals, torch.stack((valid.double(), sums.balance, sums.z))]
         if sums.counts_LE is not None:
             numbers.append(_shares(sums.counts_LE))
-        square, cross_entropy, all_bytes, targets, balance, z, *loads = torch.cat(numbers).tolist()
+        square, cross_entropy, all_bytes, requests, targets, balance, z, *loads = torch.cat(numbers).tolist()
         norm = math.sqrt(square) if square >= 0 else math.nan
         lr = learning_rate(step, self.config.steps, self.config.optimizer.lr, self.config.schedule)
         updated = self._update(gradients, norm, lr, sums)
@@ -135,6 +142,7 @@ class TrainStep:
             z_loss=z / len(self._moes) if self._moes else None,
             expert_load=self._by_layer(loads),
             all_to_all_bytes=int(all_bytes),
+            request=Request.of_sum(requests),
         )
 
     def _micro_step(self, batch: Batch, sums: _StepSums, counting: dist.Work, valid: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,17 +16,23 @@ import torch.distributed as dist
 from llama.config import ModelConfig
 from llama.model import Transformer
 from llama.training.batch import Batch
-from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, training_tensors
+from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, StoreFailed, training_tensors
 from llama.training.config import TrainConfig, check_compilable, check_trainable
+from llama.training.control import Request
 from llama.training.memory import reuse_freed_memory
 from llama.training.mesh import build_mesh, process_group
 from llama.training.metrics import StepMetrics, TrainSummary
 from llama.training.optim import build_optimizer
 from llama.training.parallel import apply_parallel, init_sharded_weights
 from llama.training.precision import fast_cpu_matmul
+from llama.training.retry import retried
+from llama.training.saver import HURRIED_PAUSES, Saver
 from llama.training.step import StepResult, TrainStep
+from llama.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
 
 
 class Loader(Protocol):
@@ -49,6 +56,7 @@ class _Progress:
     skipped_steps: int = 0
     loss: float | None = None
     """Of the last step; None before the first, or when it was not finite, which JSON cannot say."""
+    failed_checkpoints: int = 0
 
 
 @dataclass
@@ -65,13 +73,16 @@ class Trainer:
 
     Without a process group it makes one of a single rank for the time of `fit`. With a checkpointer, training goes on
     from its latest committed checkpoint, and saves every `checkpoint_every` steps and at the end. A checkpoint whose
-    bytes are wrong is discarded, and the one before it taken.
+    bytes are wrong is discarded, and the one before it taken. A checkpoint that cannot be written is logged and
+    counted, and training goes on; only for the last one it tries for some minutes, and then fails.
 
     Args:
         loader: this rank's data.
         checkpointer: None trains without.
         on_metrics: called on every rank with the same values, every `log_every` steps and after the first and last.
         on_resume: called on every rank before the first step, with the step that training goes on from (0: none).
+        control: asked before every step, on every rank; the ranks do what the most urgent answer says.
+        watchdog: is told of everything that moves; the caller enters it.
 
     Raises:
         ValueError: the config does not fit the model or the number of ranks.
@@ -86,6 +97,8 @@ class Trainer:
         *,
         on_metrics: Callable[[StepMetrics], None] = lambda metrics: None,
         on_resume: Callable[[int], None] = lambda step: None,
+        control: Callable[[], Request] = lambda: Request.GO_ON,
+        watchdog: Watchdog | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if config.seq_len > model_config.max_seq_len:
@@ -101,14 +114,22 @@ class Trainer:
         self.checkpointer = checkpointer
         self.on_metrics = on_metrics
         self.on_resume = on_resume
+        self.control = control
+        self.watchdog = watchdog or Watchdog(0)
         self.device = torch.device(device)
 
     def fit(self) -> TrainSummary:
-        """Trains to `config.steps` and returns when the last checkpoint is committed."""
+        """Trains to `config.steps`, or until told to stop, and returns when the last checkpoint is committed.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written, or the one to go on from not be read.
+        """
         with process_group(), fast_cpu_matmul(), reuse_freed_memory():
             self._set_up()
+            self.watchdog.beat()
             resumed_step = self._resume()
             self.on_resume(resumed_step)
+            self.watchdog.beat()
             return self._train(resumed_step)
 
     def _set_up(self) -> None:
@@ -134,15 +155,22 @@ class Trainer:
     def _resume(self) -> int:
         """Goes back to the latest checkpoint that can be read; returns its step, 0 without one."""
         checkpointer, discarded = self.checkpointer, False
-        while checkpointer is not None and (step := checkpointer.latest()) is not None:
+        while checkpointer is not None and (step := self._retried(checkpointer.latest, "looking")) is not None:
+            tensors = training_tensors(self.model, self.optimizer)
             try:
-                saved = checkpointer.load(step, training_tensors(self.model, self.optimizer))
+                saved = self._retried(partial(checkpointer.load, step, tensors), f"loading step {step}")
             except CorruptCheckpoint as error:
                 checkpointer.discard(step, error)
                 self._initialise()  # part of it may have been read
                 discarded = True
                 continue
-            self._progress = _Progress(saved["step"], saved["tokens"], saved["skipped_steps"], saved.get("loss"))
+            self._progress = _Progress(
+                saved["step"],
+                saved["tokens"],
+                saved["skipped_steps"],
+                saved.get("loss"),
+                saved.get("failed_checkpoints", 0),
+            )
             self._step.guard.restore(**saved["guard"])
             self.loader.load_state_dict(saved["loader"])
             return step
@@ -150,26 +178,41 @@ class Trainer:
             log.warning("no checkpoint is left; training starts from step 0")
         return 0
 
+    def _retried(self, action: Callable[[], ResultT], what: str) -> ResultT:
+        """On all ranks, which see the same failures."""
+        return retried(
+            action, f"{what} for the checkpoint to go on from", on=(OSError, StoreFailed), sleep=self.watchdog.sleep
+        )
+
     def _train(self, resumed_step: int) -> TrainSummary:
         clock, first_tokens, bytes_moved = _Clock(), self._progress.tokens, 0
+        saver = Saver(self.checkpointer, self.watchdog) if self.checkpointer else None
+        failed_before, request, stopped = self._progress.failed_checkpoints, Request.GO_ON, False
         reported_tokens = first_tokens
         batches = iter(self.loader)
-        while self._progress.step < self.config.steps:
+        while self._progress.step < self.config.steps and not stopped:
+            request = max(request, self.control())
             batch = [self._checked(next(batches)) for _ in range(self._step.accumulation)]
-            metrics = self._account(self._step(batch, self._progress.step))
+            result = self._step(batch, self._progress.step, request)
+            metrics = self._account(result)
+            self.watchdog.beat()
             bytes_moved += metrics.all_to_all_bytes
             if metrics.step in (resumed_step + 1, self.config.steps) or metrics.step % self.config.log_every == 0:
                 now = time.perf_counter()
                 rate = (metrics.tokens - reported_tokens) / (now - clock.reported)
                 clock.reported, reported_tokens = now, metrics.tokens
                 self.on_metrics(replace(metrics, tokens_per_second=rate))
-            self._maybe_save(clock)
+            if saver is not None:
+                began = time.perf_counter()
+                stopped = self._save(saver, result.request)
+                clock.checkpoint += time.perf_counter() - began
+                self._progress.failed_checkpoints = failed_before + saver.failed
+            stopped = stopped or result.request is Request.STOP_NOW
         seconds = time.perf_counter() - clock.started
         trained = self._progress.tokens - first_tokens
-        if self.checkpointer:
-            self.checkpointer.wait()
         return TrainSummary(
             step=self._progress.step,
+            finished=self._progress.step >= self.config.steps,
             resumed_step=resumed_step,
             loss=self._progress.loss,
             tokens=self._progress.tokens,
@@ -178,6 +221,7 @@ class Trainer:
             checkpoint_seconds=clock.checkpoint,
             all_to_all_bytes=bytes_moved,
             skipped_steps=self._progress.skipped_steps,
+            failed_checkpoints=self._progress.failed_checkpoints,
         )
 
     def _account(self, result: StepResult) -> StepMetrics:
@@ -200,17 +244,26 @@ class Trainer:
             expert_load=result.expert_load,
             all_to_all_bytes=result.all_to_all_bytes,
             skipped_steps=progress.skipped_steps,
+            failed_checkpoints=progress.failed_checkpoints,
         )
 
-    def _maybe_save(self, clock: _Clock) -> None:
+    def _save(self, saver: Saver, request: Request) -> bool:
+        """The checkpoint of this step, if one is due or asked for; returns whether the request to stop is met."""
         step, every = self._progress.step, self.config.checkpoint_every
-        if self.checkpointer is None or not (step == self.config.steps or (every and step % every == 0)):
-            return
-        began = time.perf_counter()
+        last, due = step == self.config.steps, bool(every) and step % every == 0
+        if not (last or due or request is Request.STOP_NOW):
+            return False
         states = {"loader": self.loader.state_dict(), "guard": self._step.guard.state()}
         progress = asdict(self._progress) | states | {"train": asdict(self.config)}
-        self.checkpointer.save(step, training_tensors(self.model, self.optimizer), progress)
-        clock.checkpoint += time.perf_counter() - began
+        tensors = training_tensors(self.model, self.optimizer)
+        if last:
+            saver.save_or_fail(step, tensors, progress)
+        elif request is Request.GO_ON:
+            saver.save(step, tensors, progress)
+        else:
+            pauses = HURRIED_PAUSES if request is Request.STOP_NOW else ()
+            return saver.save_now(step, tensors, progress, pauses)
+        return False
 
     def _checked(self, batch: Batch) -> Batch:
         expected = (self.config.micro_batch, self.config.seq_len)

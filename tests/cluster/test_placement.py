@@ -3,7 +3,18 @@ import itertools
 import pytest
 
 from cluster import placement
-from cluster.placement import NodeResources, PlacementError, WorkerNeeds, await_plan, capacity, plan, refit, verify
+from cluster.placement import (
+    NodeResources,
+    PlacementError,
+    WorkerNeeds,
+    WorldSizes,
+    await_plan,
+    capacity,
+    largest_plan,
+    plan,
+    refit,
+    verify,
+)
 
 ONE_CPU = WorkerNeeds()
 H200 = WorkerNeeds(gpus=1, accelerator_type="H200")
@@ -57,6 +68,41 @@ def test_refusal_names_the_nearest_plan_that_fits() -> None:
                 assert size == ep and abs(count - workers) == min(abs(each - workers) for each in sums)
             else:
                 assert size == max(slots), "no group of ep fits anywhere, so the largest that does"
+
+
+def test_the_largest_plan_agrees_with_brute_force() -> None:
+    """Every world size that the batch allows, on every assignment of whole groups to nodes."""
+    for slots, ep, smallest, largest, batch in itertools.product(
+        [slots for slots in _CASES if len(slots) < 3], (1, 2), (1, 2, 3), (3, 4, 8), (4, 6)
+    ):
+        sizes = WorldSizes(smallest, largest, ep, lambda size, ep=ep, batch=batch: size % ep == 0 == batch % size)
+        room = {sum(each) for each in _all_assignments(slots, ep)} - {0}
+        usable = [size for size in room if size % ep == 0 == batch % size]
+        inside = [size for size in usable if smallest <= size <= largest]
+        if inside:
+            made = largest_plan(_nodes(slots), sizes, ONE_CPU)
+            assert made.workers == max(inside)
+            verify(sorted(made.node_ids), ep)
+            continue
+        with pytest.raises(PlacementError) as refused:
+            largest_plan(_nodes(slots), sizes, ONE_CPU)
+        if usable:
+            distances = {size: max(smallest - size, size - largest) for size in usable}
+            count, size = refused.value.nearest or (0, 0)
+            assert size == ep and distances[count] == min(distances.values())
+            assert f"workers={count} with ep={ep} would fit" in str(refused.value)
+
+
+def test_a_range_without_room_says_why_and_what_fits() -> None:
+    sizes = WorldSizes(4, 8, 2, lambda size: size % 2 == 0)
+    with pytest.raises(
+        PlacementError, match=r"workers=\[4, 8\] in groups of ep=2 do not fit .*node-0: 3.*workers=2 with"
+    ):
+        largest_plan(_nodes((3, 1)), sizes, ONE_CPU)
+    with pytest.raises(PlacementError, match=r"workers=\[4, 8\] in groups of ep=2 .*workers=2 with ep=1 would fit"):
+        largest_plan(_nodes((1, 1)), sizes, ONE_CPU)
+    with pytest.raises(PlacementError, match=r"workers=\[5, 7\] fit the training in no number; workers=4 with ep=2"):
+        largest_plan(_nodes((8,)), WorldSizes(5, 7, 2, lambda size: size in (2, 4)), ONE_CPU)
 
 
 def test_error_says_why_and_what_fits() -> None:
@@ -127,7 +173,7 @@ class FakeCluster:
         self.looks = 0
         self.requests: list[list[dict[str, float]]] = []
 
-    def alive_nodes(self) -> list[NodeResources]:
+    def alive_nodes(self, without: object) -> list[NodeResources]:
         self.looks += 1
         head, node = NodeResources("head", cpus=8), NodeResources("gpu", cpus=96, gpus=8, accelerator_type="H200")
         return [head, node] if self.looks >= self.appears_at else [head]
@@ -147,31 +193,37 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
 
 def test_no_room_is_refused_at_once_with_the_reason(cluster: FakeCluster) -> None:
     with pytest.raises(PlacementError, match="no node has room for even one worker of 1 CPU and 1 GPU of H200"):
-        await_plan(4, 2, H200)
+        await_plan(WorldSizes.exactly(4, 2), H200)
     assert cluster.requests == [] and cluster.looks == 1
 
 
 def test_an_autoscaler_is_asked_once_and_the_request_is_withdrawn(cluster: FakeCluster) -> None:
-    assert await_plan(4, 2, H200, wait_seconds=30).node_ids == ["gpu"] * 4
+    assert await_plan(WorldSizes.exactly(4, 2), H200, wait_seconds=30).node_ids == ["gpu"] * 4
     assert cluster.looks == 4
     assert cluster.requests == [[{"CPU": 1.0, "GPU": 1, "accelerator_type:H200": 0.001}] * 4, []]
 
 
 def test_room_that_is_there_is_asked_of_nobody(cluster: FakeCluster) -> None:
-    assert await_plan(4, 2, ONE_CPU, wait_seconds=30).node_ids == ["head"] * 4
+    assert await_plan(WorldSizes.exactly(4, 2), ONE_CPU, wait_seconds=30).node_ids == ["head"] * 4
     assert cluster.requests == []
+
+
+def test_the_fewest_are_waited_for_and_the_most_that_are_there_taken(cluster: FakeCluster) -> None:
+    sizes = WorldSizes(4, 16, 2, lambda size: size % 4 == 0)
+    assert await_plan(sizes, H200, wait_seconds=30).node_ids == ["gpu"] * 8
+    assert cluster.requests == [[{"CPU": 1.0, "GPU": 1, "accelerator_type:H200": 0.001}] * 4, []]
 
 
 def test_waiting_ends_and_withdraws(cluster: FakeCluster) -> None:
     cluster.appears_at = float("inf")
     with pytest.raises(PlacementError):
-        await_plan(4, 2, H200, wait_seconds=0.02)
+        await_plan(WorldSizes.exactly(4, 2), H200, wait_seconds=0.02)
     assert cluster.requests[1:] == [[]]
 
 
 def test_what_no_node_could_help_is_not_waited_for(cluster: FakeCluster) -> None:
     with pytest.raises(PlacementError, match="workers=3 is not a multiple of ep=2"):
-        await_plan(3, 2, H200, wait_seconds=30)
+        await_plan(WorldSizes.exactly(3, 2), H200, wait_seconds=30)
     assert cluster.requests == [] and cluster.looks == 1
 
 
@@ -181,5 +233,5 @@ def test_interrupt_withdraws_the_request(cluster: FakeCluster, monkeypatch: pyte
 
     monkeypatch.setattr("time.sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        await_plan(4, 2, H200, wait_seconds=30)
+        await_plan(WorldSizes.exactly(4, 2), H200, wait_seconds=30)
     assert cluster.requests[1:] == [[]]

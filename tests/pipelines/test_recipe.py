@@ -51,6 +51,7 @@ def test_values_and_defaults():
         ("data.sources=[{uri: /a}]", lambda r: [s.uri for s in r.data.sources], ["/a"]),
         ("evaluate.prompts=['a=b', c]", lambda r: r.evaluate.prompts, ("a=b", "c")),
         ("serve.engine.num_blocks=99", lambda r: r.serve.engine.num_blocks, 99),
+        ("train.workers=[2, 4]", lambda r: r.train.workers, (2, 4)),
         ("train.accelerator_type=null", lambda r: r.train.accelerator_type, None),
         ("tokenizer.vocab_size=1000", lambda r: r.model.vocab_size, 1000),
     ],
@@ -125,6 +126,17 @@ ERRORS = [
     ("model.preset=3", "model.preset=3 is no name; choose one of tiny"),
     ("model.prest=tiny", "model.prest: unknown key; did you mean model.preset?"),
     ("train.workers=0", "train.workers=0 must be at least 1"),
+    ("train.workers=many", "train.workers='many' is no number of workers, such as 4, and no [min, max]"),
+    ("train.workers=[1, 2, 4]", "train.workers=[1, 2, 4] is no number of workers, such as 4, and no [min, max]"),
+    ("train.workers=[2, yes]", "train.workers[1]=True is no number; give one"),
+    ("train.workers=[4, 2]", "train.workers=[4, 2] is [min, max] with min above max; write [2, 4]"),
+    ("train.workers=[0, 2]", "train.workers=[0, 2] must be at least 1"),
+    (
+        "train={steps: 1, global_batch: 8, micro_batch: 2, seq_len: 64, workers: [2, 4], parallel: {dp_shard: 2}}",
+        "train.parallel.dp_shard=2 allows one number of workers, and train.workers=[2, 4] several; set",
+    ),
+    ("train.workers=[5, 7]", "train.workers=[5, 7]: no number between them is a multiple of"),
+    ("train.hang_seconds=-1", "train.hang_seconds=-1.0 must not be negative; 0 turns the watchdog off"),
     ("train.max_failures=-1", "train.max_failures=-1 must not be negative"),
     ("train.shuffle_shards=0", "train.shuffle_shards=0 must be at least 1; leave it out to mix all shards"),
     ("train.cache_bytes=0", "train.cache_bytes=0 must be at least 1; leave it out to copy all shards"),
@@ -157,6 +169,13 @@ def test_a_question_mark_within_braces_needs_quotes():
         Recipe.from_yaml("data:\n  sources: [{uri: s3://b/a?region=x}]")
     quoted = Recipe.from_yaml(TEXT, ['data.sources=[{uri: "s3://b/a?region=x"}]'])
     assert quoted.data.sources[0].uri == "s3://b/a?region=x"
+
+
+def test_a_range_of_workers_must_hold_one_that_fits_mesh_and_batch():
+    with pytest.raises(RecipeError, match=r"train.global_batch=8; 4 would$"):
+        Recipe.from_yaml(TEXT, ["train.workers=[5, 7]"])
+    sizes = Recipe.from_yaml(TEXT, ["train.workers=[1, 9]"]).train.world_sizes
+    assert [size for size in range(1, 10) if sizes.fits(size)] == [2, 4]
 
 
 @pytest.mark.parametrize(("override", "expected"), ERRORS, ids=[override for override, _ in ERRORS])
