@@ -69,7 +69,11 @@ def apply_parallel(
         # In this order: a compiler must see the repetition, and FSDP's hooks lie outside of both.
         recompute_activations(block, activation_checkpointing, random=random)
         if compile:
-            block.compile(isolate_recompiles=True)  # blocks share their code, and not a limit on its variants
+            if layer in moes:
+                # How many rows an expert gets is data, and a compiler would make a variant of each layer's entry in
+                # the routing record: the experts stay as they are, with kernels of their own (llama/kernels/rows.py).
+                moes[layer].forward = torch.compiler.disable(moes[layer].forward)  # type: ignore[method-assign]
+            block.compile()
         experts = moes[layer].experts if layer in moes else None
         if experts is not None and meshes.sparse is not None:
             _split_experts(moes[layer], meshes.sparse, policy, reshard)

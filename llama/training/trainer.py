@@ -173,6 +173,8 @@ class Trainer:
             )
             self._step.guard.restore(**saved["guard"])
             self.loader.load_state_dict(saved["loader"])
+            if dist.get_rank() == 0:
+                log.info("training goes on from the checkpoint of step %d", step)
             return step
         if discarded and dist.get_rank() == 0:
             log.warning("no checkpoint is left; training starts from step 0")

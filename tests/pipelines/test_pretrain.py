@@ -34,6 +34,7 @@ def test_the_key_is_of_what_is_trained_not_of_where() -> None:
         parallel=ParallelConfig(),
         max_failures=9,
     )
+    moved = replace(moved, activation_checkpointing="full", compile=True)
     assert key(replace(moved, cache_bytes=10**9)) == base
     assert key(replace(TRAIN, shuffle_shards=4)) != base
     for change in ({"steps": 7}, {"seed": 1}, {"precision": "bf16"}, {"optimizer": OptimizerConfig(lr=1e-4)}):
