@@ -9,23 +9,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llama.config import ModelConfig
+from llama.counts import parameter_shapes
 from llama.hf_architectures import Architecture
 from llama.hf_caravan import CARAVAN_NAME, write_caravan_config
 from llama.hf_config import find_architecture, read_architecture, read_config, write_config
 from llama.hf_files import DirectoryWriter, Slot, StoredTensors
 from llama.hf_names import EMBEDDINGS, LM_HEAD, StoredTensor, stored_tensors, turn_rows
 from llama.hf_values import CONFIG_FILE, UnsupportedModel, read_json
+from llama.lora import base_state
 from llama.model import Transformer
 from llama.tokenizer import GENERATION_CONFIG_FILE, Tokenizer
 
-__all__ = ["MAX_SHARD_SIZE", "UnsupportedModel", "export_architecture", "load_pretrained", "save_pretrained"]
+__all__ = [
+    "MAX_SHARD_SIZE",
+    "UnsupportedModel",
+    "export_architecture",
+    "load_pretrained",
+    "load_weights",
+    "save_pretrained",
+]
 
 
 MAX_SHARD_SIZE = 5 * 1000**3
@@ -41,6 +54,12 @@ def export_architecture(config: ModelConfig) -> str:
     """
     architecture = find_architecture(config, _trains_expert_bias(config))
     return architecture.name if architecture is not None else CARAVAN_NAME
+
+
+def architecture_of(model: Transformer) -> Architecture | None:
+    """The architecture that `save_pretrained` writes a plain model as; None is Caravan's own."""
+    biased = any(bool(buffer.any()) for name, buffer in model.named_buffers() if name.endswith("router.expert_bias"))
+    return find_architecture(model.config, biased or _trains_expert_bias(model.config))
 
 
 def _trains_expert_bias(config: ModelConfig) -> bool:
@@ -85,8 +104,7 @@ def save_pretrained(
             "tokenizer that the model was trained with"
         )
     dtype = dtype or model.tok_embeddings.weight.dtype
-    biased = any(bool(tensor.any()) for name, tensor in state.items() if name.endswith("router.expert_bias"))
-    architecture = find_architecture(config, biased or _trains_expert_bias(config))
+    architecture = architecture_of(model)
     entries = list(stored_tensors(config, architecture))
     slots = [Slot(entry.stored, entry.shape, torch.float32 if entry.expert_bias else dtype) for entry in entries]
     token_ids = tokenizer.named_ids if tokenizer else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -116,6 +134,17 @@ def _outgoing(
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A directory whose names and shapes agree with its `config.json`."""
+
+    directory: Path
+    config: ModelConfig
+    architecture: Architecture | None
+    tensors: StoredTensors
+    entries: list[StoredTensor]
+
+
 @torch.no_grad()
 def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
     """Reads a Hugging Face directory of a supported architecture, one tensor at a time.
@@ -128,7 +157,31 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
             misshapen or belongs nowhere. Nothing is allocated before names and shapes agree.
         FileNotFoundError: no `config.json`.
     """
-    directory = Path(directory)
+    with _open(Path(directory)) as source:
+        model = _empty_model(source.config, dtype)
+        _fill(source, source.config, model.state_dict())
+    return model.eval()
+
+
+@torch.no_grad()
+def load_weights(directory: str | Path, model: Transformer) -> None:
+    """Fills a model, sharded or not, from a Hugging Face directory; routing biases that are absent stay.
+
+    Of a sharded model every rank reads the whole directory through memory maps and keeps its shards, without
+    communication: beside them it holds one parameter at a time. Adapters (llama/lora.py) are left alone.
+
+    Raises:
+        UnsupportedModel: as `load_pretrained`, and parameters of other shapes than the model's.
+        FileNotFoundError: no `config.json`.
+    """
+    with _open(Path(directory)) as source:
+        if parameter_shapes(source.config) != parameter_shapes(model.config):
+            raise UnsupportedModel(f"{directory} holds a model of other shapes; give the config that it has")
+        _fill(source, model.config, base_state(model))
+
+
+@contextmanager
+def _open(directory: Path) -> Iterator[_Source]:
     config_path = directory / CONFIG_FILE
     if not config_path.is_file():
         raise FileNotFoundError(f"{directory} holds no {CONFIG_FILE}; give a directory of a Hugging Face model")
@@ -137,12 +190,22 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
     with StoredTensors(directory) as tensors:
         _check_layers(directory, hf, architecture, tensors)
         config, _ = read_config(hf)
-        entries = _check_tensors(directory, config, architecture, tensors)
-        model = _empty_model(config, dtype)
-        state = model.state_dict()
+        yield _Source(
+            directory, config, architecture, tensors, _check_tensors(directory, config, architecture, tensors)
+        )
+
+
+def _fill(source: _Source, config: ModelConfig, state: dict[str, Tensor]) -> None:
+    """Copies every stored tensor to its place in the state of a model of `config`."""
+    for name, entries in groupby(source.entries, key=lambda entry: entry.name):
+        target = state[name]
+        sharded = isinstance(target, DTensor)
+        full = torch.empty(target.shape, dtype=target.dtype) if sharded else target
         for entry in entries:
-            _load(directory, config, architecture, entry, tensors[entry.stored], state)
-    return model.eval()
+            _load(source, config, entry, full)
+        if isinstance(target, DTensor):
+            full = full.to(target.device)
+            target.copy_(distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None))
 
 
 def _check_layers(
@@ -208,19 +271,14 @@ def _check_tensors(
     return entries
 
 
-def _load(
-    directory: Path,
-    config: ModelConfig,
-    architecture: Architecture | None,
-    entry: StoredTensor,
-    tensor: Tensor,
-    state: dict[str, Tensor],
-) -> None:
-    target = state[entry.name] if entry.expert is None else state[entry.name][entry.expert]
+def _load(source: _Source, config: ModelConfig, entry: StoredTensor, parameter: Tensor) -> None:
+    tensor = source.tensors[entry.stored]
+    target = parameter if entry.expert is None else parameter[entry.expert]
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         raise UnsupportedModel(
-            f"{directory}: tensor {entry.stored} is {tensor.dtype}; quantised weights are not supported"
+            f"{source.directory}: tensor {entry.stored} is {tensor.dtype}; quantised weights are not supported"
         )
-    if entry.turned and architecture is not None:
-        tensor = turn_rows(tensor, config.resolved_head_dim, architecture.rope_layout, config.rope_layout)
+    if entry.turned and source.architecture is not None:
+        have, want = source.architecture.rope_layout, config.rope_layout
+        tensor = turn_rows(tensor, config.resolved_head_dim, have, want)
     target.copy_(tensor.view(target.shape))

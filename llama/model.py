@@ -195,17 +195,18 @@ class Transformer(nn.Module):
         It depends on nothing but the name, the full shape, the config and the seed: any layout of ranks starts from
         the same model. Norms are 1, biases 0, matrices N(0, std²) with `_initial_std`; a router with
         `gate_init: kaiming_uniform` is U(−1/√dim, 1/√dim) (He et al., arXiv:1502.01852, §2.2, with a = √5, as
-        `nn.Linear` and DeepSeek's gate do).
+        `nn.Linear` and DeepSeek's gate do), and so is an adapter's A, while its B is 0 (llama/lora.py).
         """
         if name.endswith("norm.weight"):
             return torch.ones(shape)
-        if name.endswith(".bias"):
+        if name.endswith((".bias", ".lora_b")):
             return torch.zeros(shape)
         if name.endswith("activation.beta"):
             return torch.full(shape, self.config.swish_beta)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         moe = self.config.moe
-        if name.endswith("router.weight") and moe is not None and moe.gate_init == "kaiming_uniform":
+        kaiming_gate = moe is not None and moe.gate_init == "kaiming_uniform"
+        if name.endswith(".lora_a") or (kaiming_gate and name.endswith("router.weight")):
             bound = 1 / math.sqrt(shape[-1])
             return torch.empty(shape).uniform_(-bound, bound, generator=generator)
         return torch.empty(shape).normal_(0.0, self._initial_std(name, shape), generator=generator)

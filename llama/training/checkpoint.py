@@ -20,7 +20,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.tensor import DTensor
 
+from llama.lora import base_state, trained_state
 from llama.training.artifact import Artifact, Files, Manifest
 from llama.training.optim import optimizer_tensors
 from llama.training.tensor_files import (
@@ -28,6 +30,7 @@ from llama.training.tensor_files import (
     ArtifactWriter,
     CorruptCheckpoint,
     StoredTensor,
+    check_stored,
     read_index,
     read_tensors,
 )
@@ -63,28 +66,65 @@ class StoreFailed(CheckpointError):
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything of a training state that is a tensor, by name, sharing memory: to save, or to load into."""
-    weights = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    """Everything of a training state that is a tensor, by name, sharing memory: to save, or to load into.
+
+    Of a model with adapters (llama/lora.py) these and nothing else: the weights below them do not change.
+    """
+    weights = {_MODEL + name: tensor for name, tensor in trained_state(model).items()}
     moments = {_OPTIMIZER + name: tensor for name, tensor in optimizer_tensors(model, optimizer).items()}
     return weights | moments
 
 
-def load_model_weights(artifact: Artifact, model: nn.Module) -> dict[str, Any]:
-    """Loads a plain, unsharded model from a committed checkpoint, without a process group; returns its progress.
+def load_model_weights(artifact: Artifact, model: nn.Module, *, below_adapters: bool = False) -> dict[str, Any]:
+    """Fills a model from a committed checkpoint, whatever layout wrote it; returns its progress.
+
+    Of a sharded model every rank of the default process group fills its shards, together; a plain one needs no group.
+
+    Args:
+        below_adapters: fill what lies below the model's adapters, from a checkpoint without any; otherwise the
+            checkpoint is one of this model, and of a model with adapters it holds nothing but them.
 
     Raises:
         FileNotFoundError: nothing is committed there.
         ValueError: the checkpoint is of another architecture.
         CorruptCheckpoint: bytes are missing or wrong.
+        CheckpointError: the store failed.
     """
     manifest = artifact.manifest()
     if manifest is None:
         raise FileNotFoundError(f"{artifact}: no committed checkpoint here")
     files = artifact.files
-    read_tensors(
-        files, read_index(files, manifest), {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
-    )
+    stored = read_index(files, manifest)
+    state = base_state(model) if below_adapters else trained_state(model)
+    tensors = {_MODEL + name: tensor for name, tensor in state.items()}
+    check_stored(stored, tensors)
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        group = dist.new_group(backend="gloo")
+        _load_sharded(files, stored, tensors, group, str(artifact))
+        dist.destroy_process_group(group)
+    else:
+        read_tensors(files, stored, tensors)
     return manifest.metadata
+
+
+def _load_sharded(
+    files: Files, stored: dict[str, StoredTensor], tensors: dict[str, Tensor], group: dist.ProcessGroup, what: str
+) -> None:
+    """Raises on every rank what one of them meets."""
+    try:
+        dcp.load(
+            tensors,
+            storage_reader=ArtifactReader(files, stored),
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
+        )
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, CorruptCheckpoint):
+                raise cause from error
+        stored = any(isinstance(cause, OSError) for cause, _ in error.failures.values())
+        kind = StoreFailed if stored else CheckpointError
+        raise kind(f"{what} could not be read: {error}") from error
 
 
 class Checkpointer:
@@ -193,20 +233,7 @@ class Checkpointer:
         group = self._require_group()
         files, index, progress = self._on_first_rank(lambda: self._contents(step))
         rng = {key: torch.get_rng_state() for key in (f"rng.{dist.get_rank()}",) if key in index}
-        try:
-            dcp.load(
-                tensors | rng,
-                storage_reader=ArtifactReader(files, index),
-                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=group,
-            )
-        except CheckpointException as error:
-            for cause, _ in error.failures.values():
-                if isinstance(cause, CorruptCheckpoint):
-                    raise cause from error
-            stored = any(isinstance(cause, OSError) for cause, _ in error.failures.values())
-            kind = StoreFailed if stored else CheckpointError
-            raise kind(f"the checkpoint of step {step} could not be read: {error}") from error
+        _load_sharded(files, index, tensors | rng, group, f"the checkpoint of step {step}")
         for state in rng.values():
             torch.set_rng_state(state)
         return progress

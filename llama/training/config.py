@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from llama.config import ModelConfig
+from llama.lora import LoraConfig
 
 
 def _require(condition: bool, message: str) -> None:
@@ -165,6 +166,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig | None = None
+    """Train adapters and nothing else; None trains all weights."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward; weights, reductions and optimizer state are fp32 either way."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Literal
 
 import torch
@@ -31,6 +31,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from llama.all_to_all import AllToAllDispatch
+from llama.lora import lora_layers
 from llama.model import Transformer
 from llama.moe import Experts, MoE
 from llama.training.mesh import Meshes, check_experts_split
@@ -65,6 +66,7 @@ def apply_parallel(
     dense = _data_mesh(meshes.dense, "dp_replicate", "dp_shard")
     moes = moe_layers(model)
     random = model.config.attention_dropout > 0 or model.config.residual_dropout > 0
+    random = random or any(layer.config.dropout > 0 for layer in lora_layers(model).values())
     for layer, block in enumerate(model.layers):
         # In this order: a compiler must see the repetition, and FSDP's hooks lie outside of both.
         recompute_activations(block, activation_checkpointing, random=random)
@@ -105,21 +107,33 @@ def moe_layers(model: Transformer) -> dict[int, MoE]:
     return {module.layer: module for module in model.modules() if isinstance(module, MoE)}
 
 
-@torch.no_grad()
 def init_sharded_weights(model: Transformer, seed: int, device: torch.device) -> None:
-    """Materialises a sharded model on `device` with the weights that `model.init_weights(seed)` gives a plain one.
+    """Materialises a sharded model on `device` with the weights that `model.init_weights(seed)` gives a plain one."""
+    allocate_sharded(model, device)
+    draw_weights(model, seed, model.state_dict())
+
+
+def allocate_sharded(model: Transformer, device: torch.device) -> None:
+    """Materialises a sharded model on `device`: parameters are anything, buffers zero."""
+    model.to_empty(device=device)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+@torch.no_grad()
+def draw_weights(model: Transformer, seed: int, names: Container[str]) -> None:
+    """Sets the parameters among `names` to their start values, as `model.init_weights(seed)` does.
 
     Every rank draws each full parameter and keeps its shard, one parameter at a time: no communication, and the same
     start whatever the layout.
     """
-    model.to_empty(device=device)
     for name, parameter in model.named_parameters():
-        full = model.initial_weight(name, parameter.shape, seed).to(device)
+        if name not in names:
+            continue
+        full = model.initial_weight(name, parameter.shape, seed).to(parameter.device)
         if isinstance(parameter, DTensor):
             full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(full)
-    for buffer in model.buffers():
-        buffer.zero_()
 
 
 def _data_mesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
@@ -140,7 +154,7 @@ def _split_experts(moe: MoE, sparse: DeviceMesh, policy: MixedPrecisionPolicy, r
     num_experts = moe.experts.w1.shape[0]
     for name, parameter in list(moe.experts.named_parameters()):
         shard = distribute_tensor(parameter.data, sparse["ep"], [Shard(0)], src_data_rank=None)
-        moe.experts.register_parameter(name, nn.Parameter(shard))
+        moe.experts.register_parameter(name, nn.Parameter(shard, requires_grad=parameter.requires_grad))
     fully_shard(
         moe.experts,
         mesh=_data_mesh(sparse, "dp_replicate", "efsdp"),

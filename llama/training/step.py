@@ -107,7 +107,8 @@ class TrainStep:
         counting = dist.all_reduce(valid, async_op=True)
         bytes_before = sum(dispatch.bytes_sent for dispatch in self._dispatches)
         # What dropout draws depends on nothing but the step and the rank: a resumed run draws the same.
-        if self.model.config.attention_dropout or self.model.config.residual_dropout:
+        lora = self.config.lora
+        if self.model.config.attention_dropout or self.model.config.residual_dropout or (lora and lora.dropout):
             torch.manual_seed(zlib.crc32(f"{self.config.seed}/{step}/{dist.get_rank()}".encode()))
         sums = _StepSums(*torch.zeros(3, dtype=torch.float64, device=self.device))
         for index, batch in enumerate(batches):
@@ -196,9 +197,9 @@ class TrainStep:
         return accepted
 
     def _balance_bias(self, counts_LE: Tensor | None) -> None:
-        """Moves the routing bias by the load of the whole step."""
+        """Moves the routing bias by the load of the whole step; beside adapters it is frozen like all else."""
         moe = self.model.config.moe
-        if counts_LE is None or moe is None or moe.bias_update_rate == 0:
+        if counts_LE is None or moe is None or moe.bias_update_rate == 0 or self.config.lora is not None:
             return
         for layer, counts_E in zip(self._moes.values(), counts_LE, strict=True):
             bias_E = layer.router.expert_bias

@@ -217,6 +217,15 @@ def read_index(files: Files, manifest: Manifest) -> dict[str, StoredTensor]:
         raise CorruptCheckpoint(f"{INDEX} is no checkpoint index ({error!r}); delete the checkpoint") from error
 
 
+def check_stored(tensors: Mapping[str, StoredTensor], into: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a name that is not stored, or in another shape."""
+    for name, target in into.items():
+        if name not in tensors:
+            raise ValueError(f"the checkpoint has no tensor {name}; it was written by another model")
+        if tensors[name].shape != tuple(target.shape):
+            raise ValueError(f"{name} has shape {tuple(target.shape)}, the checkpoint's has {tensors[name].shape}")
+
+
 def read_tensors(files: Files, tensors: Mapping[str, StoredTensor], into: Mapping[str, Tensor]) -> None:
     """Fills plain tensors with the stored ones of the same name, in one process, whatever layout wrote them.
 
@@ -224,11 +233,7 @@ def read_tensors(files: Files, tensors: Mapping[str, StoredTensor], into: Mappin
         ValueError: a name is absent or a shape differs.
         CorruptCheckpoint: bytes are missing or wrong.
     """
-    for name, target in into.items():
-        if name not in tensors:
-            raise ValueError(f"the checkpoint has no tensor {name}; it was written by another model")
-        if tensors[name].shape != tuple(target.shape):
-            raise ValueError(f"{name} has shape {tuple(target.shape)}, the checkpoint's has {tensors[name].shape}")
+    check_stored(tensors, into)
     shards = [(name, shard) for name in into for shard in tensors[name].shards]
     with _ShardFiles(files) as source:
         for name, shard in sorted(shards, key=lambda pair: (pair[1].file, pair[1].begin)):

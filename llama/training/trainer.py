@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from llama.config import ModelConfig
+from llama.lora import apply_lora, base_state, trained_state
 from llama.model import Transformer
 from llama.training.batch import Batch
 from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, StoreFailed, training_tensors
@@ -23,7 +25,7 @@ from llama.training.memory import reuse_freed_memory
 from llama.training.mesh import build_mesh, process_group
 from llama.training.metrics import StepMetrics, TrainSummary
 from llama.training.optim import build_optimizer
-from llama.training.parallel import apply_parallel, init_sharded_weights
+from llama.training.parallel import allocate_sharded, apply_parallel, draw_weights
 from llama.training.precision import fast_cpu_matmul
 from llama.training.retry import retried
 from llama.training.saver import HURRIED_PAUSES, Saver
@@ -76,9 +78,14 @@ class Trainer:
     bytes are wrong is discarded, and the one before it taken. A checkpoint that cannot be written is logged and
     counted, and training goes on; only for the last one it tries for some minutes, and then fails.
 
+    With `config.lora` the adapters are trained, and checkpoints hold nothing else: the weights below them are those of
+    the start, in a resumed run too.
+
     Args:
         loader: this rank's data.
         checkpointer: None trains without.
+        start: fills the weights that training starts from, adapters aside; called on every rank with the sharded model,
+            whose buffers are zero. None draws them by the seed.
         on_metrics: called on every rank with the same values, every `log_every` steps and after the first and last.
         on_resume: called on every rank before the first step, with the step that training goes on from (0: none).
         control: asked before every step, on every rank; the ranks do what the most urgent answer says.
@@ -95,6 +102,7 @@ class Trainer:
         loader: Loader,
         checkpointer: Checkpointer | None = None,
         *,
+        start: Callable[[Transformer], None] | None = None,
         on_metrics: Callable[[StepMetrics], None] = lambda metrics: None,
         on_resume: Callable[[int], None] = lambda step: None,
         control: Callable[[], Request] = lambda: Request.GO_ON,
@@ -112,6 +120,7 @@ class Trainer:
         self.config = config
         self.loader = loader
         self.checkpointer = checkpointer
+        self.start = start
         self.on_metrics = on_metrics
         self.on_resume = on_resume
         self.control = control
@@ -136,6 +145,8 @@ class Trainer:
         meshes = build_mesh(self.config.parallel, dist.get_world_size(), self.device.type)
         with torch.device("meta"):
             model = Transformer(self.model_config)
+            if self.config.lora is not None:
+                apply_lora(model, self.config.lora)
         self.model = apply_parallel(
             model,
             meshes,
@@ -143,17 +154,17 @@ class Trainer:
             activation_checkpointing=self.config.activation_checkpointing,
             compile=self.config.compile,
         )
-        self._initialise()
+        self._allocate()
         self._progress = _Progress()
 
-    def _initialise(self) -> None:
-        """The state of step 0."""
-        init_sharded_weights(self.model, self.config.seed, self.device)
+    def _allocate(self) -> None:
+        """Weights that are anything, and the optimizer of step 0."""
+        allocate_sharded(self.model, self.device)
         self.optimizer = build_optimizer(self.model, self.config.optimizer)
         self._step = TrainStep(self.model, self.optimizer, self.config, self.device)
 
     def _resume(self) -> int:
-        """Goes back to the latest checkpoint that can be read; returns its step, 0 without one."""
+        """Goes back to the latest checkpoint that can be read, else to the start; returns its step, 0 for the start."""
         checkpointer, discarded = self.checkpointer, False
         while checkpointer is not None and (step := self._retried(checkpointer.latest, "looking")) is not None:
             tensors = training_tensors(self.model, self.optimizer)
@@ -161,9 +172,10 @@ class Trainer:
                 saved = self._retried(partial(checkpointer.load, step, tensors), f"loading step {step}")
             except CorruptCheckpoint as error:
                 checkpointer.discard(step, error)
-                self._initialise()  # part of it may have been read
+                self._allocate()  # part of it may have been read
                 discarded = True
                 continue
+            self._fill(self.model.state_dict().keys() - trained_state(self.model).keys())
             self._progress = _Progress(
                 saved["step"],
                 saved["tokens"],
@@ -178,6 +190,7 @@ class Trainer:
             return step
         if discarded and dist.get_rank() == 0:
             log.warning("no checkpoint is left; training starts from step 0")
+        self._fill(self.model.state_dict().keys())
         return 0
 
     def _retried(self, action: Callable[[], ResultT], what: str) -> ResultT:
@@ -185,6 +198,13 @@ class Trainer:
         return retried(
             action, f"{what} for the checkpoint to go on from", on=(OSError, StoreFailed), sleep=self.watchdog.sleep
         )
+
+    def _fill(self, names: AbstractSet[str]) -> None:
+        """Sets these weights to what they are at step 0."""
+        if self.start is not None and names & base_state(self.model).keys():
+            self.start(self.model)
+            names = names - base_state(self.model).keys()
+        draw_weights(self.model, self.config.seed, names)
 
     def _train(self, resumed_step: int) -> TrainSummary:
         clock, first_tokens, bytes_moved = _Clock(), self._progress.tokens, 0
@@ -256,7 +276,8 @@ class Trainer:
         if not (last or due or request is Request.STOP_NOW):
             return False
         states = {"loader": self.loader.state_dict(), "guard": self._step.guard.state()}
-        progress = asdict(self._progress) | states | {"train": asdict(self.config)}
+        settings = {"train": asdict(self.config), "model": asdict(self.model_config)}
+        progress = asdict(self._progress) | states | settings
         tensors = training_tensors(self.model, self.optimizer)
         if last:
             saver.save_or_fail(step, tensors, progress)
