@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
+from llama.counts import parameter_shapes
+
 if TYPE_CHECKING:
+    from llama.config import ModelConfig
     from llama.model import Transformer
 
 Target = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
@@ -75,6 +78,18 @@ class LoraLinear(nn.Linear):
         return out + linear(linear(x, self.lora_a), self.lora_b) * self.scale
 
 
+def check_targets(model: ModelConfig, config: LoraConfig) -> None:
+    """Raises ValueError if the model has no linear layer of a target's name; names it."""
+    names = parameter_shapes(model)
+    for target in config.targets:
+        if not any(name.endswith(f".{target}.weight") for name in names):
+            banks = any(name.endswith(f".experts.{target}") for name in names)
+            raise ValueError(
+                f"train.lora.targets has {target}, and this model has no such linear layer"
+                f"{': its experts are banks, which take no adapter' if banks else ''}; leave it out"
+            )
+
+
 def apply_lora(model: Transformer, config: LoraConfig) -> Transformer:
     """Puts adapters on a plain model in place and freezes all else.
 
@@ -82,20 +97,13 @@ def apply_lora(model: Transformer, config: LoraConfig) -> Transformer:
     start A from U(−1/√in, 1/√in) (Kaiming-uniform with a = √5, as PEFT does) and B from zero.
 
     Raises:
-        ValueError: the model has no layer of a target's name; names it.
+        ValueError: as `check_targets`.
     """
-    found: set[str] = set()
+    check_targets(model.config, config)
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if name in config.targets and isinstance(layer, nn.Linear):
                 setattr(module, name, LoraLinear(layer, config))
-                found.add(name)
-    if missing := [target for target in config.targets if target not in found]:
-        in_banks = model.config.moe and (missing[0] in ("w1", "w2") or model.config.gated)
-        routed = ": its experts are banks, which take no adapter" if in_banks else ""
-        raise ValueError(
-            f"train.lora.targets has {missing[0]}, and this model has no such linear layer{routed}; leave it out"
-        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith(_MATRICES))
     return model

@@ -113,7 +113,7 @@ def run(
     from pipelines.recipe import Recipe
     from pipelines.runs import Run
 
-    parsed = Recipe.load(recipe, overrides or [])
+    parsed = Recipe.load(recipe, overrides or [], _named_store(store))
     opened = _open_store(store)
     _drive(parsed, lambda: Run.create(opened, parsed.to_yaml(), run_id, until), store, until, keep, address, as_json)
 
@@ -134,7 +134,7 @@ def resume(
     from pipelines.runs import Run
 
     found = Run.open(_open_store(store), run_id)
-    recipe = Recipe.from_yaml(found.recipe_yaml, overrides or [])
+    recipe = Recipe.from_yaml(found.recipe_yaml, overrides or [], found.store)
     until = until or found.status.until
 
     def open_run() -> Run:
@@ -164,7 +164,7 @@ def submit(
     from pipelines.runs import Run
     from pipelines.stages import build_graph
 
-    parsed = Recipe.load(recipe, overrides or [])
+    parsed = Recipe.load(recipe, overrides or [], _named_store(store))
     _check_keep(keep, until)
     build_graph(parsed, dashboard_url="", keep=keep).selected(until)  # what is wrong is said now, not in a job's log
     opened = _open_store(store)
@@ -435,13 +435,17 @@ def _dashboard_url(address: str | None) -> str:
 # --- the store and the screen ---------------------------------------------------------------------------------------
 
 
-def _open_store(uri: str | None) -> Store:
+def _named_store(uri: str | None) -> Store:
     from cluster.head import caravan_home
     from cluster.storage import Store, has_credentials
 
     if uri is not None and has_credentials(uri):
         fail("--store carries credentials; put them in the environment of the cluster's nodes")
-    store = Store(uri or caravan_home() / "store")
+    return Store(uri or caravan_home() / "store")
+
+
+def _open_store(uri: str | None) -> Store:
+    store = _named_store(uri)
     store.check_writable()
     return store
 

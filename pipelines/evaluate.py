@@ -21,8 +21,8 @@ from llama.engine import Engine, EngineConfig, SamplingParams
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 from llama.training.batch import loss_sum
-from llama.training.checkpoint import load_model_weights
 from pipelines.baselines import measure_baselines
+from pipelines.finetune import Trained
 from pipelines.graph import Stage, StageContext
 from pipelines.loader import held_out_batches
 from pipelines.recipe import EvaluateConfig
@@ -37,11 +37,10 @@ _CACHE_BYTES = 1 << 30
 class EvaluateTask:
     """What the evaluating process is sent."""
 
-    model: ModelConfig
+    trained: Trained
     config: EvaluateConfig
     shards: Artifact
     tokenizer: Artifact
-    checkpoint: Artifact
     device: str
     threads: int
 
@@ -61,11 +60,10 @@ def _evaluate(
     model: ModelConfig, config: EvaluateConfig, needs: WorkerNeeds, wait_for_nodes: float, context: StageContext
 ) -> dict[str, JSON]:
     task = EvaluateTask(
-        model,
+        Trained.of(model, context.inputs["pretrain"]),
         config,
         context.inputs["shards"],
         context.inputs["tokenizer"],
-        final_checkpoint(context.inputs["pretrain"]),
         device="cuda" if needs.gpus else "cpu",
         threads=max(1, int(needs.cpus)),
     )
@@ -75,26 +73,10 @@ def _evaluate(
     return result
 
 
-def final_checkpoint(pretrain: Artifact) -> Artifact:
-    """The checkpoint that a finished training names as its result."""
-    manifest = pretrain.manifest()
-    assert manifest is not None  # the graph hands over committed artifacts only
-    return Artifact(pretrain.store.child(str(manifest.metadata["checkpoint"])))
-
-
-def load_checkpoint(config: ModelConfig, checkpoint: Artifact) -> Transformer:
-    """A plain model with a checkpoint's weights, for inference."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.to_empty(device="cpu")
-    load_model_weights(checkpoint, model)
-    return model.eval()
-
-
 def evaluate_checkpoint(task: EvaluateTask) -> dict[str, Any]:
     """Loss, perplexity and bits per byte on the validation split, the baselines on the same bytes, and samples."""
     torch.set_num_threads(task.threads)
-    model = load_checkpoint(task.model, task.checkpoint).to(task.device)
+    model = task.trained.load().to(task.device)
     tokenizer = load_tokenizer(task.tokenizer)
     with tempfile.TemporaryDirectory() as cache:
         shards = ShardSet(task.shards, cache, _CACHE_BYTES)

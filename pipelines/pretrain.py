@@ -30,6 +30,7 @@ from llama.config import ModelConfig
 from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
 from llama.training.retry import retried
+from pipelines.finetune import Start
 from pipelines.graph import Stage, StageContext
 from pipelines.incarnations import TrainingFailed, train_in_incarnations, worker_needs
 from pipelines.metrics import MetricsReader
@@ -57,14 +58,16 @@ _POLL_SECONDS = 0.5
 _log = logging.getLogger(__name__)
 
 
-def pretrain_stage(model: ModelConfig, train: TrainRecipe) -> Stage:
-    """The stage `pretrain`, downstream of `shards`."""
+def pretrain_stage(model: ModelConfig, train: TrainRecipe, start: Start | None = None) -> Stage:
+    """The stage `pretrain`, downstream of `shards`: from nothing, or fine-tuning from `start`."""
     settings = {item.name: getattr(train, item.name) for item in fields(TrainConfig) if item.name not in _LAYOUT}
     settings["shuffle_shards"] = train.shuffle_shards  # the order of the samples
-    return Stage("pretrain", 1, {"model": model, "train": settings}, partial(_pretrain, model, train), ("shards",))
+    settings["start_from"] = start.fingerprint if start is not None else None
+    run = partial(_pretrain, model, train, start)
+    return Stage("pretrain", 1, {"model": model, "train": settings}, run, ("shards",))
 
 
-def _pretrain(model: ModelConfig, train: TrainRecipe, context: StageContext) -> dict[str, JSON]:
+def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, context: StageContext) -> dict[str, JSON]:
     settings = TrainConfig(**{item.name: getattr(train, item.name) for item in fields(TrainConfig)})
 
     def task(incarnation: str, known_nodes: frozenset[str]) -> WorkerTask:
@@ -75,6 +78,7 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, context: StageContext) -> 
             shards=context.inputs["shards"],
             shuffle_shards=train.shuffle_shards,
             cache_bytes=train.cache_bytes,
+            start=start,
             output=context.artifact_store,
             incarnation=incarnation,
             sizes=train.world_sizes,
@@ -90,6 +94,8 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, context: StageContext) -> 
     return {
         **summary,
         "checkpoint": f"{CHECKPOINTS}/step-{train.steps:08d}",
+        "start_from": train.start_from,
+        "lora": asdict(train.lora) if train.lora is not None else None,
         "parameters": model.num_parameters(),
         "active_parameters": model.num_active_parameters(),
     }

@@ -19,19 +19,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from cluster.location import has_credentials
 from cluster.placement import WorldSizes
+from cluster.storage import Store
 from llama.config import ModelConfig
 from llama.engine.config import EngineConfig, check_cacheable
+from llama.lora import check_targets
 from llama.presets import PRESETS, preset_settings
 from llama.tokenizer_training import SMALLEST_VOCABULARY, TokenizerKind
 from llama.training.config import TrainConfig, check_compilable, check_trainable
 from llama.training.mesh import check_experts_split, fits_world_size, plan_mesh
 from pipelines.adopted_tokenizer import adopt_tokenizer
 from pipelines.data_config import DataConfig
+from pipelines.finetune import fill_in_start
 from pipelines.section import Positive, Section, lasting_uri
 
 _PORTS = (1, 65535)
@@ -110,6 +121,9 @@ def _counts(value: Any) -> Any:
 class TrainRecipe(TrainConfig):
     """A training run and what it asks of the cluster."""
 
+    start_from: str | None = None
+    """A run, a checkpoint or a Hugging Face directory whose weights training starts from (pipelines/finetune.py); None
+    draws them by the seed."""
     workers: Annotated[int | tuple[int, int], BeforeValidator(_counts)] = 1
     """Ranks, one process each; or [min, max], between which the training takes the most that the nodes hold whenever
     it starts, shrinks when it loses some, and grows at a checkpoint when a node joins. The global batch stays: every
@@ -134,6 +148,8 @@ class TrainRecipe(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lora is not None and self.start_from is None:
+            raise ValueError("train.lora adapts a model that is trained already; name it in train.start_from")
         sizes = self.world_sizes
         smallest, largest, shown = sizes.smallest, sizes.largest, str(sizes)
         if smallest < 1:
@@ -219,7 +235,10 @@ class ServeConfig(Section):
 
 
 class Recipe(Section):
-    """A run. `Recipe.load` reads one from YAML; all sections but `evaluate`, `export` and `serve` must be there."""
+    """A run. `Recipe.load` reads one from YAML; all sections but `evaluate`, `export` and `serve` must be there.
+
+    With `train.start_from` what it names says what `model` and `tokenizer` are, where they are left out.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     data: DataConfig
@@ -231,10 +250,11 @@ class Recipe(Section):
     serve: ServeConfig = Field(default_factory=ServeConfig)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = (), store: Store | None = None) -> Recipe:
         """Read a YAML file and set `overrides` in it, each `dotted.path=value` with the value in YAML.
 
-        Raises RecipeError.
+        `store` is where a run that `train.start_from` names is looked for. Raises RecipeError, and StorageError if it
+        is there that the store fails.
         """
         try:
             text = Path(path).read_text("utf-8")
@@ -242,10 +262,10 @@ class Recipe(Section):
             raise RecipeError(f"there is no recipe {os.fspath(path)!r}; give the path of a YAML file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"the recipe {os.fspath(path)!r} cannot be read: {_first_line(error)}") from error
-        return cls.from_yaml(text, overrides)
+        return cls.from_yaml(text, overrides, store)
 
     @classmethod
-    def from_yaml(cls, text: str, overrides: Sequence[str] = ()) -> Recipe:
+    def from_yaml(cls, text: str, overrides: Sequence[str] = (), store: Store | None = None) -> Recipe:
         """`load`, from the text itself."""
         values = _parse_yaml(text, "the recipe")
         if not isinstance(values, dict):
@@ -258,7 +278,7 @@ class Recipe(Section):
             _set(values, override)
         _refuse_booleans(cls, values)
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(values, context=store)
         except ValidationError as error:
             raise RecipeError(_explain(error.errors())) from None  # pydantic's own text shows whole inputs
 
@@ -290,6 +310,14 @@ class Recipe(Section):
                 return {**values, "tokenizer": tokenizer, "model": {**model, "vocab_size": vocab_size}}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_start(cls, values: Any, info: ValidationInfo) -> Any:  # the last of these to be defined is run first
+        match values:
+            case {"train": {"start_from": str(name)}} if name:
+                return fill_in_start(values, info.context)
+        return values
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         model, train, engine = self.model, self.train, self.serve.engine
@@ -305,6 +333,8 @@ class Recipe(Section):
         train.check_world_sizes()
         check_experts_split(model, train.parallel.ep)
         check_trainable(model)
+        if train.lora is not None:
+            check_targets(model, train.lora)
         check_compilable(model, self.train)
         check_cacheable(model)
         if engine.num_blocks * engine.block_size < model.max_seq_len:

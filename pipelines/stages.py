@@ -7,6 +7,7 @@ from pipelines.dedup import dedup_stage
 from pipelines.deploy import deploy_stage
 from pipelines.evaluate import evaluate_stage
 from pipelines.export import export_stage
+from pipelines.finetune import fitting_start
 from pipelines.graph import Graph
 from pipelines.incarnations import worker_needs
 from pipelines.ingest import ingest_stage
@@ -24,6 +25,7 @@ def build_graph(recipe: Recipe, dashboard_url: str, keep: bool) -> Graph:
         keep: leave the endpoint running.
 
     Raises:
+        StartError: what `train.start_from` names has gone, or its weights are not of the recipe's model.
         DataError: a source does not exist, or an adopted tokenizer cannot be used or takes no conversations, and there
             are some.
     """
@@ -35,7 +37,7 @@ def build_graph(recipe: Recipe, dashboard_url: str, keep: bool) -> Graph:
             dedup_stage(recipe.data),
             tokenizer_stage(recipe.tokenizer),
             shards_stage(ShardConfig.of(recipe.data, recipe.train.seq_len)),
-            pretrain_stage(recipe.model, recipe.train),
+            pretrain_stage(recipe.model, recipe.train, fitting_start(recipe.train.start_from, recipe.model)),
             evaluate_stage(recipe.model, recipe.evaluate, worker_needs(recipe.train), recipe.train.wait_for_nodes),
             export_stage(recipe.model, recipe.export),
             deploy_stage(recipe.name, recipe.serve, recipe.export.dtype, dashboard_url, keep),

@@ -31,6 +31,7 @@ from llama.training.metrics import StepMetrics, TrainSummary
 from llama.training.retry import retried
 from llama.training.trainer import Trainer
 from llama.training.watchdog import Watchdog
+from pipelines.finetune import Start
 from pipelines.loader import ShardLoader
 from pipelines.metrics import MetricsWriter
 
@@ -52,6 +53,8 @@ class WorkerTask:
     shards: Artifact
     shuffle_shards: int | None
     cache_bytes: int | None
+    start: Start | None
+    """None: training starts from weights drawn by the seed."""
     output: Store
     """The artifact's folder: checkpoints, metrics, incarnations, hangs."""
     incarnation: str
@@ -113,6 +116,7 @@ def _train(
             train,
             loader,
             checkpointer,
+            start=task.start.load if task.start is not None else None,
             on_metrics=reports.step,
             on_resume=lambda step: reports.start(step, nodes),
             control=watch.request,

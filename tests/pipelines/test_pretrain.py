@@ -66,7 +66,7 @@ def test_settings_reach_the_workers_and_the_summary_the_store(monkeypatch: pytes
     artifact = Artifact(store)
     attempt = artifact.begin()
     context = StageContext("pretrain", "", {"shards": artifact}, store, store, [], attempt, lambda event: None)
-    metadata = pretrain._pretrain(MODEL, replace(TRAIN, shuffle_shards=3, cache_bytes=10**9), context)
+    metadata = pretrain._pretrain(MODEL, replace(TRAIN, shuffle_shards=3, cache_bytes=10**9), None, context)
     assert (sent[0].shuffle_shards, sent[0].cache_bytes, sent[0].shards) == (3, 10**9, artifact)
     assert sent[0].known_nodes == {"node"} and sent[0].sizes.largest == 4
     assert attempt.store.read_json(pretrain.SUMMARY)["loss"] == metadata["loss"] == 1.5
