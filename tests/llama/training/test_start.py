@@ -30,6 +30,9 @@ CASES = {
 }
 
 
+ROUGH = train_config(lora=replace(LORA, dropout=0.5), micro_batch=2, precision="bf16", parallel=ParallelConfig(ep=2))
+
+
 def train(rank, world_size):
     results = {}
     for name, (model_config, config) in CASES.items():
@@ -47,7 +50,12 @@ def train(rank, world_size):
         hook.remove()
         end = {key: whole(tensor) for key, tensor in trainer.model.state_dict().items()}
         results[name] = gradients, end, [(metrics.loss, metrics.grad_norm) for metrics in seen]
-    return results
+    runs = []
+    for config in (ROUGH, ROUGH, replace(ROUGH, lora=replace(LORA, dropout=0.0))):
+        seen = []
+        Trainer(PLAIN_MOE, config, Samples(config, 61, rank, world_size), on_metrics=seen.append).fit()
+        runs.append([metrics.loss for metrics in seen])
+    return results | {"bf16 with dropout": runs}
 
 
 def reference(model_config, config):
@@ -85,6 +93,10 @@ def test_adapters_on_ranks_learn_what_they_learn_in_one_process():
             for (loss, norm), (expected_loss, expected_norm) in zip(history, expected[2], strict=True):
                 assert loss == pytest.approx(expected_loss, rel=1e-6)
                 assert norm == pytest.approx(expected_norm, rel=1e-5)
+        dropped, again, kept = results["bf16 with dropout"]
+        exact = [loss for loss, _ in reference(PLAIN_MOE, replace(ROUGH, lora=LORA))[2]]
+        assert dropped == again != kept
+        assert kept == pytest.approx(exact, rel=5e-3)
 
 
 BASE = train_config(steps=2, checkpoint_every=2, parallel=ParallelConfig(ep=2))
