@@ -218,3 +218,22 @@ def test_conversations_become_adapters_become_a_directory(directory, tmp_path):
         adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
         assert error(adapted(data).logits, ours) <= 1e-5
         assert error(before, ours) > 1e-3
+
+
+@pytest.mark.integration
+def test_a_directory_on_an_object_store_is_copied_once(directory, swift, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.session.node_folder", lambda name: tmp_path)
+    uri = swift.uri(swift.make_bucket(), "model")
+    for path in directory.iterdir():
+        Store(uri).upload(path, path.name)
+    found = recipe(uri)
+    assert (found.tokenizer.path, found.model) == (uri, load_pretrained(directory).config)
+    start = fitting_start(uri, found.model)
+    (tmp_path / f"{start.fingerprint}.partial").mkdir()  # of a process that was killed
+    expected = load_pretrained(directory).state_dict()
+    for deleted in (False, True):
+        model = Transformer(found.model)
+        start.load(model)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+        if not deleted:
+            Store(uri).delete("model.safetensors")
