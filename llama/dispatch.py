@@ -62,10 +62,15 @@ class ExpertRows:
     """Which pairs have a row; None means all."""
 
 
-def count_by_expert(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """int64 `[E]`: pairs by expert. Not bincount, which waits for an accelerator to learn how long its result is."""
+def count_by_expert(topk_ids_TK: Tensor, num_experts: int, counted_T: Tensor | None = None) -> Tensor:
+    """int64 `[E]`: pairs by expert, those of `counted_T` tokens (bool; None: all). Not bincount, which waits for an
+    accelerator to learn how long its result is."""
     ids_N = topk_ids_TK.reshape(-1)
-    return ids_N.new_zeros(num_experts).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+    if counted_T is None:
+        ones_N = torch.ones_like(ids_N)
+    else:
+        ones_N = counted_T[:, None].expand(topk_ids_TK.shape).reshape(-1).to(ids_N.dtype)
+    return ids_N.new_zeros(num_experts).scatter_add_(0, ids_N, ones_N)
 
 
 def inverse_permutation(order_N: Tensor) -> Tensor:

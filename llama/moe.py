@@ -31,10 +31,12 @@ class LayerRouting:
     probabilities_TE: Tensor
     """At least fp32, with its graph: the affinities of each token, divided by their sum over all experts."""
     counts_E: Tensor
-    """int64: (token, choice) pairs by the expert that the router chose, those over a capacity included."""
+    """int64: (token, choice) pairs by the expert that the router chose, those over a capacity included, padding not."""
     top_k: int
     num_sequences: int
     """The tokens are those of this many sequences of one length, one after the other."""
+    counted_T: Tensor | None = None
+    """bool: which tokens are no padding; None if none of them is."""
 
 
 class RoutingRecord:
@@ -44,10 +46,14 @@ class RoutingRecord:
     keeps none, so that evaluation is never counted. A recomputed layer overwrites its own entry (of
     `torch.utils.checkpoint` only the non-reentrant kind keeps the statistics' graph). Not a dataclass: FSDP
     copies every dataclass it finds among a block's arguments, and the layers would write into the copies.
+
+    Args:
+        counted_BL: bool `[batch, seq]`: which positions are no padding; None if none of them is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counted_BL: Tensor | None = None) -> None:
         self.layers: dict[int, LayerRouting] = {}
+        self.counted_T = None if counted_BL is None else counted_BL.reshape(-1)
 
 
 class Router(nn.Module):
@@ -180,9 +186,10 @@ class MoE(nn.Module):
             routing.layers[self.layer] = LayerRouting(
                 logits_TE,
                 self.router.probabilities(affinities_TE),
-                count_by_expert(ids_TK, logits_TE.shape[1]),
+                count_by_expert(ids_TK, logits_TE.shape[1], routing.counted_T),
                 self.router.top_k,
                 num_sequences=x_BLM.shape[0],
+                counted_T=routing.counted_T,
             )
         dtype = autocast_dtype(x_TM)
         if dtype is not None:

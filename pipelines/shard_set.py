@@ -42,6 +42,8 @@ class Rows:
     """`[rows, seq_len]` bool: whether tokens[:, 1:] are targets that count; None if all of them are."""
     documents: np.ndarray | None
     """`[rows, seq_len]` int64 under best_fit: the piece that tokens[:, :-1] belong to, padding being one more."""
+    lengths: np.ndarray | None
+    """`[rows]` int64: of tokens[:, :-1] those before the padding; None if there is none."""
 
     def targets(self) -> np.ndarray:
         """Ids of the targets that count, row by row: int64, one axis."""
@@ -52,8 +54,10 @@ class Rows:
         labels = self.tokens[:, 1:]
         if self.counted is not None:
             labels = np.where(self.counted, labels, IGNORE_INDEX)
-        documents = None if self.documents is None else torch.from_numpy(self.documents)
-        return Batch(torch.from_numpy(self.tokens[:, :-1]), torch.from_numpy(labels), documents)
+        documents, lengths = (
+            None if each is None else torch.from_numpy(each) for each in (self.documents, self.lengths)
+        )
+        return Batch(torch.from_numpy(self.tokens[:, :-1]), torch.from_numpy(labels), documents, lengths)
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,8 @@ class ShardSet:
         if self._masked:
             learned = np.stack([shard.loss_mask[row, 1:] for shard, row in places]) > 0
             counted = learned if counted is None else counted & learned
-        return Rows(tokens, counted, documents)
+        padded = (lengths < self.seq_len).any()
+        return Rows(tokens, counted, documents, lengths.clip(max=self.seq_len) if padded else None)
 
     def _separate(
         self, places: Sequence[tuple[_MappedShard, int]], lengths: np.ndarray

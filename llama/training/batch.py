@@ -29,14 +29,29 @@ class Batch:
     documents: Tensor | None = None
     """Rows that are packed with several documents: an id for each position, equal ids side by side. Attention and
     positions begin anew at each document. None: a row is one."""
+    lengths: Tensor | None = None
+    """`[B]` int64: positions of each row before the padding at its end, which is computed and counts nowhere. None:
+    there is no padding."""
 
     def to(self, device: torch.device | str) -> Batch:
-        documents = None if self.documents is None else self.documents.to(device)
-        return Batch(self.inputs.to(device), self.labels.to(device), documents)
+        documents, lengths = (None if each is None else each.to(device) for each in (self.documents, self.lengths))
+        return Batch(self.inputs.to(device), self.labels.to(device), documents, lengths)
 
     def num_targets(self) -> Tensor:
         """How many labels count: a scalar, int64."""
         return (self.labels != IGNORE_INDEX).sum()
+
+    def num_tokens(self) -> Tensor:
+        """How many positions are no padding: a scalar, int64."""
+        if self.lengths is not None:
+            return self.lengths.sum()
+        return self.labels.new_tensor(self.labels.numel())
+
+    def counted(self) -> Tensor | None:
+        """`[B, L]` bool: which positions are no padding; None if none of them is."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.inputs.shape[1], device=self.inputs.device) < self.lengths[:, None]
 
 
 def loss_sum(

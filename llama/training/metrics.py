@@ -18,7 +18,7 @@ class StepMetrics:
     grad_norm: float
     """Global norm before clipping."""
     tokens: int
-    """Tokens trained on since step 0."""
+    """Tokens trained on since step 0, padding not among them."""
     tokens_per_second: float
     """Over all ranks, since the previous report."""
     balance_loss: float | None
@@ -28,6 +28,9 @@ class StepMetrics:
     z_loss: float | None
     expert_load: dict[int, list[float]]
     """By MoE layer: each expert's share of the step's (token, choice) pairs."""
+    router_entropy: dict[int, float]
+    """By MoE layer: the mean over the step's tokens of the entropy of the router's probabilities, in nats:
+    ln(experts) when it prefers none, 0 when it is sure of one."""
     all_to_all_bytes: int
     """Bytes of token rows that crossed between ranks in this step, forward and backward, over all ranks."""
     skipped_steps: int

@@ -8,7 +8,8 @@ the global batch, whatever the layout and the accumulation:
          + Σ over micro-steps and MoE layers of (tokens of the micro-step / tokens of the step)
            · (balance_loss_weight · balance + z_loss_weight · z)
 
-A micro-step is one forward pass of all ranks. Its balance and z losses are functions of sums over the micro-step's
+A balance loss that is per sequence weighs a micro-step by its sequences instead. Padding is no token. A micro-step is
+one forward pass of all ranks. Its balance and z losses are functions of sums over the micro-step's
 tokens (llama/balance.py), which all ranks add up in one all-reduce; every rank keeps the graph of its own share of the
 sums, so the gradients, added up over the ranks, are those of the loss of all tokens together.
 """
@@ -47,8 +48,12 @@ class _StepSums:
     cross_entropy: Tensor
     balance: Tensor
     z: Tensor
-    counts_LE: Tensor | None = None
-    """(token, choice) pairs by MoE layer and expert, float64."""
+    routing_LS: Tensor | None = None
+    """`RoutingStatistics.sums` by MoE layer."""
+
+    @property
+    def routing(self) -> RoutingStatistics | None:
+        return None if self.routing_LS is None else RoutingStatistics(self.routing_LS)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class StepResult:
     """A step over all ranks; every rank has the same. The fields are those of `StepMetrics`."""
 
     loss: float
+    tokens: int
+    """Of this step, without padding."""
     learning_rate: float
     grad_norm: float
     updated: bool
@@ -63,6 +70,7 @@ class StepResult:
     balance_loss: float | None
     z_loss: float | None
     expert_load: dict[int, list[float]]
+    router_entropy: dict[int, float]
     all_to_all_bytes: int
     request: Request
     """The most urgent that any rank came with."""
@@ -103,8 +111,8 @@ class TrainStep:
 
         `request` is what this rank wants done after the step; the ranks agree in the step's own all-reduce.
         """
-        valid = torch.stack([batch.num_targets() for batch in batches]).sum()
-        counting = dist.all_reduce(valid, async_op=True)
+        counts = torch.stack([torch.stack((batch.num_targets(), batch.num_tokens())) for batch in batches]).sum(dim=0)
+        counting = dist.all_reduce(counts, async_op=True)
         bytes_before = sum(dispatch.bytes_sent for dispatch in self._dispatches)
         # What dropout draws depends on nothing but the step and the rank: a resumed run draws the same.
         lora = self.config.lora
@@ -113,7 +121,7 @@ class TrainStep:
         sums = _StepSums(*torch.zeros(3, dtype=torch.float64, device=self.device))
         for index, batch in enumerate(batches):
             self._last_micro_step(index == len(batches) - 1)
-            self._micro_step(batch, sums, counting, valid).backward()
+            self._micro_step(batch, sums, counting, counts).backward()
         bytes_sent = sum(dispatch.bytes_sent for dispatch in self._dispatches) - bytes_before
 
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -127,35 +135,42 @@ class TrainStep:
         )
         dist.all_reduce(totals)
         # All numbers of the step in one copy to the host: an accelerator is waited for once.
-        numbers = [totals, torch.stack((valid.double(), sums.balance, sums.z))]
-        if sums.counts_LE is not None:
-            numbers.append(_shares(sums.counts_LE))
-        square, cross_entropy, all_bytes, requests, targets, balance, z, *loads = torch.cat(numbers).tolist()
+        numbers = [totals, counts.double(), torch.stack((sums.balance, sums.z))]
+        if sums.routing is not None:
+            numbers.append(torch.cat((sums.routing.load, sums.routing.entropy[:, None]), dim=1).flatten())
+        square, cross_entropy, all_bytes, requests, targets, tokens, balance, z, *routing = torch.cat(numbers).tolist()
         norm = math.sqrt(square) if square >= 0 else math.nan
         lr = learning_rate(step, self.config.steps, self.config.optimizer.lr, self.config.schedule)
         updated = self._update(gradients, norm, lr, sums)
         return StepResult(
             loss=cross_entropy / max(1, targets),
+            tokens=int(tokens),
             learning_rate=lr,
             grad_norm=norm,
             updated=updated,
             balance_loss=balance / len(self._moes) if self._moes else None,
             z_loss=z / len(self._moes) if self._moes else None,
-            expert_load=self._by_layer(loads),
+            expert_load={layer: load for layer, (*load, _) in self._by_layer(routing).items()},
+            router_entropy={layer: entropy for layer, (*_, entropy) in self._by_layer(routing).items()},
             all_to_all_bytes=int(all_bytes),
             request=Request.of_sum(requests),
         )
 
-    def _micro_step(self, batch: Batch, sums: _StepSums, counting: dist.Work, valid: Tensor) -> Tensor:
-        """Forward pass of one micro-batch: its share of the step's loss, with the graph."""
-        routing = RoutingRecord() if self._moes else None
+    def _micro_step(self, batch: Batch, sums: _StepSums, counting: dist.Work, counts: Tensor) -> Tensor:
+        """Forward pass of one micro-batch: its share of the step's loss, with the graph.
+
+        Args:
+            counts: targets and tokens of the step, over all ranks once `counting` is done.
+        """
+        routing = RoutingRecord(batch.counted()) if self._moes else None
         cross_entropy = loss_sum(self.model, batch, self.attend, routing)
         counting.wait()
         sums.cross_entropy += cross_entropy.detach()
-        loss = cross_entropy / valid.clamp(min=1)
-        return loss if routing is None else loss + self._routing_loss(routing, sums)
+        targets, tokens = counts
+        loss = cross_entropy / targets.clamp(min=1)
+        return loss if routing is None else loss + self._routing_loss(routing, sums, tokens)
 
-    def _routing_loss(self, routing: RoutingRecord, sums: _StepSums) -> Tensor:
+    def _routing_loss(self, routing: RoutingRecord, sums: _StepSums, step_tokens: Tensor) -> Tensor:
         """The micro-step's weighted balance and z losses over all ranks, with the graph of this rank's tokens."""
         moe = self.model.config.moe
         assert moe is not None
@@ -164,9 +179,12 @@ class TrainStep:
         total_LS = sums_LS.detach().clone()
         dist.all_reduce(total_LS)
         statistics = RoutingStatistics(with_total(sums_LS, total_LS))
-        sums.counts_LE = statistics.counts if sums.counts_LE is None else sums.counts_LE + statistics.counts
-        balance = balance_loss(moe.balance_loss, statistics).sum() / self.accumulation
-        z = statistics.z_loss.sum() / self.accumulation
+        sums.routing_LS = total_LS if sums.routing_LS is None else sums.routing_LS + total_LS
+        # How many micro-steps of this one's size make the step; every layer has the same tokens.
+        micro_steps = step_tokens.clamp(min=1) / statistics.tokens[0]
+        sequences = self.accumulation if moe.balance_loss == "switch_sequence" else micro_steps
+        balance = balance_loss(moe.balance_loss, statistics).sum() / sequences
+        z = statistics.z_loss.sum() / micro_steps
         sums.balance += balance.detach()
         sums.z += z.detach()
         loss = torch.zeros_like(balance)
@@ -192,24 +210,19 @@ class TrainStep:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            self._balance_bias(sums.counts_LE)
+            self._balance_bias(sums.routing)
         self.optimizer.zero_grad(set_to_none=True)
         return accepted
 
-    def _balance_bias(self, counts_LE: Tensor | None) -> None:
+    def _balance_bias(self, routing: RoutingStatistics | None) -> None:
         """Moves the routing bias by the load of the whole step; beside adapters it is frozen like all else."""
         moe = self.model.config.moe
-        if counts_LE is None or moe is None or moe.bias_update_rate == 0 or self.config.lora is not None:
+        if routing is None or moe is None or moe.bias_update_rate == 0 or self.config.lora is not None:
             return
-        for layer, counts_E in zip(self._moes.values(), counts_LE, strict=True):
+        for layer, counts_E in zip(self._moes.values(), routing.counts, strict=True):
             bias_E = layer.router.expert_bias
             bias_E.copy_(balanced_bias(bias_E, counts_E, moe.bias_update_rate))
 
-    def _by_layer(self, loads: list[float]) -> dict[int, list[float]]:
-        experts = len(loads) // max(1, len(self._moes))
-        return {layer: loads[place * experts : (place + 1) * experts] for place, layer in enumerate(self._moes)}
-
-
-def _shares(counts_LE: Tensor) -> Tensor:
-    """Each layer's shares of pairs by expert, one layer after the other."""
-    return (counts_LE / counts_LE.sum(dim=1, keepdim=True)).flatten()
+    def _by_layer(self, numbers: list[float]) -> dict[int, list[float]]:
+        each = len(numbers) // max(1, len(self._moes))
+        return {layer: numbers[place * each : (place + 1) * each] for place, layer in enumerate(self._moes)}

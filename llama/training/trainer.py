@@ -250,7 +250,7 @@ class Trainer:
         """Counts a step that was taken."""
         progress = self._progress
         progress.step += 1
-        progress.tokens += self.config.global_batch * self.config.seq_len
+        progress.tokens += result.tokens
         progress.skipped_steps += not result.updated
         progress.loss = result.loss if math.isfinite(result.loss) else None
         return StepMetrics(
@@ -264,6 +264,7 @@ class Trainer:
             balance_loss=result.balance_loss,
             z_loss=result.z_loss,
             expert_load=result.expert_load,
+            router_entropy=result.router_entropy,
             all_to_all_bytes=result.all_to_all_bytes,
             skipped_steps=progress.skipped_steps,
             failed_checkpoints=progress.failed_checkpoints,

@@ -1,6 +1,7 @@
 """Balance losses against their formulas in float64, and what they do to a skewed router."""
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -21,6 +22,7 @@ from llama.balance import (
     z_losses,
 )
 from llama.config import BalanceLoss, ModelConfig, MoEConfig
+from llama.dispatch import count_by_expert
 from llama.moe import LayerRouting, MoE, RoutingRecord
 
 KINDS = get_args(BalanceLoss)
@@ -98,6 +100,38 @@ def test_z_loss_equals_its_formula():
     assert statistics.z_loss.item() == pytest.approx(sum(expected) / len(expected), rel=1e-12)
 
 
+def test_the_entropy_is_that_of_the_tokens_and_not_of_their_mean():
+    layer = routing()
+    expected = [-sum(p * math.log(p) for p in token) for token in layer.probabilities_TE.tolist()]
+    statistics = RoutingStatistics(routing_sums([layer], "switch"))
+    assert statistics.entropy.item() == pytest.approx(sum(expected) / len(expected), rel=1e-12)
+    assert not statistics.entropy.requires_grad
+    sure = LayerRouting(layer.logits_TE, torch.eye(EXPERTS).repeat(5, 1), layer.counts_E, TOP_K, 1)
+    assert RoutingStatistics(routing_sums([sure], "switch")).entropy.item() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_is_in_no_sum(kind):
+    """Sequences of 10, 4 and 0 tokens in rows of 10 have the sums of the two that are there."""
+    lengths, whole = (10, 4, 0), routing()
+    counted = torch.cat([torch.arange(LENGTH) < length for length in lengths])
+    ids = whole.probabilities_TE.topk(TOP_K).indices
+    counts = count_by_expert(ids, EXPERTS, counted)
+    assert torch.equal(counts, count_by_expert(ids[counted], EXPERTS))
+    padded = replace(whole, counts_E=counts, counted_T=counted)
+    parts = []
+    for row, length in enumerate(lengths[:2]):
+        rows = slice(row * LENGTH, row * LENGTH + length)
+        own = (whole.logits_TE[rows], whole.probabilities_TE[rows], count_by_expert(ids[rows], EXPERTS))
+        parts.append(LayerRouting(*own, TOP_K, 1))
+    expected = routing_sums(parts, kind).sum(dim=0)
+    sums = routing_sums([padded], kind)[0]
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=0)
+    statistics = RoutingStatistics(sums)
+    (gradient,) = torch.autograd.grad(balance_loss(kind, statistics) + statistics.z_loss, whole.logits_TE)
+    assert not gradient[~counted].any() and gradient[counted].any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_uniform_routing_is_the_minimum(kind):
     """Load and importance go together: from uniform to one expert that has all."""
@@ -113,7 +147,7 @@ def test_uniform_routing_is_the_minimum(kind):
             probabilities[0, torch.arange(20), favourite] = 0.7
             values.append(sequence_losses(probabilities, top_k=1).item())
         else:
-            sums = torch.cat((row * 4000, row * 2000, torch.tensor([0.0, 0.0, 1.0, 2000.0])))
+            sums = torch.cat((row * 4000, row * 2000, torch.tensor([0.0, 0.0, 0.0, 1.0, 2000.0])))
             values.append(balance_loss(kind, RoutingStatistics(sums)).item())
     assert values[0] == pytest.approx(UNIFORM[kind], abs=1e-9)
     assert values == sorted(values) and values[-1] > values[0] + 0.5
@@ -232,4 +266,4 @@ def test_bias_balancing_lowers_the_skew_and_leaves_affinities_alone():
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match=r"model\.moe\.balance_loss='even'"):
-        balance_loss("even", RoutingStatistics(torch.ones(12)))
+        balance_loss("even", RoutingStatistics(torch.ones(13)))

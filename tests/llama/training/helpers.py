@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llama.config import ModelConfig, MoEConfig
+from llama.losses import IGNORE_INDEX
 from llama.training.batch import Batch
 from llama.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -59,11 +60,24 @@ def samples(first: int, count: int, config: TrainConfig, vocab_size: int) -> Ten
     return torch.stack(rows)
 
 
+def sample_lengths(first: int, count: int, config: TrainConfig) -> Tensor:
+    """`[count]`: positions before the padding of such samples where they are padded, from 2 to `seq_len`."""
+    return torch.tensor([2 + 7 * number % (config.seq_len - 1) for number in range(first, first + count)])
+
+
+def pad_labels(labels: Tensor, lengths: Tensor) -> Tensor:
+    """A row's last token and its padding foretell nothing."""
+    return labels.masked_fill(torch.arange(1, labels.shape[1] + 1) >= lengths[:, None], IGNORE_INDEX)
+
+
 class Samples:
     """Micro-step by micro-step, every rank takes its run of the next `micro_batch · world_size` samples."""
 
-    def __init__(self, config: TrainConfig, vocab_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, config: TrainConfig, vocab_size: int, rank: int = 0, world_size: int = 1, padded: bool = False
+    ) -> None:
         self.config, self.vocab_size, self.rank, self.world_size = config, vocab_size, rank, world_size
+        self.padded = padded
         self.consumed = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -72,7 +86,11 @@ class Samples:
             first = self.consumed + self.rank * size
             self.consumed += size * self.world_size
             tokens = samples(first, size, self.config, self.vocab_size)
-            yield Batch(tokens[:, :-1], tokens[:, 1:])
+            if self.padded:
+                lengths = sample_lengths(first, size, self.config)
+                yield Batch(tokens[:, :-1], pad_labels(tokens[:, 1:], lengths), lengths=lengths)
+            else:
+                yield Batch(tokens[:, :-1], tokens[:, 1:])
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples_consumed": self.consumed}

@@ -31,7 +31,17 @@ from llama.training.config import OptimizerConfig, ParallelConfig, ScheduleConfi
 from llama.training.mesh import local
 from llama.training.trainer import Trainer
 from tests.distributed import run_ranks
-from tests.llama.training.helpers import DENSE, MOE, Samples, difference, samples, train_config, whole
+from tests.llama.training.helpers import (
+    DENSE,
+    MOE,
+    Samples,
+    difference,
+    pad_labels,
+    sample_lengths,
+    samples,
+    train_config,
+    whole,
+)
 
 
 def variant(**moe_settings):
@@ -66,7 +76,7 @@ MATRIX = {
     4: [layout(1, 4, 1), layout(1, 4, 2), layout(1, 4, 4), layout(2, 2, 1), layout(2, 2, 2)],
 }
 
-# (model, layout, micro-batch, steps, other settings)
+# (model, layout, micro-batch, steps, other settings, and whether rows are padded)
 LAYOUTS = {
     world_size: [
         (model, parallel, 8 // world_size // accumulation, 3, {})
@@ -84,6 +94,10 @@ LAYOUTS[2] += [
     (variant(balance_loss="kl_uniform", z_loss_weight=0.0), layout(1, 2, 2), 2, 1, {}),
     (variant(balance_loss="expert_load", score="sigmoid"), layout(1, 2, 2), 4, 1, {}),
     (variant(balance_loss_weight=0.0, z_loss_weight=0.0), layout(1, 2, 2), 4, 1, {}),
+    (DENSE, layout(1, 2, 1), 2, 1, {"padded": True}),
+    (MOE, layout(1, 2, 2), 2, 3, {"padded": True}),
+    (SEQUENCE, layout(1, 2, 2), 2, 1, {"padded": True}),
+    (variant(balance_loss="expert_load"), layout(1, 2, 2), 4, 1, {"padded": True}),
     (UNUSUAL_DENSE, layout(1, 2, 1), 2, 3, {}),
     (UNUSUAL_MOE, layout(1, 2, 1), 2, 3, {}),
     (MOE, layout(1, 2, 2), 2, 3, {"activation_checkpointing": "full"}),
@@ -99,12 +113,13 @@ def at(world_size, *case, again=0, **settings):
     return same[again]
 
 
-def balance_of(kind, probabilities, chosen, batch):
-    """The loss of one layer; `probabilities` and `chosen` are `[batch · seq, experts]`, the latter 0 or 1."""
+def balance_of(kind, probabilities, chosen, lengths):
+    """The loss of one layer; `probabilities` and `chosen` are `[tokens, experts]`, the latter 0 or 1, those of
+    sequences of `lengths` one after the other."""
     experts = probabilities.shape[1]
     if kind == "switch_sequence":
-        sequences = (tensor.view(batch, -1, experts) for tensor in (probabilities, chosen))
-        return torch.stack([balance_of("switch", *pair, 1) for pair in zip(*sequences, strict=True)]).mean()
+        sequences = (tensor.split(lengths) for tensor in (probabilities, chosen))
+        return torch.stack([balance_of("switch", *pair, lengths) for pair in zip(*sequences, strict=True)]).mean()
     importance, load = probabilities.mean(0), chosen.sum(0) / chosen.sum()
     if kind == "switch":
         return experts * (load * importance).sum()
@@ -122,7 +137,7 @@ def balance_of(kind, probabilities, chosen, batch):
 
 
 @cache
-def reference(model_config, config, chunk):
+def reference(model_config, config, chunk, padded=False):
     """Trains in one process; `chunk` sequences share a balance loss. Returns what `train` returns."""
     model = Transformer(model_config)
     model.init_weights(config.seed)
@@ -147,22 +162,31 @@ def reference(model_config, config, chunk):
     history, gradients, parts = [], {}, []
     for step, lr in enumerate(lrs):
         tokens = samples(step * config.global_batch, config.global_batch, config, model_config.vocab_size)
+        lengths = torch.full((len(tokens),), config.seq_len)
+        labels = tokens[:, 1:]
+        if padded:
+            lengths = sample_lengths(step * config.global_batch, config.global_batch, config)
+            labels = pad_labels(labels, lengths)
         cross, counts = 0.0, {layer: torch.zeros(moe.num_experts) for layer in routers}
-        for part in tokens.split(chunk):
-            routing, share = RoutingRecord(), len(part) / len(tokens)
+        for part, targets, sizes in zip(tokens.split(chunk), labels.split(chunk), lengths.split(chunk), strict=True):
+            routing, share = RoutingRecord(), (sizes.sum() / lengths.sum()).item()
+            real = (torch.arange(config.seq_len) < sizes[:, None]).flatten()
             logits = model(part[:, :-1], routing=routing)
-            loss = cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum") / tokens[:, 1:].numel()
+            loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / (labels >= 0).sum()
             cross += loss.item()
             for layer, router in routers.items():
-                logits = routing.layers[layer].logits_TE
+                logits = routing.layers[layer].logits_TE[real]
                 affinities = logits.softmax(-1) if moe.score == "softmax" else logits.sigmoid()
                 chosen = one_hot((affinities + router.expert_bias).topk(2).indices, moe.num_experts).sum(1).float()
                 counts[layer] += chosen.sum(0)
                 probabilities = affinities / affinities.sum(-1, keepdim=True)
-                balance = balance_of(moe.balance_loss, probabilities, chosen, len(part))
-                z = logits.exp().sum(-1).log().pow(2).mean()
-                loss = loss + (moe.balance_loss_weight * balance + moe.z_loss_weight * z) * share
-                parts.append((step, balance.item() * share / len(routers), z.item() * share / len(routers)))
+                balance = balance_of(moe.balance_loss, probabilities, chosen, sizes.tolist()) * (
+                    len(part) / len(tokens) if moe.balance_loss == "switch_sequence" else share
+                )
+                z = logits.exp().sum(-1).log().pow(2).mean() * share
+                loss = loss + moe.balance_loss_weight * balance + moe.z_loss_weight * z
+                entropy = -(probabilities * probabilities.log()).sum(-1).mean() * share
+                parts.append((step, balance.item() / len(routers), z.item() / len(routers), layer, entropy.item()))
             loss.backward()
         norm = math.sqrt(sum(parameter.grad.double().pow(2).sum().item() for parameter in named.values()))
         for parameter in named.values():
@@ -180,20 +204,24 @@ def reference(model_config, config, chunk):
         "gradients": gradients,
         "end": {name: whole(tensor) for name, tensor in model.state_dict().items()},
         "history": history,
-        "balance": [sum(balance for at, balance, _ in parts if at == step) for step in range(config.steps)],
-        "z": [sum(z for at, _, z in parts if at == step) for step in range(config.steps)],
+        "balance": [sum(balance for at, balance, *_ in parts if at == step) for step in range(config.steps)],
+        "z": [sum(z for at, _, z, *_ in parts if at == step) for step in range(config.steps)],
+        "entropy": [
+            {layer: sum(entropy for at, *_, own, entropy in parts if (at, own) == (step, layer)) for layer in routers}
+            for step in range(config.steps)
+        ],
     }
 
 
 def train(rank, world_size, layouts):
     """Trains every layout in turn on this group of ranks."""
     results = []
-    for model_config, config in layouts:
+    for model_config, config, padded in layouts:
         seen, gradients, starts = [], {}, {}
         trainer = Trainer(
             model_config,
             config,
-            Samples(config, model_config.vocab_size, rank, world_size),
+            Samples(config, model_config.vocab_size, rank, world_size, padded),
             on_metrics=seen.append,
         )
 
@@ -222,19 +250,24 @@ def train(rank, world_size, layouts):
 
 
 def config_of(parallel, micro_batch, steps, settings):
+    settings = {name: value for name, value in settings.items() if name != "padded"}
     return train_config(parallel=parallel, micro_batch=micro_batch, steps=steps, **settings)
 
 
 def expected_of(world_size, index):
     """The reference takes no account of how the work is laid out, but for the size of a micro-step."""
-    model, _, micro_batch, steps, _ = LAYOUTS[world_size][index]
-    return reference(model, train_config(steps=steps), micro_batch * world_size)
+    model, _, micro_batch, steps, settings = LAYOUTS[world_size][index]
+    return reference(model, train_config(steps=steps), micro_batch * world_size, "padded" in settings)
 
 
 @pytest.fixture(scope="module")
 def trained():
     return {
-        world_size: run_ranks(train, world_size, [(model, config_of(*settings)) for model, *settings in layouts])
+        world_size: run_ranks(
+            train,
+            world_size,
+            [(model, config_of(*settings), "padded" in settings[-1]) for model, *settings in layouts],
+        )
         for world_size, layouts in LAYOUTS.items()
     }
 
@@ -261,6 +294,7 @@ def test_equals_one_process(trained, world_size, index):
         for step, metrics in enumerate(result["metrics"] if model_config.moe else []):
             assert metrics["balance_loss"] == pytest.approx(expected["balance"][step], rel=1e-5, abs=1e-6)
             assert metrics["z_loss"] == pytest.approx(expected["z"][step], rel=1e-5)
+            assert metrics["router_entropy"] == pytest.approx(expected["entropy"][step], rel=1e-5)
 
 
 @pytest.mark.integration
