@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import ray
@@ -222,7 +222,7 @@ class _Reports:
         self._reports.put(partial(self._begin, record))
 
     def step(self, metrics: StepMetrics) -> None:
-        self._reports.put(partial(self._metrics.write, asdict(metrics)))
+        self._reports.put(partial(self._metrics.write, metrics))
         every = self._task.train.checkpoint_every
         if every and metrics.step % every == 0:
             self._reports.put(self._metrics.flush)  # a run resumed from its checkpoint will not repeat these lines

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
+from llama.training.memory import peak_bytes
+
 MIN_ROUNDS = 5
 
 
@@ -136,7 +138,7 @@ def serve(ready: dict[str, float], work: Callable[[], dict[str, float]]) -> None
 
 def peak_memory_mib() -> float:
     """Largest resident size of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_bytes() / 2**20
 
 
 def resident_mib() -> float:

@@ -9,11 +9,9 @@ AdamW. The peer's weights are our export, so both must start at the same loss, a
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -45,6 +43,7 @@ from llama.training.memory import reuse_freed_memory
 from llama.training.mesh import build_mesh, process_group
 from llama.training.optim import build_optimizer
 from llama.training.parallel import apply_parallel
+from llama.training.peak import gemm_flops
 from llama.training.precision import fast_cpu_matmul
 from llama.training.step import TrainStep, attention
 
@@ -337,15 +336,8 @@ def _gemm_ceiling(bench: TrainBench) -> float:
     """GFLOP/s of square products in the bench's type, the best of several."""
     torch.set_num_threads(bench.threads)
     dtype = torch.bfloat16 if bench.precision == "bf16" else torch.float32
-    size = 2048 if bench.device == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=bench.device).to(dtype) for _ in range(2))
-    best = math.inf
     with fast_cpu_matmul() if bench.device == "cpu" else nullcontext():
-        for _ in range(6):
-            began = time.perf_counter()
-            (a @ b)[0, 0].item()
-            best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e9
+        return gemm_flops(2048 if bench.device == "cpu" else 8192, dtype, bench.device) / 1e9
 
 
 def measure(bench: TrainBench) -> TrainReport:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +41,7 @@ __all__ = [
     "Checkpointer",
     "CorruptCheckpoint",
     "StoreFailed",
+    "kept",
     "load_model_weights",
     "training_tensors",
 ]
@@ -107,6 +109,18 @@ def load_model_weights(artifact: Artifact, model: nn.Module, *, below_adapters: 
     return manifest.metadata
 
 
+def kept(losses: Mapping[int, float | None], *, keep_last: int, keep_best: int = 0, keep_every: int = 0) -> set[int]:
+    """Which checkpoints stay, of those of these steps with their validation losses (None: not measured).
+
+    The latest `keep_last`, and that is one at least; of the measured ones the `keep_best` of lowest loss, of equal ones
+    the later; and those whose step `keep_every` divides.
+    """
+    steps = sorted(losses)
+    measured = [(loss, -step) for step, loss in losses.items() if loss is not None]
+    best = {-negative for _, negative in sorted(measured)[:keep_best]}
+    return {*steps[-keep_last:], *best, *(step for step in steps if keep_every and step % keep_every == 0)}
+
+
 def _load_sharded(
     files: Files, stored: dict[str, StoredTensor], tensors: dict[str, Tensor], group: dist.ProcessGroup, what: str
 ) -> None:
@@ -135,15 +149,26 @@ class Checkpointer:
     Args:
         folder: where the checkpoints lie.
         open_artifact: makes an artifact of a folder (`cluster.storage.Artifact`).
-        keep_last: committed checkpoints to keep; older ones go once a new one is committed.
+        keep_last, keep_best, keep_every: which committed checkpoints stay (`kept`); the others go once a new one is
+            committed. A validation loss is the `val_loss` of the progress that was saved.
     """
 
-    def __init__(self, folder: FilesT, open_artifact: Callable[[FilesT], Artifact], *, keep_last: int = 2) -> None:
+    def __init__(
+        self,
+        folder: FilesT,
+        open_artifact: Callable[[FilesT], Artifact],
+        *,
+        keep_last: int = 2,
+        keep_best: int = 0,
+        keep_every: int = 0,
+    ) -> None:
         if keep_last < 1:
             raise ValueError(f"train.keep_last={keep_last} must be at least 1")
         self._folder = folder
         self._open = lambda name: open_artifact(folder.child(name))
-        self._keep_last = keep_last
+        self._kept = partial(kept, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
+        self._losses: dict[int, float | None] = {}
+        """Of the checkpoints that this process has seen whole, so that each manifest is read once."""
         self._pending: Future[Any] | None = None
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._agreement = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -250,16 +275,23 @@ class Checkpointer:
 
     def discard_broken(self, step: int) -> None:
         """Removes what is stored of `step` and is no whole checkpoint, so that it can be written again."""
+        self._losses.pop(step, None)
         if step in self._steps() and not self._is_whole(step):
             self.artifact(step).delete()
 
     def retire(self) -> None:
-        """Removes what lies before the last `keep_last` whole checkpoints, remains of failed saves included."""
-        steps = sorted(self._steps())
-        kept = [step for step in steps if self._is_whole(step)][-self._keep_last :]
-        for step in steps:
-            if kept and step < kept[0]:
+        """Removes the whole checkpoints that are not kept, and remains of failed saves before the latest whole one."""
+        steps = self._steps()
+        self._losses = {step: loss for step, loss in self._losses.items() if step in steps}
+        self._losses |= {step: progress.get("val_loss") for step, progress in self._whole(steps - self._losses.keys())}
+        staying = self._kept(self._losses)
+        for step in sorted(steps - staying):
+            if staying and step < max(staying):
                 self.artifact(step).delete()
+
+    def committed(self) -> dict[int, dict[str, Any]]:
+        """The progress of every whole checkpoint by step, in order; for a single process."""
+        return dict(self._whole(self._steps()))
 
     def _on_first_rank(self, action: Callable[[], ResultT]) -> ResultT:
         """Acts on rank 0 alone; every rank returns what it returned, or raises what it raised."""
@@ -294,14 +326,24 @@ class Checkpointer:
         matches = (_STEP.fullmatch(path.split("/", 1)[0]) for path in self._folder.sizes())
         return {int(match[1]) for match in matches if match}
 
+    def _whole(self, steps: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Those of the steps that have a whole checkpoint, in order, with its progress."""
+        for step in sorted(steps):
+            manifest = self._whole_manifest(step)
+            if manifest is not None:
+                yield step, manifest.metadata
+
     def _is_whole(self, step: int) -> bool:
-        """Committed, and every file of the manifest is there in its full size."""
+        return self._whole_manifest(step) is not None
+
+    def _whole_manifest(self, step: int) -> Manifest | None:
+        """The manifest if it is committed, and every file of it is there in its full size."""
         artifact = self.artifact(step)
         manifest = self._manifest(artifact, step)
         if manifest is None:
-            return False
+            return None
         sizes = artifact.files.sizes()
-        return all(sizes.get(file.path) == file.size for file in manifest.files)
+        return manifest if all(sizes.get(file.path) == file.size for file in manifest.files) else None
 
     def _manifest(self, artifact: Artifact, step: int) -> Manifest | None:
         """The manifest; None when there is none, or its bytes are there and are no manifest."""

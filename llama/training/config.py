@@ -178,7 +178,15 @@ class TrainConfig:
     checkpoint_every: int = 50
     """Steps between checkpoints; the last step always writes one, and 0 writes only that."""
     keep_last: int = 2
-    """Committed checkpoints kept."""
+    """Committed checkpoints kept, the latest ones."""
+    keep_best: int = 0
+    """Besides them the checkpoints of the lowest validation loss."""
+    keep_every: int = 0
+    """Besides them, and for ever, the checkpoints of steps that this divides; 0 keeps no such."""
+    validate_every: int = 0
+    """Steps between validations, and one after the last step; 0 turns them off."""
+    validate_rows: int = 64
+    """Rows of the validation split to validate on, over all ranks; of a split with fewer all."""
     log_every: int = 10
     """Steps between metrics; the first and the last step always report."""
     hang_seconds: float = 600.0
@@ -189,7 +197,7 @@ class TrainConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "seq_len", "keep_last", "log_every"):
+        for name in ("steps", "global_batch", "micro_batch", "seq_len", "keep_last", "log_every", "validate_rows"):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name}={value} must be at least 1")
         _require(
@@ -209,6 +217,15 @@ class TrainConfig:
         _require(
             self.hang_seconds >= 0,
             f"train.hang_seconds={self.hang_seconds} must not be negative; 0 turns the watchdog off",
+        )
+        for name in ("keep_best", "keep_every", "validate_every"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name}={value} must not be negative; 0 turns it off")
+        _require(
+            self.keep_best == 0 or (self.validate_every > 0 and self.checkpoint_every % self.validate_every == 0),
+            f"train.keep_best={self.keep_best} needs a validation at every checkpoint, but train.validate_every="
+            f"{self.validate_every} does not divide train.checkpoint_every={self.checkpoint_every}; set "
+            "train.validate_every to a divisor of it",
         )
         _require(0 <= self.seed < 2**31, f"train.seed={self.seed} must lie in [0, 2**31)")
 

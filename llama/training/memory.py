@@ -1,10 +1,13 @@
-"""How the allocator treats freed memory on the CPU."""
+"""How much memory a process holds, and how the allocator treats what is freed on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import resource
 from contextlib import AbstractContextManager
+
+import torch
 
 from llama.training.process import ProcessSetting
 
@@ -12,6 +15,13 @@ from llama.training.process import ProcessSetting
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _AFTERWARDS = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 """Where glibc's own rule ends up once blocks of 32 MiB have been freed; the rule itself cannot be turned on again."""
+
+
+def peak_bytes(device: torch.device | str = "cpu") -> int:
+    """The most this process has held so far: of an accelerator what tensors took, of the CPU its resident size."""
+    if torch.device(device).type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated(device)
 
 
 def reuse_freed_memory() -> AbstractContextManager[bool]:

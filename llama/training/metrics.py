@@ -12,6 +12,7 @@ class StepMetrics:
     step: int
     """Optimizer steps done, this one included."""
     steps: int
+    """Of the whole run."""
     loss: float
     """Mean cross-entropy of the step's tokens, nats per token; auxiliary losses not included."""
     learning_rate: float
@@ -20,7 +21,20 @@ class StepMetrics:
     tokens: int
     """Tokens trained on since step 0, padding not among them."""
     tokens_per_second: float
-    """Over all ranks, since the previous report."""
+    """Over all ranks, since the previous report; checkpoints take their time of it, validation does not."""
+    mfu: float | None
+    """Model FLOPs utilisation: the arithmetic that `tokens_per_second` needs (`ModelConfig.flops_per_token`) over the
+    peak of all ranks' devices (llama/training/peak.py); None where that is not known."""
+    memory_bytes: int
+    """The most that a rank has held so far: of an accelerator what tensors took, of the CPU the resident size."""
+    samples: int
+    """Sequences taken from the data since step 0."""
+    epoch: float | None
+    """Passes over the data that they make, with the fraction; None where the loader does not know."""
+    checkpoint_seconds: float
+    """Time the steps stood still for checkpoints since the previous report."""
+    val_loss: float | None
+    """Mean cross-entropy of the validation rows after this step, nats per token; None where it was not measured."""
     balance_loss: float | None
     """Mean over the MoE layers, before its weight; None for a dense model. When routing is uniform it is 1 for switch
     and switch_sequence, −ln(experts) for the entropies, 0 for kl_uniform and expert_load, and never below that where
@@ -53,9 +67,12 @@ class TrainSummary:
     tokens: int
     """Since step 0."""
     tokens_per_second: float | None
-    """Of this part, first step and checkpoints included; None when no step was left to do."""
+    """Of this part, first step and checkpoints included, validation not; None when no step was left to do."""
+    val_loss: float | None
+    """After the last step; None without validation, or when it is not finite."""
     seconds: float
-    """Of this part's steps."""
+    """Of this part's steps, with checkpoints and validation."""
+    validation_seconds: float
     checkpoint_seconds: float
     """Time the steps stood still for checkpoints: copying, and waiting for the previous save."""
     all_to_all_bytes: int

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +22,7 @@ from llama.training.config import TrainConfig, check_compilable, check_trainable
 from llama.training.control import Request
 from llama.training.memory import reuse_freed_memory
 from llama.training.mesh import build_mesh, process_group
+from llama.training.meter import Meter
 from llama.training.metrics import StepMetrics, TrainSummary
 from llama.training.optim import build_optimizer
 from llama.training.parallel import allocate_sharded, apply_parallel, draw_weights
@@ -30,6 +30,7 @@ from llama.training.precision import fast_cpu_matmul
 from llama.training.retry import retried
 from llama.training.saver import HURRIED_PAUSES, Saver
 from llama.training.step import StepResult, TrainStep
+from llama.training.validation import check_equally_many, validation_loss
 from llama.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,11 @@ class Loader(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    @property
+    def epoch(self) -> float | None:
+        """Passes over the data that the batches handed out so far make, over all ranks; None where it has no end."""
+        ...
+
 
 @dataclass
 class _Progress:
@@ -59,15 +65,8 @@ class _Progress:
     loss: float | None = None
     """Of the last step; None before the first, or when it was not finite, which JSON cannot say."""
     failed_checkpoints: int = 0
-
-
-@dataclass
-class _Clock:
-    """Seconds, for the rates; never for a decision."""
-
-    started: float = field(default_factory=time.perf_counter)
-    reported: float = field(default_factory=time.perf_counter)
-    checkpoint: float = 0.0
+    val_loss: float | None = None
+    """Measured after the last step; None if it was not, or when it was not finite."""
 
 
 class Trainer:
@@ -86,7 +85,10 @@ class Trainer:
         checkpointer: None trains without.
         start: fills the weights that training starts from, adapters aside; called on every rank with the sharded model,
             whose buffers are zero. None draws them by the seed.
-        on_metrics: called on every rank with the same values, every `log_every` steps and after the first and last.
+        validation: this rank's rows to validate on, in batches of which every rank has equally many
+            (llama/training/validation.py); for `validate_every`.
+        on_metrics: called on every rank with the same values, every `log_every` steps, after the first and the last,
+            and after those that are validated.
         on_resume: called on every rank before the first step, with the step that training goes on from (0: none).
         control: asked before every step, on every rank; the ranks do what the most urgent answer says.
         watchdog: is told of everything that moves; the caller enters it.
@@ -103,6 +105,7 @@ class Trainer:
         checkpointer: Checkpointer | None = None,
         *,
         start: Callable[[Transformer], None] | None = None,
+        validation: Sequence[Batch] = (),
         on_metrics: Callable[[StepMetrics], None] = lambda metrics: None,
         on_resume: Callable[[int], None] = lambda step: None,
         control: Callable[[], Request] = lambda: Request.GO_ON,
@@ -121,6 +124,7 @@ class Trainer:
         self.loader = loader
         self.checkpointer = checkpointer
         self.start = start
+        self.validation = validation
         self.on_metrics = on_metrics
         self.on_resume = on_resume
         self.control = control
@@ -156,6 +160,8 @@ class Trainer:
         )
         self._allocate()
         self._progress = _Progress()
+        if self.config.validate_every:
+            check_equally_many(self.validation, self.device)
 
     def _allocate(self) -> None:
         """Weights that are anything, and the optimizer of step 0."""
@@ -182,6 +188,7 @@ class Trainer:
                 saved["skipped_steps"],
                 saved.get("loss"),
                 saved.get("failed_checkpoints", 0),
+                saved.get("val_loss"),
             )
             self._step.guard.restore(**saved["guard"])
             self.loader.load_state_dict(saved["loader"])
@@ -207,52 +214,66 @@ class Trainer:
         draw_weights(self.model, self.config.seed, names)
 
     def _train(self, resumed_step: int) -> TrainSummary:
-        clock, first_tokens, bytes_moved = _Clock(), self._progress.tokens, 0
+        progress, config, bytes_moved = self._progress, self.config, 0
+        meter = Meter(self.model_config, config, self.device, progress.tokens)
         saver = Saver(self.checkpointer, self.watchdog) if self.checkpointer else None
-        failed_before, request, stopped = self._progress.failed_checkpoints, Request.GO_ON, False
-        reported_tokens = first_tokens
+        failed_before, request, stopped = progress.failed_checkpoints, Request.GO_ON, False
         batches = iter(self.loader)
-        while self._progress.step < self.config.steps and not stopped:
+        while progress.step < config.steps and not stopped:
             request = max(request, self.control())
             batch = [self._checked(next(batches)) for _ in range(self._step.accumulation)]
-            result = self._step(batch, self._progress.step, request)
-            metrics = self._account(result)
+            result = self._step(batch, progress.step, request)
+            self._account(result)
             self.watchdog.beat()
-            bytes_moved += metrics.all_to_all_bytes
-            if metrics.step in (resumed_step + 1, self.config.steps) or metrics.step % self.config.log_every == 0:
-                now = time.perf_counter()
-                rate = (metrics.tokens - reported_tokens) / (now - clock.reported)
-                clock.reported, reported_tokens = now, metrics.tokens
-                self.on_metrics(replace(metrics, tokens_per_second=rate))
+            bytes_moved += result.all_to_all_bytes
+            validated = result.request is not Request.STOP_NOW and self._maybe_validate(meter)
+            if validated or progress.step in (resumed_step + 1, config.steps) or progress.step % config.log_every == 0:
+                self.on_metrics(self._metrics(result, meter))
             if saver is not None:
-                began = time.perf_counter()
-                stopped = self._save(saver, result.request)
-                clock.checkpoint += time.perf_counter() - began
-                self._progress.failed_checkpoints = failed_before + saver.failed
+                with meter.saving():
+                    stopped = self._save(saver, result.request)
+                progress.failed_checkpoints = failed_before + saver.failed
             stopped = stopped or result.request is Request.STOP_NOW
-        seconds = time.perf_counter() - clock.started
-        trained = self._progress.tokens - first_tokens
         return TrainSummary(
-            step=self._progress.step,
-            finished=self._progress.step >= self.config.steps,
+            step=progress.step,
+            finished=progress.step >= config.steps,
             resumed_step=resumed_step,
-            loss=self._progress.loss,
-            tokens=self._progress.tokens,
-            tokens_per_second=trained / seconds if trained else None,
-            seconds=seconds,
-            checkpoint_seconds=clock.checkpoint,
+            loss=progress.loss,
+            tokens=progress.tokens,
+            tokens_per_second=meter.tokens_per_second(progress.tokens),
+            val_loss=progress.val_loss,
+            seconds=meter.seconds,
+            validation_seconds=meter.validation_seconds,
+            checkpoint_seconds=meter.checkpoint_seconds,
             all_to_all_bytes=bytes_moved,
-            skipped_steps=self._progress.skipped_steps,
-            failed_checkpoints=self._progress.failed_checkpoints,
+            skipped_steps=progress.skipped_steps,
+            failed_checkpoints=progress.failed_checkpoints,
         )
 
-    def _account(self, result: StepResult) -> StepMetrics:
+    def _account(self, result: StepResult) -> None:
         """Counts a step that was taken."""
         progress = self._progress
         progress.step += 1
         progress.tokens += result.tokens
         progress.skipped_steps += not result.updated
-        progress.loss = result.loss if math.isfinite(result.loss) else None
+        progress.loss = _finite(result.loss)
+        progress.val_loss = None
+
+    def _maybe_validate(self, meter: Meter) -> bool:
+        step, every = self._progress.step, self.config.validate_every
+        if not every or (step % every and step != self.config.steps):
+            return False
+        with meter.validating():
+            loss = validation_loss(
+                self.model, self.validation, self._step.attend, self.device, on_batch=self.watchdog.beat
+            )
+        self._progress.val_loss = _finite(loss)
+        return True
+
+    def _metrics(self, result: StepResult, meter: Meter) -> StepMetrics:
+        """The report on a step that is counted; a collective."""
+        progress = self._progress
+        rates = meter.measure(progress.tokens)
         return StepMetrics(
             step=progress.step,
             steps=self.config.steps,
@@ -260,7 +281,13 @@ class Trainer:
             learning_rate=result.learning_rate,
             grad_norm=result.grad_norm,
             tokens=progress.tokens,
-            tokens_per_second=0.0,
+            tokens_per_second=rates.tokens_per_second,
+            mfu=rates.mfu,
+            memory_bytes=rates.memory_bytes,
+            samples=progress.step * self.config.global_batch,
+            epoch=self.loader.epoch,
+            checkpoint_seconds=rates.checkpoint_seconds,
+            val_loss=progress.val_loss,
             balance_loss=result.balance_loss,
             z_loss=result.z_loss,
             expert_load=result.expert_load,
@@ -295,3 +322,8 @@ class Trainer:
             if tensor is not None and tuple(tensor.shape) != expected:
                 raise ValueError(f"the loader gave a batch whose {name} are {tuple(tensor.shape)}, expected {expected}")
         return batch.to(self.device)
+
+
+def _finite(loss: float) -> float | None:
+    """What JSON can say."""
+    return loss if math.isfinite(loss) else None

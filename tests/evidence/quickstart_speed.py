@@ -29,6 +29,8 @@ RECIPES = ("quickstart", "quickstart-dense")
 class RandomTokens:
     """A loader of the recipe's shapes."""
 
+    epoch = None
+
     def __init__(self, shape: tuple[int, int], vocab_size: int) -> None:
         self.shape, self.vocab_size = shape, vocab_size
 

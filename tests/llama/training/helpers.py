@@ -31,6 +31,7 @@ MOE = ModelConfig(
         first_dense_layers=1,
     ),
 )
+SAMPLES = 40
 DENSE = ModelConfig(vocab_size=61, dim=32, num_layers=2, num_heads=4, multiple_of=16, tie_embeddings=False)
 
 
@@ -97,6 +98,11 @@ class Samples:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.consumed = state["samples_consumed"]
+
+    @property
+    def epoch(self) -> float:
+        """As if there were `SAMPLES`."""
+        return self.consumed / SAMPLES
 
 
 def whole(tensor: Tensor) -> Tensor:

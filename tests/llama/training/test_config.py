@@ -39,6 +39,11 @@ def test_a_global_batch_that_does_not_split_names_its_fields():
         (lambda: TrainConfig(precision="fp16"), r"train\.precision='fp16'"),  # type: ignore[arg-type]
         (lambda: TrainConfig(checkpoint_every=-1), r"train\.checkpoint_every=-1"),
         (lambda: TrainConfig(seed=-1), r"train\.seed=-1"),
+        (lambda: TrainConfig(keep_every=-1), r"train\.keep_every=-1 .*0 turns it off"),
+        (lambda: TrainConfig(validate_every=-1), r"train\.validate_every=-1"),
+        (lambda: TrainConfig(validate_rows=0), r"train\.validate_rows=0"),
+        (lambda: TrainConfig(keep_best=1), r"train\.keep_best=1 .*set train\.validate_every to a divisor"),
+        (lambda: TrainConfig(keep_best=1, validate_every=20), r"train\.keep_best=1 .*checkpoint_every=50"),
     ],
 )
 def test_errors_name_field_and_value(make, message):

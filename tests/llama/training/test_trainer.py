@@ -34,6 +34,7 @@ from tests.distributed import run_ranks
 from tests.llama.training.helpers import (
     DENSE,
     MOE,
+    SAMPLES,
     Samples,
     difference,
     pad_labels,
@@ -364,9 +365,12 @@ def test_recomputed_blocks_change_no_bit_and_selective_ones_send_no_token_twice(
 @pytest.mark.integration
 def test_metrics_are_global_and_the_same_on_every_rank(trained):
     moe = at(2, MOE, layout(1, 2, 2), 4)
-    timeless = [[{**metrics, "tokens_per_second": None} for metrics in ranks[moe]["metrics"]] for ranks in trained[2]]
-    assert timeless[0] == timeless[1]
-    last = timeless[0][-1]
+    metrics = [ranks[moe]["metrics"] for ranks in trained[2]]
+    assert metrics[0] == metrics[1]
+    last = metrics[0][-1]
+    assert last["tokens_per_second"] > 0 and 0 < last["mfu"] < 1 and last["memory_bytes"] > 2**20
+    assert (last["samples"], last["epoch"], last["val_loss"]) == (24, 24 / SAMPLES, None)
+    assert all(0 < entropy <= math.log(4) for entropy in last["router_entropy"].values())
     assert (last["step"], last["steps"], last["tokens"]) == (3, 3, 3 * 8 * 16)
     assert last["learning_rate"] == pytest.approx(3e-4)
     assert sorted(last["expert_load"]) == [1, 2]
@@ -465,6 +469,8 @@ def test_padding_behind_a_sequence_changes_nothing():
 
 class Given:
     """A loader of these batches, over and over."""
+
+    epoch = None
 
     def __init__(self, *batches):
         self.batches = batches
