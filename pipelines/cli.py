@@ -23,11 +23,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipelines.cli_bench import bench
-from pipelines.screen import INTERRUPTED, TERMINATED, JsonOption, err, fail, out, print_error, print_json, terminate
+from pipelines.cli_runs import export, show
+from pipelines.screen import (
+    INTERRUPTED,
+    TERMINATED,
+    JsonOption,
+    RunArgument,
+    StoreOption,
+    err,
+    fail,
+    named_store,
+    open_store,
+    out,
+    print_error,
+    print_json,
+    terminate,
+)
 
 if TYPE_CHECKING:
     from cluster.session import Session
-    from cluster.storage import Store
     from pipelines.recipe import Recipe
     from pipelines.runs import Run
 
@@ -40,13 +54,11 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(bench, name="bench")
+app.command()(show)
+app.command()(export)
 
 RecipeArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
-RunArgument = Annotated[str, typer.Argument(help="Id of a run in the store.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.steps=100.")]
-StoreOption = Annotated[
-    str | None, typer.Option(help="Folder or URI for artifacts and runs [default: $CARAVAN_HOME/store]")
-]
 AddressOption = Annotated[
     str | None,
     typer.Option(
@@ -113,8 +125,8 @@ def run(
     from pipelines.recipe import Recipe
     from pipelines.runs import Run
 
-    parsed = Recipe.load(recipe, overrides or [], _named_store(store))
-    opened = _open_store(store)
+    parsed = Recipe.load(recipe, overrides or [], named_store(store))
+    opened = open_store(store)
     _drive(parsed, lambda: Run.create(opened, parsed.to_yaml(), run_id, until), store, until, keep, address, as_json)
 
 
@@ -133,7 +145,7 @@ def resume(
     from pipelines.recipe import Recipe
     from pipelines.runs import Run
 
-    found = Run.open(_open_store(store), run_id)
+    found = Run.open(open_store(store), run_id)
     recipe = Recipe.from_yaml(found.recipe_yaml, overrides or [], found.store)
     until = until or found.status.until
 
@@ -164,10 +176,10 @@ def submit(
     from pipelines.runs import Run
     from pipelines.stages import build_graph
 
-    parsed = Recipe.load(recipe, overrides or [], _named_store(store))
+    parsed = Recipe.load(recipe, overrides or [], named_store(store))
     _check_keep(keep, until)
     build_graph(parsed, dashboard_url="", keep=keep).selected(until)  # what is wrong is said now, not in a job's log
-    opened = _open_store(store)
+    opened = open_store(store)
     jobs.check(address)
     created = Run.create(opened, parsed.to_yaml(), run_id, until)
     arguments = ["resume", created.id, "--store", created.store.uri]
@@ -357,7 +369,7 @@ def _find_model(model: str, store: str | None) -> tuple[Any, str]:
     from pipelines.recipe import Recipe
     from pipelines.runs import Run, RunError
 
-    run = Run.open(_open_store(store), model)
+    run = Run.open(open_store(store), model)
     stage = run.status.stages.get("export")
     artifact = Artifact(run.store.child("artifacts", "export", stage.key)) if stage else None
     if artifact is None or not artifact.committed:
@@ -432,22 +444,7 @@ def _dashboard_url(address: str | None) -> str:
         return connected.dashboard_url or ""
 
 
-# --- the store and the screen ---------------------------------------------------------------------------------------
-
-
-def _named_store(uri: str | None) -> Store:
-    from cluster.head import caravan_home
-    from cluster.storage import Store, has_credentials
-
-    if uri is not None and has_credentials(uri):
-        fail("--store carries credentials; put them in the environment of the cluster's nodes")
-    return Store(uri or caravan_home() / "store")
-
-
-def _open_store(uri: str | None) -> Store:
-    store = _named_store(uri)
-    store.check_writable()
-    return store
+# --- the screen --------------------------------------------------------------------------------------------------
 
 
 def _expected(error: BaseException) -> BaseException | None:

@@ -1,4 +1,5 @@
-"""The export stage: a trained checkpoint as a Hugging Face directory, tokenizer and chat template included.
+"""A trained checkpoint as a Hugging Face directory, tokenizer and chat template included: the export stage of the last
+one, and any other that a run still has.
 
 A model that was trained by adapters is exported with them merged, and the adapters lie beside it in PEFT's format:
 `adapter/`.
@@ -9,18 +10,23 @@ from __future__ import annotations
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from cluster.location import has_credentials
 from cluster.placement import WorkerNeeds, run_on_cluster
 from cluster.storage import JSON, Artifact, FileEntry, Store
 from llama.config import ModelConfig
 from llama.hf import export_architecture, save_pretrained
 from llama.hf_adapter import save_adapter
 from llama.lora import merge_lora
-from pipelines.finetune import Trained
+from llama.training.checkpoint import Checkpointer
+from pipelines.finetune import Trained, fitting_start
 from pipelines.graph import Stage, StageContext
-from pipelines.recipe import ExportConfig
+from pipelines.pretrain import CHECKPOINTS
+from pipelines.recipe import ExportConfig, Recipe
+from pipelines.runs import Run, RunError
 from pipelines.vocabulary import load_tokenizer
 
 ADAPTER = "adapter"
@@ -59,3 +65,63 @@ def write_export(trained: Trained, tokenizer: Artifact, dtype: str, output: Stor
         save_pretrained(merge_lora(model), folder, load_tokenizer(tokenizer), dtype=getattr(torch, dtype))
         paths = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
         return [output.upload(folder / path, path) for path in paths]
+
+
+# --- out of a run's checkpoints -------------------------------------------------------------------------------------
+
+
+def training_folder(run: Run) -> Store | None:
+    """Where a run's training keeps its checkpoints and metrics; None before it has got there."""
+    stage = run.status.stages.get("pretrain")
+    return run.store.child("artifacts", "pretrain", stage.key) if stage is not None and stage.key else None
+
+
+def checkpoints_of(run: Run) -> dict[int, dict[str, Any]]:
+    """The run's whole checkpoints by step, in order, each with what was saved beside the tensors."""
+    folder = training_folder(run)
+    return {} if folder is None else Checkpointer(folder.child(CHECKPOINTS), Artifact).committed()
+
+
+def export_checkpoint(run: Run, step: str, to: str) -> int:
+    """Writes the model of one of the run's checkpoints to the folder or URI `to`, here and now; returns its step.
+
+    Args:
+        step: a number, `last`, or `best`: that of the lowest validation loss.
+
+    Raises RunError, one line: there is no such checkpoint, or `to` is not empty.
+    """
+    checkpoints, folder = checkpoints_of(run), training_folder(run)
+    if not checkpoints or folder is None:
+        raise RunError(f"run {run.id!r} has no checkpoint yet; go on with it: caravan resume {run.id}")
+    chosen = _choose(run, step, {at: saved.get("val_loss") for at, saved in checkpoints.items()})
+    if has_credentials(to):
+        raise RunError("--to carries credentials; put them in the environment")
+    output = Store(to if "://" in to else Path(to).resolve())
+    if output.list():
+        raise RunError(f"--to {to} is not empty; give a folder that is")
+    recipe = Recipe.from_yaml(run.recipe_yaml)
+    tokenizer = Artifact(run.store.child("artifacts", "tokenizer", run.status.stages["tokenizer"].key))
+    checkpoint = Artifact(folder.child(CHECKPOINTS, f"step-{chosen:08d}"))
+    adapters = recipe.train.lora
+    start = fitting_start(recipe.train.start_from, recipe.model) if adapters is not None else None
+    write_export(Trained(recipe.model, checkpoint, start, adapters), tokenizer, recipe.export.dtype, output)
+    return chosen
+
+
+def _choose(run: Run, step: str, losses: dict[int, float | None]) -> int:
+    there = f"run {run.id!r} has those of steps {', '.join(map(str, losses))}"
+    if step == "last":
+        return max(losses)
+    if step == "best":
+        measured = {at: loss for at, loss in losses.items() if loss is not None}
+        if not measured:
+            raise RunError(
+                f"no checkpoint of run {run.id!r} has a validation loss, so none is the best; give --step last, or "
+                "train with train.validate_every"
+            )
+        return min(measured, key=lambda at: (measured[at], -at))
+    if not step.isdecimal():
+        raise RunError(f"--step={step} is neither a number nor last or best; {there}")
+    if int(step) not in losses:
+        raise RunError(f"--step={step}: there is no such checkpoint; {there}")
+    return int(step)

@@ -67,6 +67,7 @@ class StageContext:
     entries: list[FileEntry]
     _attempt: Attempt | None
     _on_progress: Callable[[Event], None]
+    run_id: str = ""
 
     @property
     def attempt(self) -> Attempt:
@@ -214,7 +215,9 @@ class Graph:
 
         attempt = artifact.begin() if artifact else None
         inputs = {name: self.artifact(store, name) for name in stage.upstream}
-        context = StageContext(stage.name, self.keys[stage.name], inputs, store, run.directory, [], attempt, progress)
+        context = StageContext(
+            stage.name, self.keys[stage.name], inputs, store, run.directory, [], attempt, progress, run.id
+        )
         try:
             metadata = stage.run(context)
         except BaseException as error:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import torch
 
 from cluster.storage import Artifact
+from llama.losses import IGNORE_INDEX
 from llama.training.batch import Batch
 from pipelines.documents import Split
 from pipelines.permutation import SampleOrder
@@ -201,3 +203,34 @@ def held_out_batches(
     """
     for rows in shards.in_order(split, batch_size, max_rows=max_rows, rank=rank, world_size=world_size):
         yield rows.batch()
+
+
+def validation_batches(
+    shards: ShardSet, batch_size: int, max_rows: int, rank: int = 0, world_size: int = 1
+) -> list[Batch]:
+    """For the validation loss: at most `max_rows` rows over all ranks, evenly spread over the validation split.
+
+    Every rank gets equally many batches, all of `batch_size` rows, because each of its forward passes is a collective:
+    where rows are lacking, some without targets.
+
+    Raises DataError: the split has no row.
+    """
+    rows = min(max_rows, sum(shard.rows for shard in shards.shards("validation")))
+    if rows == 0:
+        raise DataError(
+            "the validation split has no row; raise data.validation_fraction, or set train.validate_every=0"
+        )
+    found = list(held_out_batches(shards, batch_size, max_rows=max_rows, rank=rank, world_size=world_size))
+    filling = torch.zeros(batch_size, shards.seq_len, dtype=torch.int64)
+    empty = Batch(filling, torch.full_like(filling, IGNORE_INDEX))
+    lacking = -(-rows // (batch_size * world_size)) - len(found)
+    return [_filled(batch, empty) for batch in found] + [empty] * lacking
+
+
+def _filled(batch: Batch, empty: Batch) -> Batch:
+    """As many rows as `empty` has, the last ones its own."""
+    rows = len(empty.inputs)
+    documents = None if batch.documents is None else torch.cat((batch.documents, empty.inputs))[:rows]
+    return Batch(
+        torch.cat((batch.inputs, empty.inputs))[:rows], torch.cat((batch.labels, empty.labels))[:rows], documents
+    )

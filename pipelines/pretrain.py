@@ -2,7 +2,7 @@
 
     {artifact}/checkpoints/step-00000100/        checkpoints, each an artifact (llama/training/checkpoint.py)
     {artifact}/incarnations/{name}.json          one per start of the workers: resumed step, ranks, nodes
-    {artifact}/metrics/{name}-{step}.jsonl       the training curve in parts (pipelines/metrics.py)
+    {artifact}/metrics/{name}-{step}.parquet     the training curve in parts (pipelines/metrics.py)
     {artifact}/hangs/{name}/rank-00000.txt       the stacks of an incarnation that hung (llama/training/watchdog.py)
     {artifact}/attempts/{attempt}/summary.json   the finished run
 
@@ -18,9 +18,6 @@ results by rounding, and through the micro-step over which the balance loss take
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
@@ -31,9 +28,9 @@ from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
 from llama.training.retry import retried
 from pipelines.finetune import Start
+from pipelines.follow import followed
 from pipelines.graph import Stage, StageContext
 from pipelines.incarnations import TrainingFailed, train_in_incarnations, worker_needs
-from pipelines.metrics import MetricsReader
 from pipelines.recipe import TrainRecipe
 from pipelines.training_worker import CHECKPOINTS, HANGS, INCARNATIONS, METRICS, WorkerTask
 
@@ -48,12 +45,14 @@ _LAYOUT = {
     "compile",
     "checkpoint_every",
     "keep_last",
+    "keep_best",
+    "keep_every",
+    "validate_every",
+    "validate_rows",
     "log_every",
     "hang_seconds",
 }
 """Settings of TrainConfig that do not belong to what is trained."""
-
-_POLL_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -81,12 +80,14 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, conte
             start=start,
             output=context.artifact_store,
             incarnation=incarnation,
+            run=context.run_id,
             sizes=train.world_sizes,
             needs=worker_needs(train),
             known_nodes=known_nodes,
         )
 
-    with _followed(context):
+    store = context.artifact_store
+    with followed(context, store.child(METRICS), store.child(INCARNATIONS)):
         outcome = train_in_incarnations(train, task, _StoreRecords(context, train), context.emit)
     summary: dict[str, Any] = asdict(outcome.summary)
     assert context.attempt is not None
@@ -123,62 +124,3 @@ class _StoreRecords:
             return None
         where = f"the stacks of rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)} lie in {folder.uri}"
         return f"training hung: no step ended for train.hang_seconds={self._hang_seconds:g}; {where}"
-
-
-# --- watching -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _followed(context: StageContext) -> Iterator[None]:
-    """Reports the training's progress, as the store tells it, while the block runs."""
-    store = context.artifact_store
-    reader = MetricsReader(store.child(METRICS))
-    retried(reader.skip_existing, "reading the training's progress")
-    seen = set(retried(partial(store.list, INCARNATIONS), "reading the training's progress"))
-    stop = threading.Event()
-
-    def report() -> None:
-        for path in store.list(INCARNATIONS):
-            if path not in seen:
-                seen.add(path)
-                _report_start(store.read_json(path), context)
-        for step in reader.poll():
-            _report_step(step, context)
-
-    def try_report() -> None:
-        try:
-            report()
-        except StorageError as error:  # it is only the view that suffers
-            _log.warning("the training's progress could not be read: %s", error)
-
-    def follow() -> None:
-        while not stop.wait(_POLL_SECONDS):
-            try_report()
-
-    thread = threading.Thread(target=follow, name="training-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    try_report()
-
-
-def _report_start(incarnation: Mapping[str, Any], context: StageContext) -> None:
-    step, world_size = incarnation["resumed_step"], incarnation["world_size"]
-    start = f"resumed from the checkpoint of step {step}" if step else "started"
-    context.emit(f"{start} on {world_size} worker{'s' if world_size > 1 else ''}")
-
-
-def _report_step(step: Mapping[str, Any], context: StageContext) -> None:
-    left = (step["steps"] - step["step"]) * (step["tokens"] / step["step"]) / max(step["tokens_per_second"], 1e-9)
-    loss = "not finite" if step["loss"] is None else f"{step['loss']:.3f}"
-    rate = f"{step['tokens_per_second']:,.0f} tokens/s"
-    context.emit(
-        f"step {step['step']}/{step['steps']}  loss {loss}  {rate}  {left:.0f} s left",
-        fraction=step["step"] / step["steps"],
-        values={
-            key: step[key] for key in ("step", "loss", "tokens_per_second", "learning_rate") if step[key] is not None
-        },
-    )

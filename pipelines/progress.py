@@ -119,7 +119,9 @@ def _rows(summary: RunSummary) -> list[tuple[str, str]]:
         rows.append(("quarantine", summary.quarantine))
     if summary.tokens_per_second is not None:
         resumed = f", resumed from step {summary.resumed_step}" if summary.resumed_step else ""
-        rows.append(("training", f"{summary.tokens:,} tokens, {summary.tokens_per_second:,.0f} tokens/s{resumed}"))
+        validation = "" if summary.val_loss is None else f", validation loss {summary.val_loss:.3f}"
+        speed = f"{summary.tokens:,} tokens, {summary.tokens_per_second:,.0f} tokens/s"
+        rows.append(("training", f"{speed}{validation}{resumed}"))
         rows.append(("parameters", f"{summary.parameters:,}"))
     if summary.bits_per_byte is not None and summary.unigram_bits_per_byte is not None:
         share = summary.bits_per_byte / summary.unigram_bits_per_byte

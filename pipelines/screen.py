@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from cluster.storage import Store
 
 out, err = Console(), Console(stderr=True)
 
@@ -15,6 +18,26 @@ INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after Ctrl-C (typer's own) and SIGTERM: 128 and the signal's number."""
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")]
+RunArgument = Annotated[str, typer.Argument(help="Id of a run in the store.")]
+StoreOption = Annotated[
+    str | None, typer.Option(help="Folder or URI for artifacts and runs [default: $CARAVAN_HOME/store]")
+]
+
+
+def named_store(uri: str | None) -> Store:
+    from cluster.head import caravan_home
+    from cluster.storage import Store, has_credentials
+
+    if uri is not None and has_credentials(uri):
+        fail("--store carries credentials; put them in the environment of the cluster's nodes")
+    return Store(uri or caravan_home() / "store")
+
+
+def open_store(uri: str | None) -> Store:
+    """Raises StorageError unless it can be written to."""
+    store = named_store(uri)
+    store.check_writable()
+    return store
 
 
 def print_json(value: Any) -> None:

@@ -23,6 +23,7 @@ from cluster.process_group import process_group
 from cluster.session import node_folder
 from cluster.storage import JSON, Artifact, Store
 from llama.config import ModelConfig
+from llama.training.batch import Batch
 from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
 from llama.training.control import Request
@@ -32,8 +33,10 @@ from llama.training.retry import retried
 from llama.training.trainer import Trainer
 from llama.training.watchdog import Watchdog
 from pipelines.finetune import Start
-from pipelines.loader import ShardLoader
+from pipelines.gauges import TrainGauges
+from pipelines.loader import ShardLoader, validation_batches
 from pipelines.metrics import MetricsWriter
+from pipelines.shard_set import ShardSet
 
 CHECKPOINTS, METRICS, INCARNATIONS, HANGS = "checkpoints", "metrics", "incarnations", "hangs"
 
@@ -58,6 +61,8 @@ class WorkerTask:
     output: Store
     """The artifact's folder: checkpoints, metrics, incarnations, hangs."""
     incarnation: str
+    run: str
+    """Its id, for the eye."""
     sizes: placement.WorldSizes
     needs: placement.WorkerNeeds
     known_nodes: frozenset[str]
@@ -94,7 +99,13 @@ def _train(
     nodes: list[str],
 ) -> TrainSummary:
     train, rank, world_size = task.train, dist.get_rank(), dist.get_world_size()
-    checkpointer = Checkpointer(task.output.child(CHECKPOINTS), Artifact, keep_last=train.keep_last)
+    checkpointer = Checkpointer(
+        task.output.child(CHECKPOINTS),
+        Artifact,
+        keep_last=train.keep_last,
+        keep_best=train.keep_best,
+        keep_every=train.keep_every,
+    )
 
     def open_loader() -> ShardLoader:
         return ShardLoader(
@@ -110,13 +121,21 @@ def _train(
             cache_bytes=task.cache_bytes,
         )
 
+    def open_validation(shards: ShardSet) -> list[Batch]:
+        return validation_batches(shards, train.micro_batch, train.validate_rows, rank, world_size)
+
     with retried(open_loader, "opening the shards", sleep=watchdog.sleep) as loader:
+        validation: list[Batch] = []
+        if train.validate_every:
+            read = partial(open_validation, loader.shards)
+            validation = retried(read, "reading the validation rows", sleep=watchdog.sleep)
         return Trainer(
             task.model,
             train,
             loader,
             checkpointer,
             start=task.start.load if task.start is not None else None,
+            validation=validation,
             on_metrics=reports.step,
             on_resume=lambda step: reports.start(step, nodes),
             control=watch.request,
@@ -212,6 +231,7 @@ class _Reports:
     def __init__(self, task: WorkerTask) -> None:
         self._task = task
         self._metrics = MetricsWriter(task.output.child(METRICS), task.incarnation)
+        self._gauges = TrainGauges(task.run, "pretrain")
         self._record: dict[str, JSON] | None = None
         self._reports: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._warned = False
@@ -222,6 +242,7 @@ class _Reports:
         self._reports.put(partial(self._begin, record))
 
     def step(self, metrics: StepMetrics) -> None:
+        self._reports.put(partial(self._gauges.set, metrics))
         self._reports.put(partial(self._metrics.write, metrics))
         every = self._task.train.checkpoint_every
         if every and metrics.step % every == 0:

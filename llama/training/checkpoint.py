@@ -136,8 +136,8 @@ def _load_sharded(
         for cause, _ in error.failures.values():
             if isinstance(cause, CorruptCheckpoint):
                 raise cause from error
-        stored = any(isinstance(cause, OSError) for cause, _ in error.failures.values())
-        kind = StoreFailed if stored else CheckpointError
+        by_store = any(isinstance(cause, OSError) for cause, _ in error.failures.values())
+        kind = StoreFailed if by_store else CheckpointError
         raise kind(f"{what} could not be read: {error}") from error
 
 

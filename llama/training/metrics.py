@@ -68,14 +68,15 @@ class TrainSummary:
     """Since step 0."""
     tokens_per_second: float | None
     """Of this part, first step and checkpoints included, validation not; None when no step was left to do."""
-    val_loss: float | None
-    """After the last step; None without validation, or when it is not finite."""
     seconds: float
     """Of this part's steps, with checkpoints and validation."""
-    validation_seconds: float
     checkpoint_seconds: float
     """Time the steps stood still for checkpoints: copying, and waiting for the previous save."""
     all_to_all_bytes: int
     """Of this part, over all ranks."""
     skipped_steps: int
     failed_checkpoints: int = 0
+    val_loss: float | None = None
+    """After the last step; None without validation, or when it is not finite."""
+    validation_seconds: float = 0.0
+    """Of this part's steps."""

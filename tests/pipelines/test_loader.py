@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.storage import Artifact, CorruptArtifact, NotFound, Store
 from llama.losses import IGNORE_INDEX
-from pipelines.loader import ShardLoader, held_out_batches
+from pipelines.loader import ShardLoader, held_out_batches, validation_batches
 from pipelines.shard_set import ShardSet
 from pipelines.sources import DataError
 from tests.pipelines.background import eventually, threads
@@ -369,6 +369,49 @@ def test_held_out_rows_can_be_capped(artifact):
         taken = min(cap, len(everything))
         places = [number * len(everything) // taken for number in range(taken)]
         assert torch.equal(torch.cat([*capped, everything[:0]]), everything[places])
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (4, 3), (100, 2), (2, 40)])
+def test_ranks_validate_on_the_same_rows_in_equally_many_batches(tmp_path, packing, batch_size, world_size):
+    shards = ShardSet(random_shards(Store(tmp_path), packing=packing, seq_len=SEQ_LEN)[0])
+    for cap in (7, 10**6):
+        (expected,) = held_out_batches(shards, 10**6, max_rows=cap)
+        ranks = [validation_batches(shards, batch_size, cap, rank, world_size) for rank in range(world_size)]
+        assert len({len(batches) for batches in ranks}) == 1
+        assert all(len(batch.inputs) == batch_size for batches in ranks for batch in batches)
+        # Most rows of a rank come in the order in which they lie, and none without targets is one.
+        batches = [batch for batches in ranks for batch in batches]
+        rows = Counter(tuple(row) for batch in batches for row in batch.labels.tolist() if max(row) >= 0)
+        assert rows == Counter(map(tuple, expected.labels.tolist()))
+        assert sum(map(len, ranks)) * batch_size < len(expected.labels) + 2 * batch_size * world_size
+
+
+def test_validation_without_a_row_is_refused(tmp_path):
+    shards = ShardSet(random_shards(Store(tmp_path), validation=0)[0])
+    with pytest.raises(DataError, match=r"raise data\.validation_fraction, or set train\.validate_every=0"):
+        validation_batches(shards, 1, 8)
+
+
+# -- padding
+
+
+def test_a_batch_says_where_its_padding_begins(tmp_path):
+    """Of packed rows drawn for training; rows without padding say nothing."""
+    artifact, splits = random_shards(Store(tmp_path), packing="best_fit", seq_len=SEQ_LEN)
+    lengths = [min(len(row.tokens), SEQ_LEN) for rows in splits["train"] for row in rows]
+    loader = loader_of(artifact, global_batch=4, micro_batch=4, prefetch=0)
+    found: Counter = Counter()
+    for _ in range(-(-len(lengths) // 4) * 2):
+        batch = next(loader)
+        if batch.lengths is None:
+            found.update({SEQ_LEN: 4})
+            continue
+        assert min(batch.lengths) < SEQ_LEN
+        found.update(batch.lengths.tolist())
+        assert int(batch.num_tokens()) == int(batch.counted().sum()) == int(batch.lengths.sum())
+        assert not batch.inputs[~batch.counted()].any() and batch.inputs[batch.counted()].all()  # PAD is 0
+    assert set(found) == set(lengths)
 
 
 # -- what may be wrong with the files

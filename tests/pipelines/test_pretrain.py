@@ -36,6 +36,8 @@ def test_the_key_is_of_what_is_trained_not_of_where() -> None:
     )
     moved = replace(moved, activation_checkpointing="full", compile=True)
     assert key(replace(moved, cache_bytes=10**9)) == base
+    seen = {"validate_every": 5, "validate_rows": 8, "keep_last": 3, "keep_best": 1, "keep_every": 100, "log_every": 1}
+    assert key(replace(TRAIN, **seen)) == base
     assert key(replace(TRAIN, shuffle_shards=4)) != base
     for change in ({"steps": 7}, {"seed": 1}, {"precision": "bf16"}, {"optimizer": OptimizerConfig(lr=1e-4)}):
         assert key(replace(TRAIN, **change)) != base
@@ -50,7 +52,9 @@ def test_settings_reach_the_workers_and_the_summary_the_store(monkeypatch: pytes
         loss=1.5,
         tokens=10,
         tokens_per_second=1.0,
+        val_loss=1.75,
         seconds=10.0,
+        validation_seconds=0.5,
         checkpoint_seconds=0.0,
         all_to_all_bytes=0,
         skipped_steps=0,
@@ -61,7 +65,7 @@ def test_settings_reach_the_workers_and_the_summary_the_store(monkeypatch: pytes
         return Outcome(summary, ())
 
     monkeypatch.setattr(pretrain, "train_in_incarnations", train)
-    monkeypatch.setattr(pretrain, "_followed", nullcontext)
+    monkeypatch.setattr(pretrain, "followed", lambda *_: nullcontext())
     store = Store(tmp_path)
     artifact = Artifact(store)
     attempt = artifact.begin()

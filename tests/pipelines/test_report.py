@@ -1,27 +1,28 @@
 """Summaries and pictures of a run."""
 
 import io
+import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
 from pipelines.graph import Event
 from pipelines.progress import RunDisplay, print_summary
-from pipelines.report import RunSummary, draw_expert_load, draw_loss
+from pipelines.report import RunSummary, draw_expert_load, draw_learning_rate, draw_loss, draw_throughput
 from pipelines.runs import one_line
+from tests.pipelines.reports import report
 
 EVALUATION = {"loss": 2.0, "bits_per_byte": 1.0, "unigram_bits_per_byte": 1.5}
 
 
 def curve(moe: bool) -> list[dict]:
-    load = {"0": [0.7, 0.1, 0.1, 0.1], "2": [0.25] * 4} if moe else {}
-    return [
-        {"step": step, "tokens": 64 * step, "loss": 5.0 / step, "expert_load": load if moe else {}}
-        for step in (1, 10, 20)
-    ]
+    load = {0: [0.7, 0.1, 0.1, 0.1], 2: [0.25] * 4} if moe else {}
+    return [asdict(report(step, loss=5.0 / step, expert_load=load)) for step in (1, 10, 20)]
 
 
 def test_the_loss_picture_shows_the_curve_and_both_held_out_lines() -> None:
@@ -33,15 +34,45 @@ def test_the_loss_picture_shows_the_curve_and_both_held_out_lines() -> None:
     assert len(draw_loss(curve(moe=False), {}).axes[0].lines) == 1
 
 
+def test_the_loss_picture_has_the_validations_at_their_steps() -> None:
+    steps = curve(moe=False)
+    steps[1]["val_loss"], steps[2]["val_loss"] = 2.5, 1.5
+    assert draw_loss(steps, {}).axes[0].lines[1].get_xydata().tolist() == [[640, 2.5], [1280, 1.5]]
+
+
+def test_the_pictures_of_rate_and_speed_leave_gaps_and_take_what_is_unknown() -> None:
+    steps = curve(moe=False)
+    steps[1]["grad_norm"] = None
+    upper, lower = draw_learning_rate(steps).axes
+    assert upper.lines[0].get_xydata().tolist() == [[1, 1e-3], [10, 1e-3], [20, 1e-3]]
+    assert [math.isnan(value) for value in lower.lines[0].get_ydata()] == [False, True, False]
+    axes = draw_throughput(steps).axes[0]
+    assert list(axes.lines[0].get_ydata()) == [1000.0] * 3
+    (share,) = axes.child_axes  # 1,000 tokens/s are an MFU of 25%
+    assert share.get_ylabel() == "MFU (%)" and share._functions[0](2000) == 50
+    for step in steps:
+        step["mfu"] = None
+    assert not draw_throughput(steps).axes[0].child_axes
+
+
 def test_the_expert_picture_has_a_strip_for_each_layer(tmp_path: Path) -> None:
     figure = draw_expert_load(curve(moe=True))
     strips = [axes for axes in figure.axes if axes.get_ylabel().startswith("layer")]
     assert [axes.get_ylabel() for axes in strips] == ["layer 0", "layer 2"]
-    assert strips[0].collections[0].get_array().tolist() == [[0.7] * 3, [0.1] * 3, [0.1] * 3, [0.1] * 3]
+    np.testing.assert_allclose(strips[0].collections[0].get_array(), [[2.8] * 3, *[[0.4] * 3] * 3])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     buffer.seek(0)
     assert imread(buffer).std() > 0.05  # something is drawn
+
+
+def test_a_long_run_of_many_experts_is_a_picture_of_bearable_size() -> None:
+    load = {layer: [1 / 64] * 64 for layer in range(24)}
+    figure = draw_expert_load([asdict(report(step, expert_load=load)) for step in range(1, 901)])
+    assert figure.get_size_inches()[1] < 25
+    mesh = figure.axes[0].collections[0]
+    assert mesh.get_array().shape[1] <= 500
+    assert mesh.get_coordinates()[0, -1, 0] == 900
 
 
 def text_of(summary: RunSummary) -> str:
@@ -61,6 +92,7 @@ def test_the_summary_prints_what_there_is_and_keeps_paths_whole() -> None:
         parameters=1234,
         tokens=2048,
         tokens_per_second=512.3,
+        val_loss=2.125,
         resumed_step=20,
         loss=2.0,
         perplexity=7.39,
@@ -77,7 +109,7 @@ def test_the_summary_prints_what_there_is_and_keeps_paths_whole() -> None:
     assert "12 documents → 9 kept; dropped: 3 [language]" in text
     assert "1.000, 67% of the unigram's 1.500 (zstd -19: 1.250)" in text
     assert "quarantine     /a/folder\n" in text
-    assert "resumed from step 20" in text
+    assert "2,048 tokens, 512 tokens/s, validation loss 2.125, resumed from step 20" in text
     assert "48 predicted, 48 actual" in text
     assert path in text
     assert '"def [red]" → "x\\nx\\n' in text

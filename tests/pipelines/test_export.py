@@ -1,0 +1,56 @@
+"""The model of any checkpoint of a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.storage import Store
+from llama.hf import load_pretrained
+from llama.tokenizer import Tokenizer
+from pipelines.export import export_checkpoint
+from pipelines.runs import Run, RunError
+from tests.pipelines.test_cli import run_cli
+from tests.pipelines.trained_run import make_run, plain_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("run")
+    return make_run(Store(folder / "store"), folder, {10: 4.0, 20: 2.5, 30: 3.0, 35: None})
+
+
+@pytest.mark.parametrize(("step", "seed"), [("10", 10), ("best", 20), ("last", 35)])
+def test_a_checkpoint_becomes_a_directory(run: Run, tmp_path: Path, step: str, seed: int) -> None:
+    assert export_checkpoint(run, step, str(tmp_path / "out")) == seed
+    found, expected = load_pretrained(tmp_path / "out").state_dict(), plain_model(seed).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer.decode(tokenizer.encode("def a")) == "def a"
+
+
+def test_the_command_says_in_a_line_what_is_not_there(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    store = ("--store", run.store.uri)
+    for arguments, words in [
+        (("r1", "--step", "11", "--to", tmp_path / "new"), ["--step=11", "no such checkpoint", "10, 20, 30, 35"]),
+        (("r1", "--step", "first", "--to", tmp_path / "new"), ["--step=first", "last or best"]),
+        (("r1", "--to", tmp_path / "full"), ["full is not empty"]),
+        (("r2", "--to", tmp_path / "new"), ["there is no run 'r2'", "r1"]),
+    ]:
+        assert run_cli(monkeypatch, "export", *arguments, *store) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_a_checkpoint_or_a_validation_loss_there_is_nothing_to_choose(tmp_path: Path) -> None:
+    bare = make_run(Store(tmp_path / "bare"), tmp_path, {5: None})
+    with pytest.raises(RunError, match=r"none is the best; give --step last, or train with train\.validate_every"):
+        export_checkpoint(bare, "best", str(tmp_path / "out"))
+    bare.store.delete("artifacts/pretrain")
+    with pytest.raises(RunError, match="has no checkpoint yet; go on with it: caravan resume r1"):
+        export_checkpoint(bare, "last", str(tmp_path / "out"))

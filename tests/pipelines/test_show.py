@@ -1,0 +1,38 @@
+"""What a run's folder and its artifacts tell of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import Store
+from pipelines.runs import Run
+from pipelines.show import view
+from tests.pipelines.test_cli import run_cli
+from tests.pipelines.trained_run import make_run
+
+
+def test_a_run_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    run = make_run(Store(tmp_path / "store"), tmp_path, {10: 4.0, 20: 2.5, 30: None})
+    run.directory.write_bytes("plots/loss.png", b"")
+    run.status.state, run.status.host, run.status.pid = "running", "elsewhere", 1
+    run.save()
+    assert run_cli(monkeypatch, "show", "r1", "--store", run.store.uri, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run_id"], found["state"]) == ("r1", "lost")
+    assert [(stage["name"], stage["state"], stage["seconds"]) for stage in found["stages"]] == [
+        ("tokenizer", "done", 2.0),
+        ("pretrain", "failed", 360.0),
+        ("export", "pending", None),
+    ]
+    assert (found["last"]["step"], found["validated"]["step"], found["validated"]["val_loss"]) == (30, 20, 2.5)
+    assert [(saved["step"], saved["val_loss"]) for saved in found["checkpoints"]] == [(10, 4.0), (20, 2.5), (30, None)]
+    assert found["files"] == [str(tmp_path / "store/runs/r1/plots/loss.png")]
+    assert run_cli(monkeypatch, "show", "r1", "--store", run.store.uri) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "[it] broke" in shown and "validation 2.500 at 20" in shown and "step 20 │ 3.0000 │ 2.5000" in shown
+
+
+def test_a_run_that_has_done_nothing_is_shown_too(tmp_path: Path) -> None:
+    empty = view(Run.create(Store(tmp_path), "", "r1"))
+    assert (empty.stages, empty.last, empty.checkpoints, empty.files) == ([], None, [], [])
