@@ -29,6 +29,7 @@ def bench_train(
     steps: Annotated[int, typer.Option(help="Optimizer steps of a contestant in each round.")] = 2,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    compile: Annotated[bool, typer.Option("--compile", help="With train.compile.")] = False,
     expert_backend: Annotated[
         str, typer.Option(help="The peer's experts backend [default: the fastest by trial]")
     ] = "",

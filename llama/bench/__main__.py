@@ -25,11 +25,14 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         for field in fields(settings):
             option = f"--{field.name.replace('_', '-')}"
+            if isinstance(field.default, bool):
+                command.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default)
+                continue
             command.add_argument(option, type=type(field.default), default=field.default, help=f"[{field.default}]")
         command.add_argument("--json", action="store_true", help="print JSON")
     # A contestant's process is this command again.
     alone = commands.choices["train"]
-    alone.add_argument("--only", choices=train.CONTESTANTS["cpu"], help=argparse.SUPPRESS)
+    alone.add_argument("--only", choices=train.ALL, help=argparse.SUPPRESS)
     alone.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     return parser
 

@@ -43,12 +43,13 @@ from llama.training.memory import reuse_freed_memory
 from llama.training.mesh import build_mesh, process_group
 from llama.training.optim import build_optimizer
 from llama.training.parallel import apply_parallel
-from llama.training.peak import gemm_flops
+from llama.training.peak import gemm_flops, peak_flops
 from llama.training.precision import fast_cpu_matmul
 from llama.training.step import TrainStep, attention
 
 OURS, PEER, PEER_WITH_SETTINGS = "caravan", "transformers", "transformers+settings"
-CONTESTANTS = {"cpu": (OURS, PEER, PEER_WITH_SETTINGS), "cuda": (OURS, PEER)}
+PEER_COMPILED = "transformers+compile"
+ALL = (OURS, PEER, PEER_WITH_SETTINGS, PEER_COMPILED)
 _EXPERT_BACKENDS = ("eager", "grouped_mm")
 """The third, batched_mm, copies every chosen expert's weights for each token: a decoder's, out of memory here."""
 
@@ -76,6 +77,9 @@ class TrainBench:
     """Optimizer steps of a contestant in each round."""
     threads: int = 1
     device: str = "cpu"
+    compile: bool = False
+    """Ours with `train.compile`; on a GPU a dense peer too, as one contestant more. Of a mixture of experts a GPU's
+    memory does not hold three."""
     expert_backend: str = ""
     """The peer's `experts_implementation`; left out, the fastest by trial."""
 
@@ -99,9 +103,15 @@ class TrainBench:
         if self.seq_len > longest:
             raise BenchError(f"seq_len={self.seq_len} is longer than {self.model}'s max_seq_len={longest}")
 
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        if self.device == "cpu":
+            return OURS, PEER, PEER_WITH_SETTINGS
+        return (OURS, PEER, PEER_COMPILED) if self.compile and PRESETS[self.model].moe is None else (OURS, PEER)
+
     def _needed_gib(self) -> float:
         """fp32 weights, gradients and two moments, three times, activations not counted."""
-        return PRESETS[self.model].num_parameters() * 16 * len(CONTESTANTS[self.device]) / 2**30
+        return PRESETS[self.model].num_parameters() * 16 * len(self.contestants) / 2**30
 
 
 def _or_cuda() -> str:
@@ -119,6 +129,8 @@ class Row:
     name: str
     tokens_per_second: float
     """Median over the rounds."""
+    mfu: float | None
+    """Of what the device's data sheet says of bf16; None on a CPU, and of a device that is not known."""
     ceiling_share: float
     """Of the GEMM ceiling measured in the same run, by the FLOPs of `ModelConfig.flops_per_token`."""
     peak_mib: float
@@ -164,8 +176,10 @@ class _OurStep:
             optimizer=OptimizerConfig(lr=_LEARNING_RATE),
             schedule=ScheduleConfig(kind="constant", warmup_steps=0),
             precision=bench.precision,
+            compile=bench.compile,
         )
-        apply_parallel(model, build_mesh(config.parallel, 1, bench.device), config.precision)
+        meshes = build_mesh(config.parallel, 1, bench.device)
+        apply_parallel(model, meshes, config.precision, compile=config.compile)
         self._step = TrainStep(model, build_optimizer(model, config.optimizer), config, device)
         self._taken = 0
 
@@ -177,7 +191,7 @@ class _OurStep:
 class _PeerStep:
     """As one writes it around a transformers model."""
 
-    def __init__(self, bench: TrainBench, directory: Path) -> None:
+    def __init__(self, bench: TrainBench, directory: Path, compiled: bool) -> None:
         transformers = _import_transformers()
         backend = bench.expert_backend
         settings: dict[str, Any] = {"experts_implementation": backend} if backend else {}
@@ -188,6 +202,8 @@ class _PeerStep:
         self._bench = bench
         with torch.no_grad():
             self.start_loss = self._loss(next(_batches(bench))[: bench.batch]).item()
+        if compiled:
+            self._model.compile()
         ours = OptimizerConfig(lr=_LEARNING_RATE)
         self._max_norm = ours.grad_clip
         self._optimizer = torch.optim.AdamW(
@@ -267,7 +283,10 @@ def _draw_weights(model: Transformer) -> None:
 
 def _arguments(bench: TrainBench, name: str, directory: Path, backend: str | None) -> list[str]:
     chosen = asdict(replace(bench, expert_backend=backend or ""))
-    settings = [f"--{key.replace('_', '-')}={value}" for key, value in chosen.items()]
+    settings = [
+        f"--{'no-' if value is False else ''}{key.replace('_', '-')}" + (f"={value}" if type(value) is not bool else "")
+        for key, value in chosen.items()
+    ]
     return ["train", *settings, f"--only={name}", f"--directory={directory}"]
 
 
@@ -322,7 +341,7 @@ def compete(bench: TrainBench, name: str, directory: Path) -> None:
 
 
 def _step(bench: TrainBench, name: str, directory: Path) -> _Step:
-    return _OurStep(bench, directory) if name == OURS else _PeerStep(bench, directory)
+    return _OurStep(bench, directory) if name == OURS else _PeerStep(bench, directory, compiled=name == PEER_COMPILED)
 
 
 def _warm_up(bench: TrainBench, name: str) -> None:
@@ -351,7 +370,7 @@ def measure(bench: TrainBench) -> TrainReport:
         backend = _backend(bench, directory)
         contestants = {
             name: stack.enter_context(Contestant(name, _arguments(bench, name, directory, backend)))
-            for name in CONTESTANTS[bench.device]
+            for name in bench.contestants
         }
 
         losses = {name: contestant.ready["loss"] for name, contestant in contestants.items()}
@@ -360,15 +379,17 @@ def measure(bench: TrainBench) -> TrainReport:
         def turn(name: str) -> None:
             answers[name] = contestants[name].turn()
 
-        seconds = interleave({name: partial(turn, name) for name in CONTESTANTS[bench.device]}, bench.rounds)
+        seconds = interleave({name: partial(turn, name) for name in bench.contestants}, bench.rounds)
     ceiling = _gemm_ceiling(bench)
+    peak = peak_flops(torch.device(bench.device), torch.bfloat16) if bench.device != "cpu" else None
     tokens = bench.batch * bench.accumulate * bench.seq_len * bench.steps
     gflops = PRESETS[bench.model].flops_per_token(bench.seq_len) / 1e9
     rows = []
-    for name in CONTESTANTS[bench.device]:
+    for name in bench.contestants:
         rate = tokens / median(seconds[name])
         versus = None if name == PEER else ratio(seconds[name], seconds[PEER])
-        rows.append(Row(name, rate, rate * gflops / ceiling, answers[name]["peak_mib"], versus))
+        mfu = rate * gflops * 1e9 / peak if peak else None
+        rows.append(Row(name, rate, mfu, rate * gflops / ceiling, answers[name]["peak_mib"], versus))
     return TrainReport(bench, rows, ceiling, backend, losses)
 
 
@@ -387,13 +408,13 @@ def as_text(report: TrainReport) -> str:
         f"{bench.threads} thread(s), {bench.device}; {bench.rounds} rounds of {bench.steps} steps; "
         f"GEMM ceiling {report.ceiling_gflops:.0f} GFLOP/s"
         + (f"; peer's experts: {report.expert_backend}" if report.expert_backend else ""),
-        f"{'':20}{'tokens/s':>10}{'of ceiling':>12}{'peak MiB':>10}   speed over transformers as shipped",
+        f"{'':22}{'tokens/s':>10}{'MFU':>7}{'of ceiling':>12}{'peak MiB':>10}   speed over transformers as shipped",
     ]
     for row in report.rows:
         versus = "1" if row.versus_peer is None else str(row.versus_peer)
-        lines.append(
-            f"{row.name:20}{row.tokens_per_second:10.0f}{row.ceiling_share:12.0%}{row.peak_mib:10.0f}   {versus}"
-        )
+        mfu = "" if row.mfu is None else f"{row.mfu:.1%}"
+        speed = f"{row.tokens_per_second:10.0f}{mfu:>7}{row.ceiling_share:12.0%}"
+        lines.append(f"{row.name:22}{speed}{row.peak_mib:10.0f}   {versus}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ def test_ours_and_the_peer_start_at_the_same_loss_and_are_compared(capsys: pytes
     arguments = ["--model=tiny-moe", "--precision=fp32", "--batch=1", "--seq-len=16", "--rounds=5", "--steps=1"]
     assert main(["train", *arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in report["rows"]] == list(train.CONTESTANTS["cpu"])
+    assert [row["name"] for row in report["rows"]] == list(train.TrainBench().contestants)
     assert report["rows"][0]["versus_peer"]["verdict"] in ("faster", "slower", "no verdict")
     assert all(row["tokens_per_second"] > 0 and row["peak_mib"] > 1 for row in report["rows"])
     assert report["losses"]["caravan"] == pytest.approx(report["losses"]["transformers"], rel=1e-5)
