@@ -25,6 +25,7 @@ from pydantic import BaseModel
 
 from cluster.parts import clear_parts, discard
 from cluster.storage import JSON, Artifact, Attempt, FileEntry, StorageError, Store
+from llama.training.retry import retried
 from pipelines.runs import Run, StageStatus, one_line
 
 _log = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ class Graph:
             on_event(Event(stage.name, "failed", status.error, seconds=status.ended - started, traceback=traceback))
             raise
         status.state, status.ended = "done", time.time()
-        run.save()
+        retried(run.save, "writing the run's status")
         seconds = status.ended - started
         on_event(Event(stage.name, "done", seconds=seconds))
         return StageResult("done", status.key, artifact, metadata, seconds)
@@ -232,7 +233,8 @@ class Graph:
             raise
         if attempt is None:
             return metadata
-        winner = attempt.commit(metadata, context.entries or None)
+        # what the stage has cost must not be lost to a store that fails for a moment
+        winner = retried(lambda: attempt.commit(metadata, context.entries or None), f"committing {stage.name}")
         clear_parts(attempt)
         return winner.metadata
 
