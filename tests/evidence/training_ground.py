@@ -13,7 +13,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -51,8 +51,8 @@ RECIPE: dict[str, Any] = {
         "parallel": {"ep": 2},
         "steps": STEPS,
         "global_batch": GLOBAL_BATCH,
-        "micro_batch": 1,
-        "seq_len": 64,
+        "micro_batch": 2,
+        "seq_len": 32,
         "checkpoint_every": EVERY,
         "log_every": 1,
         "wait_for_nodes": 60,
@@ -61,14 +61,16 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def caravan(arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    """The command, in a process that has imported it already; its output goes to a file."""
+def caravan(arguments: list[str], environment: dict[str, str], log: Path, before: Callable[[], None] | None) -> None:
+    """The command, in a process that has imported it already and called `before`; its output goes to a file."""
     os.environ.update(environment)
     with open(log, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     from pipelines.cli import app
 
+    if before is not None:
+        before()
     app(arguments)
 
 
@@ -94,12 +96,12 @@ class Ground:
 
     # -- runs
 
-    def start(self, until: str = "pretrain", **train: Any) -> BaseProcess:
+    def start(self, until: str = "pretrain", before: Callable[[], None] | None = None, **train: Any) -> BaseProcess:
         self.runs += 1
         settings = [part for key, value in train.items() for part in ("--set", f"train.{key}={value}")]
         arguments = ["run", str(self.folder / "recipe.yaml"), "--store", self.proxied, "--until", until, *settings]
         environment = {"RAY_ADDRESS": self.cluster.address, "CARAVAN_HOME": str(self.folder / "home")}
-        process = self._processes.Process(target=caravan, args=(arguments, environment, self.log), daemon=True)
+        process = self._processes.Process(target=caravan, args=(arguments, environment, self.log, before), daemon=True)
         process.start()
         return process
 
@@ -111,7 +113,8 @@ class Ground:
         """Whether the run ended well, in time."""
         process.join(LONGEST_SECONDS)
         if process.exitcode != 0:
-            print(f"      exit code {process.exitcode}:\n{self.log.read_text(errors='replace')[-3000:]}", flush=True)
+            said = self.log.read_text(errors="replace")[-3000:] if self.log.exists() else "nothing was said"
+            print(f"      exit code {process.exitcode}:\n{said}", flush=True)
             if process.is_alive():
                 process.kill()
                 process.join()

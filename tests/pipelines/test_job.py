@@ -163,11 +163,19 @@ def finished(workplace: Workplace, port: int) -> dict[str, Any]:
     store = Store(workplace.home / "store")
     driver = workplace.start("run", workplace.recipe, "--run-id", "killed", "--set", f"serve.port={port}")
     wait_for(lambda: committed_steps(store), "the first checkpoint")
+    members = [processes.find(pid) for pid in workplace.training_workers()]
+    listening = processes.listeners([member for member in members if member is not None])
     driver.kill()
     driver.communicate()
     assert max(committed_steps(store)) < STEPS, "training ended before the kill; raise STEPS"
     summary = json.loads(workplace.run("resume", "killed", "--keep", "--json"))
-    return {"summary": summary, "store": store}
+    return {"summary": summary, "store": store, "listening": listening}
+
+
+def test_nothing_of_a_training_listens_beyond_loopback(finished: dict[str, Any]) -> None:
+    listening = finished["listening"]
+    assert len({found.pid for found in listening}) == 2, "both workers have sockets"
+    assert [str(found) for found in listening if not found.is_loopback] == []
 
 
 def test_a_killed_driver_is_resumed_from_the_last_committed_checkpoint(finished: dict[str, Any]) -> None:
