@@ -1,8 +1,8 @@
 """A connection to Ray: a running cluster, the one of `caravan up`, or an own local one that ends with the session.
 
-Every socket of a Ray that is started here is on loopback. What runs on it opens its own: while a training runs, torch's
-rendezvous store (TCPStore, on rank 0's node) listens on every interface, without authentication. Ray reads its settings
-when it is first imported, so this module sets them, and imports ray, inside its functions.
+Every socket of a Ray that is started here is on loopback, and so are those of a training on it
+(cluster/process_group.py). Ray reads its settings when it is first imported, so this module sets them, and imports ray,
+inside its functions.
 """
 
 import atexit

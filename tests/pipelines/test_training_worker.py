@@ -1,0 +1,112 @@
+"""What a worker does beside training: reports that the store does not take, and what it sees of the cluster."""
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from cluster import placement
+from cluster.placement import NodeResources, WorkerNeeds, WorldSizes
+from cluster.storage import Artifact, StorageError, Store
+from llama.config import ModelConfig
+from llama.training.config import TrainConfig
+from llama.training.control import Request
+from llama.training.metrics import StepMetrics
+from pipelines import training_worker
+from pipelines.metrics import MetricsReader
+from pipelines.training_worker import ClusterWatch, WorkerTask, _Reports
+
+
+def task(store: Store, known_nodes: frozenset[str] = frozenset({"a"})) -> WorkerTask:
+    return WorkerTask(
+        model=ModelConfig(dim=32, num_layers=1, num_heads=2),
+        train=TrainConfig(steps=9, checkpoint_every=2),
+        threads=1,
+        shards=Artifact(store),
+        shuffle_shards=None,
+        cache_bytes=None,
+        output=store,
+        incarnation="first",
+        sizes=WorldSizes(2, 4, 2, lambda size: size % 2 == 0),
+        needs=WorkerNeeds(),
+        known_nodes=known_nodes,
+    )
+
+
+def step(number: int) -> StepMetrics:
+    return StepMetrics(number, 9, 1.0, 1e-3, 1.0, 10, 1.0, None, None, {}, 0, 0)
+
+
+def test_reports_that_the_store_does_not_take_are_kept_for_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    down, tried = threading.Event(), threading.Event()
+    write, threads = Store.write_bytes, set()
+
+    def fail_when_down(self: Store, path: str, data: bytes, **settings: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        if down.is_set():
+            tried.set()
+            raise StorageError("the store's service failed")
+        return write(self, path, data, **settings)
+
+    monkeypatch.setattr(Store, "write_bytes", fail_when_down)
+    down.set()
+    store = Store(tmp_path)
+    with caplog.at_level(logging.WARNING), _Reports(task(store)) as reports:
+        reports.start(0, ["a", "a"])
+        for number in range(1, 5):
+            reports.step(step(number))
+        assert tried.wait(10)
+        while not reports._reports.empty():
+            tried.wait(0.01)
+        down.clear()
+    assert store.read_json("incarnations/first.json") == {"resumed_step": 0, "world_size": 2, "nodes": ["a", "a"]}
+    reader = MetricsReader(store.child("metrics"))
+    reader.poll()
+    assert [line["step"] for line in reader.steps()] == [1, 2, 3, 4]
+    assert sum("kept for later" in record.message for record in caplog.records) == 1
+    assert threads == {"reports"}, "the training's own thread never waits for the store"
+
+
+class Notice:
+    preempted_node_ids = ("a",)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "notice", "request_"),
+    [
+        (["a"], None, Request.GO_ON),
+        (["a", "b"], None, Request.STOP_AT_CHECKPOINT),
+        (["a", "too-small"], None, Request.GO_ON),
+        (["a", "b"], Notice(), Request.STOP_NOW),
+    ],
+)
+def test_what_the_cluster_asks_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nodes: list[str], notice: Notice | None, request_: Request
+) -> None:
+    found = [NodeResources(name, cpus=1 if name == "too-small" else 2) for name in nodes]
+    monkeypatch.setattr(placement, "alive_nodes", lambda: found)
+    monkeypatch.setattr(training_worker.ray.train, "get_preemption_info", lambda: notice)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    watch = ClusterWatch(task(Store(tmp_path)))
+    watch._look()
+    assert watch.request() is request_
+    assert watch.preempted == (("a",) if notice else ())
+
+
+def test_room_on_nodes_that_were_there_before_is_no_reason_to_stop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Somebody else may hold it: the plan had it before it, and got less."""
+    monkeypatch.setattr(placement, "alive_nodes", lambda: [NodeResources("a", 2), NodeResources("b", 2)])
+    monkeypatch.setattr(training_worker.ray.train, "get_preemption_info", lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    watch = ClusterWatch(task(Store(tmp_path), frozenset({"a", "b"})))
+    watch._look()
+    assert watch.request() is Request.GO_ON
