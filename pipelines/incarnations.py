@@ -179,6 +179,8 @@ def _diagnose(error: TrainingFailedError) -> _Failure:
         return _Failure("a node was taken away before the checkpoint was written", counts=False, preempted=nodes)
     if isinstance(error, ControllerError) and type(error.controller_failure).__name__ == _NO_ROOM:
         return _Failure("the workers found no room to start in", counts=False, never_started=True)
+    if isinstance(error, ControllerError):
+        return _Failure(f"the workers could not be started: {one_line(error.controller_failure)}")
     if not isinstance(error, WorkerGroupError) or not error.worker_failures:
         return _Failure(one_line(error))
     causes = {rank: _root_cause(failure) for rank, failure in error.worker_failures.items()}
