@@ -7,6 +7,7 @@ ranks i*ep to i*ep+ep-1. Hence every group stays inside a node exactly if every 
 The plan is made before a start, handed to Ray as labels, and verified by the workers from the node ids they gather.
 """
 
+import socket
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ NODE_ID_LABEL = "ray.io/node-id"
 _ACCELERATOR = "accelerator_type:"
 _POLL_SECONDS = 0.5
 _CANCEL_SECONDS = 5.0
+_CONNECT_SECONDS = 2.0
 
 Result = TypeVar("Result")
 
@@ -221,6 +223,25 @@ def alive_nodes(without: Collection[str] = ()) -> list[NodeResources]:
             kind = kinds[0] if kinds else None
             nodes.append(NodeResources(node["NodeID"], has.get("CPU", 0.0), has.get("GPU", 0.0), kind))
     return nodes
+
+
+def unreachable_nodes() -> frozenset[str]:
+    """Ids of nodes that Ray takes for alive and whose raylet accepts no connection.
+
+    Of a node that was lost without a word Ray finds out after some twenty seconds; whoever plans at once, because its
+    workers died with the node, would plan with it.
+    """
+    import ray
+
+    silent = set()
+    for node in ray.nodes():
+        if node["Alive"]:
+            try:
+                address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+                socket.create_connection(address, timeout=_CONNECT_SECONDS).close()
+            except OSError:
+                silent.add(node["NodeID"])
+    return frozenset(silent)
 
 
 def await_plan(

@@ -123,7 +123,8 @@ def _plan(train: TrainRecipe, lost: frozenset[str], most: int) -> tuple[placemen
     if sizes.usable(most) is not None:
         sizes = replace(sizes, largest=most)
     known_nodes = frozenset(node.node_id for node in placement.alive_nodes())
-    return placement.await_plan(sizes, worker_needs(train), train.wait_for_nodes, lost), known_nodes
+    gone = lost | placement.unreachable_nodes()
+    return placement.await_plan(sizes, worker_needs(train), train.wait_for_nodes, gone), known_nodes
 
 
 def _train_once(plan: placement.PlacementPlan, task: WorkerTask) -> Outcome:

@@ -1,4 +1,5 @@
 import itertools
+import socket
 
 import pytest
 
@@ -160,6 +161,18 @@ def test_refit_is_the_largest_multiple() -> None:
     for available, ep in itertools.product(range(20), range(1, 6)):
         fitting = [size for size in range(available + 1) if size % ep == 0]
         assert refit(available, ep) == max(fitting)
+
+
+def test_a_node_whose_raylet_takes_no_connection_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as closed:
+        ports = {"here": server.getsockname()[1], "gone": closed.getsockname()[1], "known to be dead": 1}
+        closed.close()
+        nodes = [
+            {"NodeID": name, "Alive": name[0] != "k", "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+            for name, port in ports.items()
+        ]
+        monkeypatch.setattr("ray.nodes", lambda: nodes)
+        assert placement.unreachable_nodes() == {"gone"}
 
 
 # -- waiting for nodes

@@ -47,6 +47,8 @@ class Story:
         self.said: list[str] = []
         self.hung: str | None = None
         monkeypatch.setattr(placement, "alive_nodes", self.alive_nodes)
+        self.unreachable: frozenset[str] = frozenset()
+        monkeypatch.setattr(placement, "unreachable_nodes", lambda: self.unreachable)
         monkeypatch.setattr(incarnations, "_train_once", self.train_once)
 
     def alive_nodes(self, without: Any = ()) -> list[NodeResources]:
@@ -151,6 +153,16 @@ def test_a_lost_node_is_done_without_and_one_that_comes_back_is_used(monkeypatch
     assert story.workers() == [4, 2, 4]
     assert story.known == [{"a", "b"}, {"a"}, {"a", "c"}]
     assert "stopped at step 50: there is room for more workers" in story.said
+
+
+def test_a_node_whose_loss_ray_has_not_noticed_is_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fall_silent(story: Story) -> None:
+        story.unreachable = frozenset({"b"})
+
+    story = Story(monkeypatch, [node("a"), node("b")], fall_silent, LOST, DONE)
+    assert story.tell(replace(TRAIN, workers=(2, 4))) is DONE
+    assert story.workers() == [4, 2]
+    assert story.known[1] == {"a", "b"}, "it is no new node either, as long as Ray lists it"
 
 
 def test_a_node_that_will_be_taken_away_is_planned_without_and_counts_as_no_failure(
