@@ -43,6 +43,7 @@ from llama.training.mesh import check_experts_split, fits_world_size, plan_mesh
 from pipelines.adopted_tokenizer import adopt_tokenizer
 from pipelines.data_config import DataConfig
 from pipelines.finetune import fill_in_start
+from pipelines.recipe_text import RecipeError, first_line, parse_yaml, set_override, sets_preset, shown
 from pipelines.section import Positive, Section, lasting_uri
 
 _PORTS = (1, 65535)
@@ -54,10 +55,6 @@ _IN_YAML = {
     "int_parsing": "input should be a valid integer, such as 1_000_000",
 }
 """What pydantic says in Python's words."""
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message is one line."""
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -100,7 +97,7 @@ class TokenizerConfig(Section):
         for key in ("kind", "sample_bytes"):
             if values.get(key) is not None:
                 raise ValueError(
-                    f"tokenizer.{key}={_shown(values[key])} is for a tokenizer to be learned, and tokenizer.path names "
+                    f"tokenizer.{key}={shown(values[key])} is for a tokenizer to be learned, and tokenizer.path names "
                     "one that is there; leave one of them out"
                 )
         if isinstance(path, str) and path and not has_credentials(path) and values.get("vocab_size") is None:
@@ -113,7 +110,7 @@ def _counts(value: Any) -> Any:
     """Raises ValueError for what is neither a number of workers nor the bounds of one."""
     bounds = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
     if not all(type(bound) is int for bound in bounds):
-        raise ValueError(f"train.workers={_shown(value)} is no number of workers, such as 4, and no [min, max]")
+        raise ValueError(f"train.workers={shown(value)} is no number of workers, such as 4, and no [min, max]")
     return value
 
 
@@ -261,21 +258,21 @@ class Recipe(Section):
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe {os.fspath(path)!r}; give the path of a YAML file") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe {os.fspath(path)!r} cannot be read: {_first_line(error)}") from error
+            raise RecipeError(f"the recipe {os.fspath(path)!r} cannot be read: {first_line(error)}") from error
         return cls.from_yaml(text, overrides, store)
 
     @classmethod
     def from_yaml(cls, text: str, overrides: Sequence[str] = (), store: Store | None = None) -> Recipe:
         """`load`, from the text itself."""
-        values = _parse_yaml(text, "the recipe")
+        values = parse_yaml(text, "the recipe")
         if not isinstance(values, dict):
             sections = ", ".join(cls.model_fields)
-            raise RecipeError(f"the recipe is {_shown(values)}, not a mapping of its sections ({sections})")
+            raise RecipeError(f"the recipe is {shown(values)}, not a mapping of its sections ({sections})")
         # First the preset, which is another shape altogether and not a mixture of two, then what changes it.
-        for override in sorted(overrides, key=lambda override: not _sets_preset(override)):
-            if _sets_preset(override):
+        for override in sorted(overrides, key=lambda override: not sets_preset(override)):
+            if sets_preset(override):
                 values["model"] = {}
-            _set(values, override)
+            set_override(values, override)
         _refuse_booleans(cls, values)
         try:
             return cls.model_validate(values, context=store)
@@ -297,7 +294,7 @@ class Recipe(Section):
                     del shape["vocab_size"]
                 return {**values, "model": shape}
             case {"model": {"preset": name}}:
-                raise ValueError(f"model.preset={_shown(name)} is no name; choose one of {', '.join(PRESETS)}")
+                raise ValueError(f"model.preset={shown(name)} is no name; choose one of {', '.join(PRESETS)}")
         return values
 
     @model_validator(mode="before")
@@ -393,63 +390,6 @@ def _check_finite(value: Any, path: tuple[str | int, ...] = ()) -> None:
         _check_finite(item, (*path, key))
 
 
-# -- YAML and overrides
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader, but a key that comes twice is an error and not the last one's victory."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _parse_yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.load(text, _UniqueKeyLoader)  # a SafeLoader: builds plain values only
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        hint = '; within {} quote a URI that has a ?: {uri: "s3://..."}' if "got '?'" in (error.problem or "") else ""
-        raise RecipeError(f"{what} is not valid YAML{line}: {error.problem}{hint}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{what} is not valid YAML: {_first_line(error)}") from error
-
-
-def _sets_preset(override: str) -> bool:
-    return override.partition("=")[0].strip() == "model.preset"
-
-
-def _set(values: dict[str, Any], override: str) -> None:
-    """Set `a.b[0].c=value` in place; mappings on the way are made where they are absent."""
-    path, equals, text = override.partition("=")
-    keys = [part for part in re.split(r"\.|\[(\d+)\]", path.strip()) if part]
-    if not equals or not keys:
-        raise RecipeError(f"override {override!r} is not of the form key.path=value")
-    value = _parse_yaml(text, f"the value of override {override!r}")
-    place: Any = values
-    for depth, key in enumerate(keys):
-        where, last = ".".join(keys[:depth]), depth == len(keys) - 1
-        if isinstance(place, list):
-            if not key.isdigit() or int(key) >= len(place):
-                raise RecipeError(f"override {override!r}: {where} has the items 0 to {len(place) - 1}, not {key!r}")
-            index: Any = int(key)
-        elif isinstance(place, dict):
-            index = key
-        else:
-            raise RecipeError(f"override {override!r}: {where}={_shown(place)} has no keys below it")
-        if last:
-            place[index] = value
-        else:
-            if isinstance(place, dict) and place.get(index) is None:
-                place[index] = {}
-            place = place[index]
-
-
 # -- errors in one line
 
 
@@ -473,20 +413,11 @@ def _explain_one(error: ErrorDetails) -> str:
             return message
         if message.startswith(f"{path[-1]}."):
             return f"{_dotted(path[:-1])}.{message}"
-    return f"{dotted}={_shown(error['input'])}: {message}"
+    return f"{dotted}={shown(error['input'])}: {message}"
 
 
 def _dotted(path: Sequence[str | int]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-
-
-def _shown(value: object) -> str:
-    text = re.sub(r"//[^/@\s]*@", "//***@", repr(value))  # a password in a URI is not for the log
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _similar(path: Sequence[str | int]) -> str | None:

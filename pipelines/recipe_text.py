@@ -1,0 +1,75 @@
+"""A recipe as text: YAML in which no key comes twice, and the overrides of a command line. Errors are RecipeErrors."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message is one line."""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader, but a key that comes twice is an error and not the last one's victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeyLoader)  # a SafeLoader: builds plain values only
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        hint = '; within {} quote a URI that has a ?: {uri: "s3://..."}' if "got '?'" in (error.problem or "") else ""
+        raise RecipeError(f"{what} is not valid YAML{line}: {error.problem}{hint}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{what} is not valid YAML: {first_line(error)}") from error
+
+
+def sets_preset(override: str) -> bool:
+    return override.partition("=")[0].strip() == "model.preset"
+
+
+def set_override(values: dict[str, Any], override: str) -> None:
+    """Set `a.b[0].c=value` in place; mappings on the way are made where they are absent."""
+    path, equals, text = override.partition("=")
+    keys = [part for part in re.split(r"\.|\[(\d+)\]", path.strip()) if part]
+    if not equals or not keys:
+        raise RecipeError(f"override {override!r} is not of the form key.path=value")
+    value = parse_yaml(text, f"the value of override {override!r}")
+    place: Any = values
+    for depth, key in enumerate(keys):
+        where, last = ".".join(keys[:depth]), depth == len(keys) - 1
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                raise RecipeError(f"override {override!r}: {where} has the items 0 to {len(place) - 1}, not {key!r}")
+            index: Any = int(key)
+        elif isinstance(place, dict):
+            index = key
+        else:
+            raise RecipeError(f"override {override!r}: {where}={shown(place)} has no keys below it")
+        if last:
+            place[index] = value
+        else:
+            if isinstance(place, dict) and place.get(index) is None:
+                place[index] = {}
+            place = place[index]
+
+
+def shown(value: object) -> str:
+    text = re.sub(r"//[^/@\s]*@", "//***@", repr(value))  # a password in a URI is not for the log
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
