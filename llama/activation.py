@@ -42,7 +42,8 @@ class _SiluProduct(torch.autograd.Function):
 
 def gated_product(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     """activation(gate) ⊙ up, all of one type."""
-    if isinstance(activation, nn.SiLU):
+    # A compiler fuses the plain product, and chooses itself what to keep.
+    if isinstance(activation, nn.SiLU) and not torch.compiler.is_compiling():
         product: Tensor = _SiluProduct.apply(gate, up)
         return product
     return activation(gate) * up

@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
         shape = (x.shape[-1],)
         if x.dtype != self.weight.dtype or x.dtype in (torch.bfloat16, torch.float16):
             return (rms_norm(x, shape, None, self.eps).type_as(x) * self.weight).type_as(x)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _FullPrecisionRMSNorm.apply(x, self.weight, self.eps)
         return rms_norm(x, shape, self.weight, self.eps)
 

@@ -136,6 +136,9 @@ def apply_rotary(x_BLHD: Tensor, cos_BLP: Tensor, sin_BLP: Tensor, layout: RopeL
     """
     x = x_BLHD.to(torch.promote_types(x_BLHD.dtype, torch.float32))
     cos_BL1P, sin_BL1P = cos_BLP.to(x.dtype).unsqueeze(-2), sin_BLP.to(x.dtype).unsqueeze(-2)
+    if layout == "half" and torch.compiler.is_compiling():
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos_BL1P - b * sin_BL1P, b * cos_BL1P + a * sin_BL1P), dim=-1).type_as(x_BLHD)
     if layout == "half":
         return _HalfRotation.apply(x, cos_BL1P, sin_BL1P).type_as(x_BLHD)
     # Neighbours are the real and imaginary part of one number, and the turn is a product.

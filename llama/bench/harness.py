@@ -91,15 +91,22 @@ class Contestant:
 
     def __enter__(self) -> Contestant:
         self._errors = tempfile.TemporaryFile(mode="w+")
+        self._ready: dict[str, float] | None = None
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
-        try:
-            self.ready = self._answer()
-        except BaseException:
-            self.__exit__()
-            raise
         return self
+
+    @property
+    def ready(self) -> dict[str, float]:
+        """What it says when it is ready; waits for that, so that several may get ready at once.
+
+        Raises:
+            BenchError: it failed.
+        """
+        if self._ready is None:
+            self._ready = self._answer()
+        return self._ready
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
@@ -112,7 +119,7 @@ class Contestant:
         Raises:
             BenchError: it has failed; holds the last line of its errors.
         """
-        assert self._process.stdin is not None
+        assert self.ready is not None and self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write("turn\n")
             self._process.stdin.flush()

@@ -174,7 +174,7 @@ class TrainConfig:
     """What backward computes again instead of finding it in memory: nothing, each block's whole forward pass, or all of
     it but the products, attention and all-to-alls (llama/training/recompute.py)."""
     compile: bool = False
-    """Compiles each block (`torch.compile`, from torch 2.13 on); the first step takes a minute."""
+    """Compiles each block (`torch.compile`); the first step takes a minute."""
     checkpoint_every: int = 50
     """Steps between checkpoints; the last step always writes one, and 0 writes only that."""
     keep_last: int = 2

@@ -166,11 +166,6 @@ def _split_experts(moe: MoE, sparse: DeviceMesh, policy: MixedPrecisionPolicy, r
 
 
 def _check_compiler() -> None:
-    if torch.__version__ < "2.13":
-        raise ValueError(
-            f"train.compile=True needs torch 2.13, and this is {torch.__version__}, which loses gradients of the model's "
-            "own autograd functions when it compiles them; upgrade or set train.compile=False"
-        )
     compiler = os.environ.get("CXX", "g++")  # as torch's own compiler looks for it
     if shutil.which(compiler) is None:
         raise ValueError(
