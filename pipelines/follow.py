@@ -28,10 +28,11 @@ def followed(context: StageContext, metrics: Store, incarnations: Store) -> Iter
     reader = MetricsReader(metrics)
     retried(reader.skip_existing, "reading the training's progress")
     seen = set(retried(incarnations.list, "reading the training's progress"))
-    validation: dict[str, Any] = {}
+    validation: dict[str, Any] = next((row for row in reversed(reader.steps()) if row["val_loss"] is not None), {})
     stop = threading.Event()
 
     def report(events: EventFile) -> None:
+        nonlocal validation
         for path in incarnations.list():
             if path not in seen:
                 seen.add(path)
@@ -39,7 +40,7 @@ def followed(context: StageContext, metrics: Store, incarnations: Store) -> Iter
         new = reader.poll()
         for row in new:
             if row["val_loss"] is not None:
-                validation.update(row)
+                validation = row
             context.emit(progress(row, validation), fraction=row["step"] / row["steps"], values=_values(row))
         events.follow(reader, new)
 

@@ -32,15 +32,17 @@ def test_a_training_is_told_of_and_put_into_tensorboard(tmp_path: Path) -> None:
     store, run = Store(tmp_path / "artifact"), Store(tmp_path / "run")
     metrics, incarnations = store.child("metrics"), store.child("incarnations")
     said: list[Event] = []
-    MetricsWriter(metrics, "t0").write(report(1))
+    MetricsWriter(metrics, "t0").write(report(1, val_loss=5.0))
     context = StageContext("pretrain", "", {}, store, run, [], Artifact(store).begin(), said.append)
     with followed(context, metrics, incarnations):
         incarnations.write_json("t1.json", {"resumed_step": 1, "world_size": 2})
         writer = MetricsWriter(metrics, "t1")
-        writer.write(report(2, val_loss=4.0))
-        writer.write(report(3))
+        writer.write(report(2))
+        writer.write(report(3, val_loss=4.0))
+        writer.write(report(4))
         writer.flush()
     assert [event.message for event in said][0] == "resumed from the checkpoint of step 1 on 2 workers"
-    assert "validation 4.000 at 2" in said[-1].message and said[-1].fraction == 0.03
-    assert said[1].values["val_loss"] == 4.0 and "val_loss" not in said[-1].values
-    assert [step for step, _ in curve(run.child(TENSORBOARD), "loss/training")] == [1, 2, 3]
+    assert "validation 5.000 at 1" in said[1].message  # of an earlier incarnation
+    assert "validation 4.000 at 3" in said[-1].message and said[-1].fraction == 0.04
+    assert said[2].values["val_loss"] == 4.0 and "val_loss" not in said[-1].values
+    assert [step for step, _ in curve(run.child(TENSORBOARD), "loss/training")] == [1, 2, 3, 4]
