@@ -82,6 +82,8 @@ class Rows:
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    epoch = None
+
 
 def train_here(model: ModelConfig, config: TrainConfig, data: Rows, start: Path) -> tuple[Transformer, list[float]]:
     """A plain model after training, and the loss of each step."""
