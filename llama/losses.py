@@ -17,7 +17,7 @@ from llama.autograd import first_order
 IGNORE_INDEX = -100
 """Label of a position that is not predicted (padding, or a prompt in fine-tuning)."""
 
-_CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_GPU = 2**21, 2**28
 """Logits held at a time, about: few enough for a CPU's cache, and a gigabyte on a GPU, where the traffic of adding to
 the weight's gradient counts for more."""
 _CHUNK_ROWS = 128
@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden_TM.device)
         d_hidden_TM = torch.empty_like(hidden_TM) if needs_hidden else None
         d_weight_VM = torch.zeros_like(weight_VM, dtype=wide) if needs_weight else None
-        rows = max(_CHUNK_ROWS, _CHUNK_ELEMENTS[hidden_TM.device.type] // len(weight))
+        rows = max(_CHUNK_ROWS, (_CHUNK_ELEMENTS_GPU if hidden_TM.is_cuda else _CHUNK_ELEMENTS) // len(weight))
         for begin in range(0, len(labels_T), rows):
             hidden_CM = hidden_TM[begin : begin + rows].to(dtype)
             labels_C = labels_T[begin : begin + rows]

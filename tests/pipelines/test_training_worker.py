@@ -28,8 +28,10 @@ def task(store: Store, known_nodes: frozenset[str] = frozenset({"a"})) -> Worker
         shards=Artifact(store),
         shuffle_shards=None,
         cache_bytes=None,
+        start=None,
         output=store,
         incarnation="first",
+        run="run",
         sizes=WorldSizes(2, 4, 2, lambda size: size % 2 == 0),
         needs=WorkerNeeds(),
         known_nodes=known_nodes,
@@ -37,7 +39,27 @@ def task(store: Store, known_nodes: frozenset[str] = frozenset({"a"})) -> Worker
 
 
 def step(number: int) -> StepMetrics:
-    return StepMetrics(number, 9, 1.0, 1e-3, 1.0, 10, 1.0, None, None, {}, 0, 0)
+    return StepMetrics(
+        step=number,
+        steps=9,
+        loss=1.0,
+        learning_rate=1e-3,
+        grad_norm=1.0,
+        tokens=10,
+        tokens_per_second=1.0,
+        mfu=None,
+        memory_bytes=1,
+        samples=number,
+        epoch=None,
+        checkpoint_seconds=0.0,
+        val_loss=None,
+        balance_loss=None,
+        z_loss=None,
+        expert_load={},
+        router_entropy={},
+        all_to_all_bytes=0,
+        skipped_steps=0,
+    )
 
 
 def test_reports_that_the_store_does_not_take_are_kept_for_later(
