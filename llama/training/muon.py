@@ -161,7 +161,7 @@ class _RowExchange:
         here = self._rows[self._rank]
         leaving = torch.cat([part.reshape(-1, columns) for part in whole_NOI.split(self._rows, dim=1)])
         arrived = self._send(leaving, [mine * rows for rows in self._rows], [owned * here for owned in self._owned])
-        return arrived.view(-1, here, columns)
+        return arrived.view(sum(self._owned), here, columns)
 
     def _send(self, x: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
         """`leaving[p]` consecutive rows go to rank p, `arriving[p]` come from it."""

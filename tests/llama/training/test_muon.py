@@ -161,11 +161,13 @@ def sharded(rank, world_size, cases):
 def test_over_shards_it_equals_one_process():
     # 40 rows over four ranks, but 48 of the feed-forward; six experts do not divide and are cut through.
     uneven = replace(MOE, dim=40, num_heads=10, moe=replace(MOE.moe, num_experts=6))
+    few = replace(DENSE, head_dim=2, num_kv_heads=1)  # two rows of keys: the last ranks have none
     cases = [
         (DENSE, ParallelConfig(dp_replicate=4)),
         (MOE, ParallelConfig(dp_replicate=2, ep=2)),
         (MOE, ParallelConfig(ep=2)),
         (uneven, ParallelConfig()),
+        (few, ParallelConfig()),
     ]
     for ranks in run_ranks(sharded, 4, cases):
         for (model_config, _), found in zip(cases, ranks, strict=True):
