@@ -39,8 +39,11 @@ _ONLY: dict[str, Any] = {
     "alpha_pattern": {},
     "target_parameters": None,
     "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
 }
 """Keys of `adapter_config.json` that have one supported value, the one that an absent one stands for."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of `init_lora_weights`, or how they begin, by which PEFT takes the adapter's start out of the base weights."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,12 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoraConfig:
             raise UnsupportedModel(
                 f"{ADAPTER_CONFIG_FILE}: {key}={settings[key]!r} is not supported; it must be {only}"
             )
+    start = str(settings.get("init_lora_weights", True)).lower()
+    if start.startswith(_CHANGES_BASE):
+        raise UnsupportedModel(
+            f"{ADAPTER_CONFIG_FILE}: init_lora_weights={start!r} is not supported: the adapter is one of changed base "
+            "weights; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     try:
         tensors = load_file(directory / ADAPTER_WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:

@@ -133,6 +133,8 @@ def test_foreign_adapters_are_refused_by_what_is_foreign(tmp_path):
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' is not .* changed base weights"),
         ({"r": 5}, r"lora_A.weight is \[3, 32\], the model calls for \[5, 32\]"),
         ({"r": 0}, "train.lora.rank=0"),
     ]:
