@@ -8,12 +8,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cluster.storage import Artifact, Store
+from llama.attention import CausalAttend
 from llama.losses import IGNORE_INDEX
 from llama.model import Transformer
-from llama.training.batch import Batch
+from llama.training.batch import Batch, loss_sum
 from llama.training.checkpoint import Checkpointer, load_model_weights
 from llama.training.config import ParallelConfig
+from llama.training.mesh import build_mesh, process_group
+from llama.training.parallel import apply_parallel
 from llama.training.trainer import Trainer
+from llama.training.validation import validation_loss
 from tests.distributed import run_ranks
 from tests.llama.training.helpers import DENSE, MOE, Samples, pad_labels, samples, train_config, whole
 
@@ -107,10 +111,32 @@ def test_ranks_with_unequal_batches_are_refused_and_do_not_hang():
         assert none.startswith("ranks have 0 to 0 batches")
 
 
-def test_is_in_evaluation_mode_and_a_loss_that_is_not_finite_is_none():
+def test_a_loss_that_is_not_finite_is_none():
     config = train_config(steps=1, micro_batch=8, validate_every=1)
     seen = []
     inputs, labels = rows()
-    for model, given in ((DENSE, labels), (DENSE, torch.full_like(labels, IGNORE_INDEX))):
-        Trainer(model, config, Samples(config, 61), validation=[Batch(inputs, given)], on_metrics=seen.append).fit()
+    for given in (labels, torch.full_like(labels, IGNORE_INDEX)):
+        Trainer(DENSE, config, Samples(config, 61), validation=[Batch(inputs, given)], on_metrics=seen.append).fit()
     assert math.isfinite(seen[0].val_loss) and seen[1].val_loss is None
+
+
+@pytest.mark.parametrize(
+    "model_config",
+    [
+        replace(DENSE, residual_dropout=0.3, attention_dropout=0.2),
+        replace(MOE, moe=replace(MOE.moe, capacity_factor=0.5)),
+    ],
+)
+def test_drops_nothing_and_leaves_the_model_in_training(model_config):
+    inputs, labels = rows()
+    model = Transformer(model_config)
+    model.init_weights(0)
+    with torch.no_grad():
+        expected = cross_entropy(model.eval()(inputs).flatten(0, 1), labels.flatten(), ignore_index=-100).item()
+    with process_group():
+        apply_parallel(model.train(), build_mesh(ParallelConfig(), 1, "cpu"), "fp32")
+        batch = Batch(inputs, labels)
+        found = validation_loss(model, [batch], CausalAttend, torch.device("cpu"))
+        dropping = loss_sum(model, batch).item() / batch.num_targets().item()
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert dropping != pytest.approx(expected, rel=1e-5)
