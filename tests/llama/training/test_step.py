@@ -1,0 +1,166 @@
+"""One step of the trainer: what counts in its loss, what dropout draws, which gradients are not applied."""
+
+import math
+from dataclasses import replace
+from itertools import cycle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+
+from llama import model as model_module
+from llama.losses import IGNORE_INDEX
+from llama.model import Transformer
+from llama.training.batch import Batch, loss_sum
+from llama.training.config import OptimizerConfig, ScheduleConfig
+from llama.training.trainer import Trainer
+from tests.distributed import run_ranks
+from tests.llama.training.helpers import DENSE, MOE, Samples, samples, train_config, whole
+
+
+def dropped_out(rank, world_size):
+    """Losses of the same run twice, and of this rank's first sequence under the masks of step 0."""
+    config = train_config(micro_batch=4, steps=2)
+    model = replace(DENSE, residual_dropout=0.5, attention_dropout=0.2)
+    runs = []
+    for _ in range(2):
+        seen = []
+        Trainer(model, config, Samples(config, 61, rank, world_size), on_metrics=seen.append).fit()
+        runs.append([metrics.loss for metrics in seen])
+    return runs, torch.initial_seed()
+
+
+@pytest.mark.integration
+def test_dropout_is_reproducible_and_another_on_every_rank():
+    (runs, seed), (_, other_seed) = run_ranks(dropped_out, 2)
+    assert runs[0] == runs[1]
+    assert seed != other_seed
+
+
+def test_padding_behind_a_sequence_changes_nothing():
+    config = train_config(micro_batch=8, steps=1)
+
+    seen = []
+
+    class Padded(Samples):
+        def __iter__(self):
+            for batch in super().__iter__():
+                labels = batch.labels.clone()
+                labels[:, 9:] = IGNORE_INDEX
+                yield replace(batch, labels=labels)
+
+    short = samples(0, 8, config, 61)[:, :10]
+    model = Transformer(DENSE)
+    model.init_weights(config.seed)
+    logits = model(short[:, :-1])
+    expected = cross_entropy(logits.flatten(0, 1), short[:, 1:].flatten()).item()
+    Trainer(DENSE, config, Padded(config, 61), on_metrics=seen.append).fit()
+    assert seen[0].loss == pytest.approx(expected, rel=1e-5)
+
+
+class Given:
+    """A loader of these batches, over and over."""
+
+    epoch = None
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return cycle(self.batches)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state): ...
+
+
+@pytest.mark.parametrize("model_config", [DENSE, MOE])
+def test_a_micro_batch_or_a_step_without_targets_adds_no_loss(model_config):
+    """One of two micro-batches is all masked, then both are."""
+    config = train_config(micro_batch=4, steps=1)
+    tokens = samples(0, 8, config, 61)
+    some, none = (Batch(part[:, :-1], part[:, 1:].clone()) for part in tokens.split(4))
+    none.labels.fill_(IGNORE_INDEX)
+    seen = []
+    summary = Trainer(model_config, config, Given(some, none), on_metrics=seen.append).fit()
+    model = Transformer(model_config)
+    model.init_weights(config.seed)
+    assert seen[0].loss == pytest.approx(loss_sum(model, some).item() / some.labels.numel(), rel=1e-5)
+    assert summary.skipped_steps == 0 and math.isfinite(seen[0].grad_norm) and seen[0].grad_norm > 0
+    Trainer(model_config, config, Given(none), on_metrics=seen.append).fit()
+    assert (seen[1].loss, seen[1].skipped_steps) == (0.0, 0) and math.isfinite(seen[1].grad_norm)
+
+
+@pytest.mark.parametrize("model_config", [DENSE, replace(MOE, moe=replace(MOE.moe, balance_loss_weight=0.0))])
+def test_packed_documents_are_trained_on_as_if_each_were_alone(model_config):
+    config = train_config(micro_batch=8, steps=1)
+    tokens = samples(0, 8, config, 61)
+    documents = (torch.arange(16) >= torch.arange(1, 9)[:, None]).long()
+    labels = tokens[:, 1:].clone()
+    labels[:, :-1][documents[:, 1:] != documents[:, :-1]] = IGNORE_INDEX
+    batch, seen = Batch(tokens[:, :-1], labels, documents), []
+    Trainer(model_config, config, Given(batch), on_metrics=seen.append).fit()
+    model = Transformer(model_config)
+    model.init_weights(config.seed)
+    alone = [
+        Batch(inputs[None, document == each], targets[None, document == each])
+        for inputs, targets, document in zip(batch.inputs, labels, documents, strict=True)
+        for each in (0, 1)
+    ]
+    expected = sum(loss_sum(model, each) for each in alone) / batch.num_targets()
+    assert seen[0].loss == pytest.approx(expected.item(), rel=1e-5)
+    if model_config.moe is None:
+        expected.backward()
+        norm = math.sqrt(sum(parameter.grad.double().square().sum() for parameter in model.parameters()))
+        assert seen[0].grad_norm == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_non_finite_gradient_skips_the_step_and_is_counted(monkeypatch):
+    config, seen, weights, calls = train_config(micro_batch=8), [], [], 0
+
+    def keep(metrics):
+        seen.append(metrics)
+        weights.append({name: whole(tensor) for name, tensor in trainer.model.state_dict().items()})
+
+    trainer = Trainer(MOE, config, Samples(config, MOE.vocab_size), on_metrics=keep)
+    original = model_module.linear_cross_entropy_sum
+
+    def poisoned(hidden, weight, labels):
+        nonlocal calls
+        calls += 1
+        total = original(hidden, weight, labels)
+        return total * math.inf if calls == 2 else total
+
+    monkeypatch.setattr(model_module, "linear_cross_entropy_sum", poisoned)
+    summary = trainer.fit()
+    assert not dist.is_initialized()
+    assert [metrics.skipped_steps for metrics in seen] == [0, 1, 1]
+    assert (summary.skipped_steps, summary.step) == (1, 3)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[1][name], weights[2][name]) for name in weights[1])
+    assert math.isfinite(seen[2].loss) and summary.loss == seen[2].loss
+
+
+def test_an_outlying_gradient_skips_the_step_and_is_counted(monkeypatch):
+    config = train_config(
+        steps=9,
+        micro_batch=8,
+        optimizer=OptimizerConfig(skip_sigma=3.0, skip_window=6),
+        schedule=ScheduleConfig("constant", warmup_steps=0),
+    )
+    seen, calls = [], 0
+    original = model_module.linear_cross_entropy_sum
+
+    def spiked(hidden, weight, labels):
+        nonlocal calls
+        calls += 1
+        return original(hidden, weight, labels) * (100 if calls == 7 else 1)
+
+    monkeypatch.setattr(model_module, "linear_cross_entropy_sum", spiked)
+    trainer = Trainer(DENSE, config, Samples(config, DENSE.vocab_size), on_metrics=seen.append)
+    trainer.fit()
+    assert [metrics.skipped_steps for metrics in seen] == [0] * 6 + [1] * 3
+    applied = [metrics.grad_norm for metrics in seen[:6] + seen[7:]]
+    assert trainer._step.guard.state() == {"norms": applied[-6:], "outliers": 0}
