@@ -184,7 +184,8 @@ class TrainConfig:
     keep_every: int = 0
     """Besides them, and for ever, the checkpoints of steps that this divides; 0 keeps no such."""
     validate_every: int = 0
-    """Steps between validations, and one after the last step; 0 turns them off."""
+    """Steps between validations, and one after the last step; 0 turns them off. A stop at once leaves out that of its
+    step."""
     validate_rows: int = 64
     """Rows of the validation split to validate on, over all ranks; of a split with fewer all."""
     log_every: int = 10
