@@ -30,7 +30,7 @@ class Watchdog:
 
     Who holds the interpreter's lock for as long keeps this thread from running too: then Python's own fault handler,
     which needs no lock, writes the stacks to stderr and ends the process. Time during which the process was suspended
-    does not count.
+    does not count, up to `seconds` and 25 more: the fault handler cannot tell that from a lock that is held.
 
     Args:
         seconds: the longest time between two beats; 0 guards nothing.
