@@ -10,6 +10,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +80,8 @@ class EventFile:
 
         Raises StorageError; the file is then put with the next reports."""
         if new:
-            if self._records is None or new[0]["step"] <= self._last_step:
+            steps = [self._last_step, *(row["step"] for row in new)]
+            if self._records is None or any(after <= before for before, after in pairwise(steps)):
                 new = reader.steps()
                 self._begin()
             for row in new:
@@ -123,7 +126,8 @@ class EventFile:
         self._last_step = row["step"]
 
     def _close(self) -> None:
-        if self._records is not None:
-            self._records.close()
-            self._path.unlink()
-            self._records = None
+        records, self._records = self._records, None
+        if records is not None:
+            with suppress(OSError):  # a full disk; the file goes
+                records.close()
+            self._path.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from cluster.storage import StorageError, Store
+from cluster.storage import Store
 from llama.training.retry import retried
 from pipelines.event_file import EventFile
 from pipelines.graph import StageContext
@@ -47,7 +47,7 @@ def followed(context: StageContext, metrics: Store, incarnations: Store) -> Iter
     def try_to(action: Any, *arguments: Any) -> None:
         try:
             action(*arguments)
-        except StorageError as error:  # it is only the view that suffers
+        except OSError as error:  # the store, or this machine's disk: it is only the view that suffers
             _log.warning("the training's progress could not be read or shown: %s", error)
 
     def follow() -> None:

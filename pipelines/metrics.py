@@ -95,8 +95,8 @@ class MetricsReader:
         self._parts: dict[str, list[dict[str, Any]]] = {}
 
     def poll(self) -> list[dict[str, Any]]:
-        """Rows of the parts that appeared since the last call, in order of writer and step."""
-        new: list[dict[str, Any]] = []
+        """Rows of the parts that appeared since the last call, in order of writer and step. Raises StorageError."""
+        new: dict[str, list[dict[str, Any]]] = {}
         for name, size in sorted(self._store.sizes().items()):
             if name in self._parts or self._sizes.get(name) == size:
                 continue
@@ -107,9 +107,9 @@ class MetricsReader:
                 _log.warning("%s: %s is no part of the metrics, and is left out: %s", self._store.uri, name, error)
                 self._sizes[name] = size
             else:
-                self._parts[name] = rows
-                new.extend(rows)
-        return new
+                new[name] = rows
+        self._parts |= new  # of a poll that fails, the next one returns all
+        return [row for rows in new.values() for row in rows]
 
     def skip_existing(self) -> None:
         """Marks what is there as seen, so that `poll` reports only what comes later."""

@@ -78,11 +78,16 @@ def test_grows_and_begins_anew_where_the_training_goes_back(tmp_path: Path) -> N
         file.follow(reader, reader.poll())
         assert curve(board, "loss/training") == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
+        train("t4", range(5, 8), 2.0)  # a late look: two writers at once, and the second goes back
+        train("t5", range(6, 7), 4.0)
+        file.follow(reader, reader.poll())
+        assert curve(board, "loss/training")[3:] == [(4, 2.0), (5, 2.0), (6, 4.0)]
+
     # Another driver takes over: what it finds is in its file too.
     taken_over = MetricsReader(metrics)
     taken_over.skip_existing()
     with EventFile(board) as file:
-        train("t4", range(5, 6), 3.0)
+        train("t6", range(5, 6), 3.0)
         file.follow(taken_over, taken_over.poll())
         file.put()
     assert curve(board, "loss/training") == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 3.0)]

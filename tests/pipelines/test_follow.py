@@ -1,9 +1,11 @@
 """What whoever runs a training gets to see of it."""
 
+import errno
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from tensorboardX.record_writer import RecordWriter
 
 from cluster.storage import Artifact, Store
 from pipelines.follow import TENSORBOARD, duration, followed, progress
@@ -46,3 +48,18 @@ def test_a_training_is_told_of_and_put_into_tensorboard(tmp_path: Path) -> None:
     assert "validation 4.000 at 3" in said[-1].message and said[-1].fraction == 0.04
     assert said[2].values["val_loss"] == 4.0 and "val_loss" not in said[-1].values
     assert [step for step, _ in curve(run.child(TENSORBOARD), "loss/training")] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_costs_the_view_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: RecordWriter, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = Store(tmp_path / "artifact")
+    context = StageContext("pretrain", "", {}, store, Store(tmp_path / "run"), [], None, lambda event: None)
+    for name in ("write", "flush", "close"):
+        monkeypatch.setattr(RecordWriter, name, fail)
+    with followed(context, store.child("metrics"), store.child("incarnations")):
+        MetricsWriter(store.child("metrics"), "t0").write(report(1))
+    assert "No space left on device" in caplog.text

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import Store
+from cluster.storage import StorageError, Store
 from pipelines.metrics import FLUSH_SECONDS, LONGEST_FLUSH_SECONDS, MetricsReader, MetricsWriter
 from tests.pipelines.reports import report
 
@@ -98,3 +98,21 @@ def test_what_is_no_part_is_named_once_and_left_out(tmp_path: Path, caplog: pyte
     ]
     store.write_bytes("a-00000002.parquet", whole)  # it was being written
     assert [row["step"] for row in reader.poll()] == [1]
+
+
+def test_what_a_failing_store_handed_out_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    for writer in ("a", "b"):
+        MetricsWriter(store, writer).write(report(1 if writer == "a" else 2))
+    read_bytes = Store.read_bytes
+
+    def fail(store: Store, path: str) -> bytes:
+        if path.startswith("b-"):
+            raise StorageError("slow down")
+        return read_bytes(store, path)
+
+    reader = MetricsReader(store)
+    with monkeypatch.context() as patched, pytest.raises(StorageError):
+        patched.setattr(Store, "read_bytes", fail)
+        reader.poll()
+    assert [row["step"] for row in reader.poll()] == [1, 2]
