@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.screen import JsonOption, RunArgument, StoreOption, open_store, out, print_json
+from pipelines.screen import JsonOption, RunArgument, StoreOption, named_store, out, print_json
 
 
 def show(run_id: RunArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
@@ -15,7 +15,7 @@ def show(run_id: RunArgument, store: StoreOption = None, as_json: JsonOption = F
     from pipelines.runs import Run
     from pipelines.show import print_view, view
 
-    found = view(Run.open(open_store(store), run_id))
+    found = view(Run.open(named_store(store), run_id))
     if as_json:
         print_json(asdict(found))
     else:
@@ -36,7 +36,7 @@ def export(
     from pipelines.export import export_checkpoint
     from pipelines.runs import Run
 
-    exported = export_checkpoint(Run.open(open_store(store), run_id), step, to)
+    exported = export_checkpoint(Run.open(named_store(store), run_id), step, to)
     if as_json:
         print_json({"step": exported, "directory": to})
     else:

@@ -33,6 +33,12 @@ def test_a_run_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "[it] broke" in shown and "validation 2.500 at 20" in shown and "step 20 │ 3.0000 │ 2.5000" in shown
 
 
+def test_looking_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert run_cli(monkeypatch, "show", "r1", "--store", str(tmp_path / "typo")) == 1
+    assert "there is no run 'r1'" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
+
+
 def test_a_run_that_has_done_nothing_is_shown_too(tmp_path: Path) -> None:
     empty = view(Run.create(Store(tmp_path), "", "r1"))
     assert (empty.stages, empty.last, empty.checkpoints, empty.files) == ([], None, [], [])
