@@ -120,7 +120,7 @@ def train_in_incarnations(train: TrainRecipe, task: MakeTask, records: Records, 
 def _plan(train: TrainRecipe, lost: frozenset[str], most: int) -> tuple[placement.PlacementPlan, frozenset[str]]:
     """A plan of at most `most` workers, if so few can train, and the nodes that were there before it was made."""
     sizes = train.world_sizes
-    if sizes.usable(most) is not None:
+    if most < sizes.largest and sizes.usable(most) is not None:
         sizes = replace(sizes, largest=most)
     known_nodes = frozenset(node.node_id for node in placement.alive_nodes())
     gone = lost | placement.unreachable_nodes()
@@ -179,7 +179,8 @@ def _diagnose(error: TrainingFailedError) -> _Failure:
         nodes = tuple(error.preemption_info.preempted_node_ids)
         return _Failure("a node was taken away before the checkpoint was written", counts=False, preempted=nodes)
     if isinstance(error, ControllerError) and type(error.controller_failure).__name__ == _NO_ROOM:
-        return _Failure("the workers found no room to start in", counts=False, never_started=True)
+        room = "the workers found no room to start in, for something else holds it; end that, or lower train.workers"
+        return _Failure(room, counts=False, never_started=True)
     if isinstance(error, ControllerError):
         return _Failure(f"the workers could not be started: {one_line(error.controller_failure)}")
     if not isinstance(error, WorkerGroupError) or not error.worker_failures:

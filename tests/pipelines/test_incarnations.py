@@ -186,6 +186,7 @@ def test_workers_that_find_no_room_are_planned_anew_and_fewer(monkeypatch: pytes
     fixed = Story(monkeypatch, [node("a"), node("b")], no_room, no_room, DONE)
     assert fixed.tell(replace(TRAIN, max_failures=0)) is DONE
     assert fixed.workers() == [4, 4, 4]
+    assert "something else holds it; end that, or lower train.workers; planning anew" in fixed.said[1]
 
 
 def test_too_few_nodes_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
