@@ -87,6 +87,11 @@ class WorldSizes:
         """The largest of them in a room for so many workers; None if there is none."""
         return next((size for size in range(min(self.largest, room), self.smallest - 1, -1) if self.fits(size)), None)
 
+    @property
+    def fewest(self) -> int | None:
+        """The smallest of them; None if there is none."""
+        return next((size for size in range(self.smallest, self.largest + 1) if self.fits(size)), None)
+
     def nearest(self, room: int) -> int | None:
         """In that room, what satisfies `fits` and is nearest to them; None if nothing does."""
         fitting = [size for size in range(1, room + 1) if self.fits(size)]
@@ -173,7 +178,7 @@ def largest_plan(nodes: Sequence[NodeResources], sizes: WorldSizes, needs: Worke
     if sizes.smallest == sizes.largest and sizes.largest % sizes.ep:
         return plan(nodes, sizes.largest, sizes.ep, needs)  # which says that
     reason = f"workers={sizes} in groups of ep={sizes.ep} do not fit ({_rooms(nodes, needs)})"
-    if sizes.usable(sizes.largest) is None:
+    if sizes.fewest is None:
         reason = f"workers={sizes} fit the training in no number"
     nearest = sizes.nearest(room)
     if nearest is None:
@@ -261,7 +266,7 @@ def await_plan(
             try:
                 return largest_plan(alive_nodes(without), sizes, needs)
             except PlacementError:
-                smallest = next((size for size in range(sizes.smallest, sizes.largest + 1) if sizes.fits(size)), None)
+                smallest = sizes.fewest
                 if smallest is None or time.monotonic() >= deadline:
                     raise
             if not asked:

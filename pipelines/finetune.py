@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import xxhash
 
+from cluster.location import has_credentials
 from cluster.storage import Artifact, NotFound, Store
 from llama.config import ModelConfig
 from llama.counts import parameter_shapes
@@ -168,7 +169,12 @@ def fill_in_start(values: dict[str, Any], store: Store | None) -> dict[str, Any]
         StorageError: the store fails.
     """
     train, given = values["train"], values.get("model", {})
-    uri, tokenizer_path = _locate(train["start_from"], store)
+    try:
+        uri, tokenizer_path = _locate(train["start_from"], store)
+    except StartError:
+        raise
+    except ValueError as error:  # which shows the name, unless that is a secret
+        raise StartError(f"train.start_from: {error}") from error
     values = {**values, "train": {**train, "start_from": uri}}
     names = {field.name for field in fields(ModelConfig)}
     if not isinstance(given, dict) or (names <= given.keys() and "tokenizer" in values):
@@ -230,20 +236,23 @@ def _fitting_tokenizer(given: Any, path: str | None, start: Start) -> Any:
         return {"path": path, "vocab_size": size}
     if not isinstance(given, dict):
         return given
-    if given.get("path") is None:
+    path = given.get("path")
+    if path is None:
         raise ValueError(
             f"tokenizer.path is missing: the weights of train.start_from={start.uri} know the ids of one "
             "tokenizer; leave the section out, or name that one"
         )
-    if given.get("vocab_size", size) != size:
+    if not isinstance(path, str) or has_credentials(path):
+        return given  # the section itself refuses it
+    if given.get("vocab_size") not in (None, size):
         raise ValueError(
             f"tokenizer.vocab_size={given['vocab_size']} is not the {size} of train.start_from={start.uri}; "
             "leave it out"
         )
-    found = adopt_tokenizer(lasting_uri(given["path"]), given.get("eos_token")).tokenizer.vocab_size
+    found = adopt_tokenizer(lasting_uri(path), given.get("eos_token")).tokenizer.vocab_size
     if found > size:
         raise ValueError(
-            f"tokenizer.path={given['path']} has {found} tokens, more than the {size} of train.start_from={start.uri}; "
+            f"tokenizer.path={path} has {found} tokens, more than the {size} of train.start_from={start.uri}; "
             "name the tokenizer that it was trained with"
         )
     return {**given, "vocab_size": size}

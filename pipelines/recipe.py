@@ -180,8 +180,8 @@ class TrainRecipe(TrainConfig):
         if sizes.smallest == sizes.largest:  # these say what is wrong with it
             self.accumulation_steps(sizes.largest)
             plan_mesh(self.parallel, sizes.largest)
-        elif sizes.usable(sizes.largest) is None:
-            nearest = sizes.nearest(self.global_batch // self.micro_batch)
+        elif sizes.usable(most := self.global_batch // self.micro_batch) is None:
+            nearest = sizes.nearest(most)
             remedy = f"; {nearest} would" if nearest else ""
             raise ValueError(
                 f"train.workers={sizes}: no number between them is a multiple of train.parallel.dp_replicate="
@@ -313,6 +313,8 @@ class Recipe(Section):
         match values:
             case {"train": {"start_from": str(name)}} if name:
                 return fill_in_start(values, info.context)
+            case {"train": {"start_from": name}} if name is not None:
+                raise ValueError(f"train.start_from={shown(name)} is no run and no place; name one, or leave it out")
         return values
 
     @model_validator(mode="after")

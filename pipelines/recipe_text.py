@@ -19,6 +19,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key is a list or a mapping; write a plain word"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", key_node.start_mark)
             seen.add(key)
@@ -43,6 +46,7 @@ def sets_preset(override: str) -> bool:
 def set_override(values: dict[str, Any], override: str) -> None:
     """Set `a.b[0].c=value` in place; mappings on the way are made where they are absent."""
     path, equals, text = override.partition("=")
+    override = masked(override)
     keys = [part for part in re.split(r"\.|\[(\d+)\]", path.strip()) if part]
     if not equals or not keys:
         raise RecipeError(f"override {override!r} is not of the form key.path=value")
@@ -67,8 +71,13 @@ def set_override(values: dict[str, Any], override: str) -> None:
 
 
 def shown(value: object) -> str:
-    text = re.sub(r"//[^/@\s]*@", "//***@", repr(value))  # a password in a URI is not for the log
+    text = masked(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def masked(text: str) -> str:
+    """A password in a URI is not for the log."""
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
 def first_line(error: BaseException) -> str:

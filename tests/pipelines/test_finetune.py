@@ -163,11 +163,15 @@ def test_what_does_not_fit_is_named(directory, store, tmp_path):
         (directory, ["model.preset=tiny"], "model.preset=tiny and train.start_from=.* both give the model; leave one"),
         (tmp_path / "nothing", [], "nothing is neither a committed checkpoint nor a Hugging Face directory"),
         (checkpoint, [], "tokenizer: missing, and train.start_from=.* brings none; set tokenizer.path"),
+        (directory, ["tokenizer={path: 5}"], "tokenizer.path=5: input should be a valid string"),
+        (directory, ["tokenizer={path: s3://k:secret@b/x}"], r"tokenizer.path='s3://\*\*\*@b/x': carries credentials"),
+        ("s3://k:secret@b/x", [], "^train.start_from: carries credentials"),
+        ("a b", [], "^train.start_from: run id 'a b' is malformed"),
         (directory, ["train.lora={targets: [wq, gate]}"], "train.lora.targets"),
         (directory, ["model.activation=relu", "train.lora={targets: [w3]}"], "train.lora.targets has w3, and this"),
     ]:
         with pytest.raises(RecipeError, match=said) as raised:
-            recipe(start, *overrides)
+            recipe(start, *overrides, store=store)
         assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="train.lora adapts a model that is trained already; name it in train.start_f"):
         TrainRecipe(lora=LoraConfig())

@@ -154,6 +154,9 @@ ERRORS = [
     ("data={sources: [{uri: a, weight: 2}, {uri: b}]}", "data.sources[0].weight=2.0 is its share of data.max_bytes"),
     ("data.sources[7].uri=a", "override 'data.sources[7].uri=a': data.sources has the items 0 to 1, not '7'"),
     ("train.steps.x=1", "override 'train.steps.x=1': train.steps=10 has no keys below it"),
+    ("data.sources[7].uri=s3://k:secret@b", "override 'data.sources[7].uri=s3://***@b': data.sources has the items"),
+    ("data.name={s3://k:secret@b", "the value of override 'data.name={s3://***@b' is not valid YAML"),
+    ("train.start_from=5", "train.start_from=5 is no run and no place; name one, or leave it out"),
     ("train.steps", "override 'train.steps' is not of the form key.path=value"),
     ("train.steps={", "the value of override 'train.steps={' is not valid YAML"),
     ("model=3", "model=3: input should be a section, such as {key: value}"),
@@ -197,6 +200,10 @@ def test_errors_name_the_key_the_value_and_the_remedy(override, expected):
         ("[]", "the recipe is [], not a mapping"),
         ("", "the recipe is None, not a mapping"),
         ("a: [", "the recipe is not valid YAML, line 1"),
+        (
+            "name: a\n? [b]\n: c",
+            "the recipe is not valid YAML, line 2: a key is a list or a mapping; write a plain word",
+        ),
         ("name: a\nname: b", "the recipe is not valid YAML, line 2: the key 'name' comes twice"),
         ("a: !!python/object/apply:os.getcwd []", "the recipe is not valid YAML, line 1: could not determine"),
     ],
@@ -221,3 +228,8 @@ def test_credentials_in_a_source_are_refused_and_not_shown():
 def test_import_starts_no_cluster_library():
     code = "import pipelines.recipe, sys; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=RECIPES.parents[1], timeout=60).returncode == 0
+
+
+def test_as_many_workers_as_there_are_room_for_may_be_any_number():
+    sizes = Recipe.from_yaml(TEXT, ["train.workers=[2, 1_000_000_000_000]"]).train.world_sizes  # ends, too
+    assert (sizes.fewest, sizes.usable(9)) == (2, 4)
