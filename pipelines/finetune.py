@@ -73,6 +73,13 @@ class Start:
         else:
             load_weights(self._fetch(), model)
 
+    def require(self, fingerprint: str) -> None:
+        """Raises StartError if these are other weights than those of the fingerprint."""
+        if fingerprint != self.fingerprint:
+            raise StartError(
+                f"train.start_from={self.uri} has changed since the training began; put its files back, or train anew"
+            )
+
     def _fetch(self) -> Path:
         """The directory on this node's disk; remote files are copied once a node."""
         from cluster.session import node_folder
@@ -294,14 +301,16 @@ class Trained:
 
     @classmethod
     def of(cls, model: ModelConfig, pretrain: Artifact) -> Trained:
-        """The result of a committed `pretrain` artifact. Raises StartError if its start has gone."""
+        """The result of a committed `pretrain` artifact. Raises StartError if its start has gone or changed."""
         manifest = pretrain.manifest()
         assert manifest is not None  # the graph hands over committed artifacts only
         metadata: dict[str, Any] = manifest.metadata
         checkpoint = Artifact(pretrain.store.child(metadata["checkpoint"]))
         if metadata.get("lora") is None:
             return cls(model, checkpoint, None, None)
-        return cls(model, checkpoint, find_start(metadata["start_from"]), LoraConfig(**metadata["lora"]))
+        start = find_start(metadata["start_from"])
+        start.require(metadata.get("start_fingerprint", start.fingerprint))
+        return cls(model, checkpoint, start, LoraConfig(**metadata["lora"]))
 
     def load_adapted(self) -> Transformer:
         """A plain model with its adapters, if there are any, for inference."""

@@ -96,6 +96,7 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, conte
         **summary,
         "checkpoint": f"{CHECKPOINTS}/step-{train.steps:08d}",
         "start_from": train.start_from,
+        "start_fingerprint": start.fingerprint if start is not None else None,
         "lora": asdict(train.lora) if train.lora is not None else None,
         "parameters": model.num_parameters(),
         "active_parameters": model.num_active_parameters(),

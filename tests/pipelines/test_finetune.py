@@ -205,6 +205,7 @@ def test_conversations_become_adapters_become_a_directory(directory, tmp_path):
     }
     assert {text for row in said for text in row.split("<|eos|>") if text} <= answers
     metadata = {"checkpoint": "checkpoints/step-00000003", "start_from": found.train.start_from}
+    metadata["start_fingerprint"] = start.fingerprint
     attempt.commit(metadata | {"lora": yaml.safe_load(found.to_yaml())["train"]["lora"]}, [])
 
     trained = Trained.of(found.model, attempt.artifact)
@@ -222,6 +223,15 @@ def test_conversations_become_adapters_become_a_directory(directory, tmp_path):
         adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
         assert error(adapted(data).logits, ours) <= 1e-5
         assert error(before, ours) > 1e-3
+
+    weights = directory / "model.safetensors"
+    modified = weights.stat().st_mtime_ns
+    os.utime(weights, ns=(0, 0))
+    try:
+        with pytest.raises(StartError, match=r"train.start_from=/.* has changed since the training began; put its"):
+            Trained.of(found.model, attempt.artifact)
+    finally:
+        os.utime(weights, ns=(modified, modified))
 
 
 @pytest.mark.integration
