@@ -63,8 +63,9 @@ def process_group() -> Iterator[torch.device]:
             "NODE_RANK": str(context.get_node_rank()),
         }
     )
-    for library in ("GLOO", "NCCL"):
-        os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)  # what the user has set stays
+    # What the user has set stays. NCCL takes a name for the beginning of names, but for the equals sign.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     device = get_device()
     assert isinstance(device, torch.device)
     if device.type == "cuda":

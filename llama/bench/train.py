@@ -269,6 +269,7 @@ def _exported(bench: TrainBench) -> Iterator[Path]:
 def _give_back_memory(bench: TrainBench) -> None:
     """For the contestant whose turn is next: a GPU's memory does not hold two at work."""
     if bench.device != "cpu":
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 

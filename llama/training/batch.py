@@ -45,7 +45,7 @@ class Batch:
         """How many positions are no padding: a scalar, int64."""
         if self.lengths is not None:
             return self.lengths.sum()
-        return self.labels.new_tensor(self.labels.numel())
+        return self.labels.new_full((), self.labels.numel())
 
     def counted(self) -> Tensor | None:
         """`[B, L]` bool: which positions are no padding; None if none of them is."""

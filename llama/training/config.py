@@ -223,6 +223,11 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}={value} must not be negative; 0 turns it off")
         _require(
+            self.validate_every > 0 or self.validate_rows == 64,
+            f"train.validate_rows={self.validate_rows} has no use without train.validate_every; set that too, or leave "
+            "it out",
+        )
+        _require(
             self.keep_best == 0 or (self.validate_every > 0 and self.checkpoint_every % self.validate_every == 0),
             f"train.keep_best={self.keep_best} needs a validation at every checkpoint, but train.validate_every="
             f"{self.validate_every} does not divide train.checkpoint_every={self.checkpoint_every}; set "

@@ -42,6 +42,7 @@ def test_a_global_batch_that_does_not_split_names_its_fields():
         (lambda: TrainConfig(keep_every=-1), r"train\.keep_every=-1 .*0 turns it off"),
         (lambda: TrainConfig(validate_every=-1), r"train\.validate_every=-1"),
         (lambda: TrainConfig(validate_rows=0), r"train\.validate_rows=0"),
+        (lambda: TrainConfig(validate_rows=8), r"train\.validate_rows=8 has no use without train\.validate_every"),
         (lambda: TrainConfig(keep_best=1), r"train\.keep_best=1 .*set train\.validate_every to a divisor"),
         (lambda: TrainConfig(keep_best=1, validate_every=20), r"train\.keep_best=1 .*checkpoint_every=50"),
     ],
