@@ -30,6 +30,7 @@ def overrides(steps: int, seed: int) -> list[str]:
         f"train.seed={seed}",
         f"train.checkpoint_every={steps // 2}",
         f"train.workers={WORLD_SIZE}",
+        "train.validate_every=0",
         "data.max_bytes=2_000_000",
     ]
 
