@@ -2,7 +2,7 @@
 
     python tests/evidence/quickstart_speed.py [COMMIT] [--rounds N]
 
-Clones this repository at COMMIT beside the working tree and trains the recipes' models at their settings on random
+Clones this repository at COMMIT beside the working tree and trains the models of its recipes at their settings on random
 tokens, two ranks under gloo, no Ray. Needs the environment of `make setup` and two quiet cores; six minutes. Exits
 non-zero when a median ratio is below 1 by more than the noise.
 """
@@ -52,7 +52,7 @@ class RandomTokens:
     def load_state_dict(self, state: dict) -> None: ...
 
 
-def train(rank: int, world_size: int, recipe: str) -> float:
+def train(rank: int, world_size: int, recipe: Path) -> float:
     """Tokens per second over all ranks, the median of the reports after the first ones."""
     import torch
 
@@ -60,7 +60,7 @@ def train(rank: int, world_size: int, recipe: str) -> float:
     from pipelines.recipe import Recipe
 
     torch.set_num_threads(1)
-    loaded = Recipe.load(REPOSITORY / "pipelines" / "recipes" / f"{recipe}.yaml")
+    loaded = Recipe.load(recipe)
     config = replace(loaded.train, steps=120, log_every=10, checkpoint_every=0)
     loader = RandomTokens((config.micro_batch, config.seq_len + 1), loaded.model.vocab_size)
     rates: list[float] = []
@@ -68,10 +68,10 @@ def train(rank: int, world_size: int, recipe: str) -> float:
     return median(rates[3:])
 
 
-def measure(checkout: Path, recipe: str) -> float:
+def measure(checkout: Path, recipe: Path) -> float:
     """`train` with the code of a checkout, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--measure", recipe]
+    command = [sys.executable, __file__, "--measure", str(recipe)]
     result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{checkout}, {recipe}: {result.stderr[-2000:]}")
@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("commit", nargs="?", default=BEFORE_THE_MODEL_LIBRARY)
     parser.add_argument("--rounds", type=int, default=6, help="an even number")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         from tests.distributed import run_ranks
@@ -95,11 +95,12 @@ def main() -> None:
         subprocess.run(["git", "clone", "-q", str(REPOSITORY), str(before)], check=True)
         subprocess.run(["git", "-C", str(before), "checkout", "-q", options.commit], check=True)
         for recipe in RECIPES:
+            path = before / "pipelines" / "recipes" / f"{recipe}.yaml"
             checkouts = {"then": before, "now": REPOSITORY}
             rates: dict[str, list[float]] = {"then": [], "now": []}
             for turn in range(options.rounds):
                 for name in ("then", "now") if turn % 2 == 0 else ("now", "then"):
-                    rates[name].append(measure(checkouts[name], recipe))
+                    rates[name].append(measure(checkouts[name], path))
             ratios = [now / then for then, now in zip(rates["then"], rates["now"], strict=True)]
             low, _, high = quantiles(ratios, n=4, method="inclusive")
             holds = median(ratios) >= 1 - NOISE
