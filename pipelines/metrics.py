@@ -118,14 +118,18 @@ class MetricsReader:
     def steps(self) -> list[dict[str, Any]]:
         """One row a step, in order; a later writer's replaces an earlier one's, from its first step on."""
         curve: dict[int, dict[str, Any]] = {}
-        writers: dict[str, list[dict[str, Any]]] = {}
-        for name in sorted(self._parts):
-            writers.setdefault(name.rsplit("-", 1)[0], []).extend(self._parts[name])
-        for rows in writers.values():
+        for rows in self.by_writer().values():
             first = min(row["step"] for row in rows)
             curve = {step: row for step, row in curve.items() if step < first}
             curve.update((row["step"], row) for row in rows)
         return [curve[step] for step in sorted(curve)]
+
+    def by_writer(self) -> dict[str, list[dict[str, Any]]]:
+        """All rows of each writer, in the order of the writers and of their steps; repeated steps are in it."""
+        writers: dict[str, list[dict[str, Any]]] = {}
+        for name in sorted(self._parts):
+            writers.setdefault(name.rsplit("-", 1)[0], []).extend(self._parts[name])
+        return writers
 
 
 def _parse(data: bytes) -> list[dict[str, Any]]:

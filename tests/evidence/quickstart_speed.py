@@ -2,9 +2,9 @@
 
     python tests/evidence/quickstart_speed.py [COMMIT] [--rounds N]
 
-Clones this repository at COMMIT beside the working tree and trains the models of its recipes at their settings on random
-tokens, two ranks under gloo, no Ray. Needs the environment of `make setup` and two quiet cores; six minutes. Exits
-non-zero when a median ratio is below 1 by more than the noise.
+Clones this repository at COMMIT beside the working tree and trains the models of its recipes at their settings on
+random tokens, two ranks under gloo, no Ray. Needs the environment of `make setup` and two quiet cores; six minutes.
+Exits non-zero when a median ratio is below 1 by more than the noise.
 """
 
 from __future__ import annotations

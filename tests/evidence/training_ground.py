@@ -131,22 +131,18 @@ class Ground:
         return self.store.child("artifacts", "pretrain", *keys) if keys else None
 
     def curve(self) -> dict[int, float]:
-        folder = self.training()
-        if folder is None:
-            return {}
-        reader = MetricsReader(folder.child("metrics"))
-        reader.poll()
-        return {line["step"]: line["loss"] for line in reader.steps()}
+        return {row["step"]: row["loss"] for row in self._metrics().steps()}
 
     def steps_by_start(self) -> dict[str, list[int]]:
         """The steps on record of each incarnation, in order."""
+        return {name: [row["step"] for row in rows] for name, rows in self._metrics().by_writer().items()}
+
+    def _metrics(self) -> MetricsReader:
         folder = self.training()
         assert folder is not None
         reader = MetricsReader(folder.child("metrics"))
-        steps: dict[str, list[int]] = {}
-        for line in _lines(reader, folder):
-            steps.setdefault(line[0], []).append(line[1])
-        return {name: sorted(of_it) for name, of_it in sorted(steps.items())}
+        reader.poll()
+        return reader
 
     def starts(self) -> list[dict[str, Any]]:
         folder = self.training()
@@ -209,15 +205,6 @@ def _raylet(node: Any) -> list[int]:
 
 def _raylets(nodes: list[Any]) -> list[int]:
     return [pid for node in nodes for pid in _raylet(node)]
-
-
-def _lines(reader: MetricsReader, folder: Store) -> Iterator[tuple[str, int]]:
-    import json
-
-    for path in folder.child("metrics").list():
-        name = path.rsplit("-", 1)[0]
-        for line in folder.child("metrics").read_bytes(path).splitlines():
-            yield name, json.loads(line)["step"]
 
 
 @contextmanager
