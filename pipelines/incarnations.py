@@ -5,6 +5,8 @@ Every incarnation begins from the last committed checkpoint, on the nodes that a
     ended with         what follows
     all steps done     the end
     a failure          the next incarnation, on what is left; so many times in a row at most
+    no room at all     another try, with fewer workers if fewer will do; it counts as a failure when the fewest found
+                       none for `wait_for_nodes`
     a notice           a checkpoint at once; the next incarnation does without the nodes that will be taken away
     a node that came   the next incarnation, with more workers, from the next checkpoint that is due
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,8 +43,11 @@ _OWN_FAULT = (ValueError, TypeError, AttributeError, KeyError, ImportError, Asse
 
 _OUTSIDE = (OSError, dist.DistError, CheckpointError)
 """Errors of the store and the network, which may work at another time."""
+
 _NO_ROOM = "WorkerGroupStartupTimeoutError"
 """Ray's error, which has no public name, for a start that waited a minute for its resources."""
+
+_clock = time.monotonic
 
 
 class TrainingFailed(RuntimeError):
@@ -74,7 +80,7 @@ class _Failure:
     counts: bool = True
     """False: nothing of the training's own failed."""
     preempted: tuple[str, ...] = ()
-    never_started: bool = False
+    no_room: bool = False
 
 
 def train_in_incarnations(train: TrainRecipe, task: MakeTask, records: Records, emit: Callable[[str], None]) -> Outcome:
@@ -82,11 +88,12 @@ def train_in_incarnations(train: TrainRecipe, task: MakeTask, records: Records, 
 
     Raises TrainingFailed, or PlacementError when the nodes hold no plan (any more).
     """
-    failures, lost, most = 0, frozenset[str](), train.world_sizes.largest
+    sizes, failures, lost, most = train.world_sizes, 0, frozenset[str](), train.world_sizes.largest
+    crowded_since: float | None = None
     while True:
         step_before = records.latest_step()
         plan, known_nodes = _plan(train, lost, most)
-        most = train.world_sizes.largest
+        most = sizes.largest
         emit(f"starting {plan.workers} worker{'s' if plan.workers > 1 else ''}")
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
         try:
@@ -94,9 +101,15 @@ def train_in_incarnations(train: TrainRecipe, task: MakeTask, records: Records, 
         except TrainingFailedError as error:
             failure = _diagnose(error)
             lost |= frozenset(failure.preempted)
-            if failure.never_started:
-                most = plan.workers - 1  # somebody else may hold the room; fewer workers might fit beside that
-            if not failure.counts:
+            counts = failure.counts
+            if failure.no_room:  # somebody else may hold it; fewer workers might fit beside that
+                most = plan.workers - 1
+                crowded_since = _clock() if crowded_since is None else crowded_since
+                over = _clock() - crowded_since >= train.wait_for_nodes
+                counts = over and sizes.usable(most) is None
+            else:
+                crowded_since = None
+            if not counts:
                 emit(f"{failure.reason}; planning anew")
                 continue
             reason = records.hang(name) or failure.reason
@@ -112,7 +125,7 @@ def train_in_incarnations(train: TrainRecipe, task: MakeTask, records: Records, 
             continue
         if outcome.summary.finished:
             return outcome
-        failures, lost = 0, lost | frozenset(outcome.preempted)
+        failures, lost, crowded_since = 0, lost | frozenset(outcome.preempted), None
         why = "a node will be taken away" if outcome.preempted else "there is room for more workers"
         emit(f"stopped at step {outcome.summary.step}: {why}")
 
@@ -180,7 +193,7 @@ def _diagnose(error: TrainingFailedError) -> _Failure:
         return _Failure("a node was taken away before the checkpoint was written", counts=False, preempted=nodes)
     if isinstance(error, ControllerError) and type(error.controller_failure).__name__ == _NO_ROOM:
         room = "the workers found no room to start in, for something else holds it; end that, or lower train.workers"
-        return _Failure(room, counts=False, never_started=True)
+        return _Failure(room, no_room=True)
     if isinstance(error, ControllerError):
         return _Failure(f"the workers could not be started: {one_line(error.controller_failure)}")
     if not isinstance(error, WorkerGroupError) or not error.worker_failures:

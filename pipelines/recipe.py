@@ -131,7 +131,8 @@ class TrainRecipe(TrainConfig):
     """Ray's name of the GPU that a worker must get, such as H200."""
     wait_for_nodes: float = 0.0
     """Seconds to wait for the nodes that the (fewest) workers need, at the beginning and after a loss; an autoscaler is
-    asked for them. 0 refuses at once."""
+    asked for them. 0 refuses at once. As long it is waited for room that others hold, before a start that finds none
+    counts as a failure."""
     max_failures: int = 2
     """How often in a row the training may be restarted from its last checkpoint after losing a worker. A restart that
     committed a newer checkpoint before it failed ends the row; growing, and nodes that were announced to be taken away,

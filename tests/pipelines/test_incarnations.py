@@ -175,18 +175,35 @@ def test_a_node_that_will_be_taken_away_is_planned_without_and_counts_as_no_fail
     assert "stopped at step 7: a node will be taken away" in story.said
 
 
-def test_workers_that_find_no_room_are_planned_anew_and_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    class WorkerGroupStartupTimeoutError(Exception):
-        """As Ray's is named."""
+class WorkerGroupStartupTimeoutError(Exception):
+    """As Ray's is named."""
 
-    no_room = ControllerError(WorkerGroupStartupTimeoutError("waited 60 s"))
-    story = Story(monkeypatch, [node("a"), node("b")], no_room, LOST, DONE)
+
+NO_ROOM = ControllerError(WorkerGroupStartupTimeoutError("waited 60 s"))
+
+
+def test_workers_that_find_no_room_are_planned_anew_and_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(monkeypatch, [node("a"), node("b")], NO_ROOM, LOST, DONE)
     assert story.tell(replace(TRAIN, workers=(2, 4), max_failures=1)) is DONE
     assert story.workers() == [4, 2, 4]
-    fixed = Story(monkeypatch, [node("a"), node("b")], no_room, no_room, DONE)
-    assert fixed.tell(replace(TRAIN, max_failures=0)) is DONE
-    assert fixed.workers() == [4, 4, 4]
-    assert "something else holds it; end that, or lower train.workers; planning anew" in fixed.said[1]
+    assert "something else holds it; end that, or lower train.workers; planning anew" in story.said[1]
+
+
+def test_finding_no_room_is_a_failure_once_the_wait_for_nodes_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = 0.0
+    monkeypatch.setattr(incarnations, "_clock", lambda: 3600 * hours + 1)
+
+    def later(story: Story) -> None:
+        nonlocal hours
+        hours += 1
+
+    train = replace(TRAIN, wait_for_nodes=2 * 3600, max_failures=1)
+    story = Story(monkeypatch, [node("a"), node("b")], NO_ROOM, later, NO_ROOM, later, NO_ROOM, later, NO_ROOM)
+    with pytest.raises(TrainingFailed, match="found no room.*train.max_failures=1 restarts are used up"):
+        story.tell(train)
+    assert story.workers() == [4, 4, 4, 4]
+    waits = Story(monkeypatch, [node("a"), node("b")], NO_ROOM, later, LOST, later, NO_ROOM, later, NO_ROOM, DONE)
+    assert waits.tell(train) is DONE, "another end begins the wait anew"
 
 
 def test_too_few_nodes_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
