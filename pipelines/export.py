@@ -24,9 +24,10 @@ from llama.lora import merge_lora
 from llama.training.checkpoint import Checkpointer
 from pipelines.finetune import Trained, fitting_start
 from pipelines.graph import Stage, StageContext
-from pipelines.pretrain import CHECKPOINTS
+from pipelines.pretrain import CHECKPOINTS, INCARNATIONS
 from pipelines.recipe import ExportConfig, Recipe
 from pipelines.runs import Run, RunError
+from pipelines.training_worker import START
 from pipelines.vocabulary import load_tokenizer
 
 ADAPTER = "adapter"
@@ -88,7 +89,8 @@ def export_checkpoint(run: Run, step: str, to: str) -> int:
     Args:
         step: a number, `last`, or `best`: that of the lowest validation loss.
 
-    Raises RunError, one line: there is no such checkpoint, or `to` is not empty.
+    Raises RunError, one line: there is no such checkpoint, or `to` is not empty; StartError: the weights below the
+    adapters have gone or changed.
     """
     checkpoints, folder = checkpoints_of(run), training_folder(run)
     if not checkpoints or folder is None:
@@ -104,6 +106,9 @@ def export_checkpoint(run: Run, step: str, to: str) -> int:
     checkpoint = Artifact(folder.child(CHECKPOINTS, f"step-{chosen:08d}"))
     adapters = recipe.train.lora
     start = fitting_start(recipe.train.start_from, recipe.model) if adapters is not None else None
+    if start is not None:
+        for record in map(folder.read_json, folder.list(INCARNATIONS)):
+            start.require(record.get(START, start.fingerprint))
     write_export(Trained(recipe.model, checkpoint, start, adapters), tokenizer, recipe.export.dtype, output)
     return chosen
 

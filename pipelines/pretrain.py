@@ -18,6 +18,7 @@ results by rounding, and through the micro-step over which the balance loss take
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
@@ -117,7 +118,8 @@ class _StoreRecords:
     def hang(self, incarnation: str) -> str | None:
         folder = self._store.child(HANGS, incarnation)
         try:
-            ranks = [str(int(path.removeprefix("rank-").removesuffix(".txt"))) for path in folder.list()]
+            found = (re.fullmatch(r"rank-(\d+)\.txt", path) for path in folder.list())
+            ranks = [str(int(rank[1])) for rank in found if rank is not None]
         except StorageError as error:
             _log.warning("whether the training hung could not be found out: %s", error)
             return None

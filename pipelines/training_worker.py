@@ -23,6 +23,7 @@ from cluster.process_group import process_group
 from cluster.session import node_folder
 from cluster.storage import JSON, Artifact, Store
 from llama.config import ModelConfig
+from llama.model import Transformer
 from llama.training.batch import Batch
 from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
@@ -39,6 +40,8 @@ from pipelines.metrics import MetricsWriter
 from pipelines.shard_set import ShardSet
 
 CHECKPOINTS, METRICS, INCARNATIONS, HANGS = "checkpoints", "metrics", "incarnations", "hangs"
+START = "start_fingerprint"
+"""In an incarnation's record: of the weights that the training started from."""
 
 _WATCH_SECONDS = 1.0
 _CLOSE_SECONDS = 120.0
@@ -85,7 +88,7 @@ def train_worker(config: Mapping[str, WorkerTask]) -> Outcome:
     rank = ray.train.get_context().get_world_rank()
     with Watchdog(task.train.hang_seconds, partial(_report_hang, task, rank)) as watchdog, process_group() as device:
         nodes = _verify_nodes(task)
-        with _Reports(task) if rank == 0 else _NoReports() as reports, ClusterWatch(task) as watch:
+        with _Reports(task, watchdog) if rank == 0 else _NoReports() as reports, ClusterWatch(task) as watch:
             summary = _train(task, device, reports, watch, watchdog, nodes)
         return Outcome(summary, watch.preempted)
 
@@ -134,7 +137,7 @@ def _train(
             train,
             loader,
             checkpointer,
-            start=task.start.load if task.start is not None else None,
+            start=partial(_load_start, task.start, watchdog) if task.start is not None else None,
             validation=validation,
             on_metrics=reports.step,
             on_resume=lambda step: reports.start(step, nodes),
@@ -142,6 +145,13 @@ def _train(
             watchdog=watchdog,
             device=device,
         ).fit()
+
+
+def _load_start(start: Start, watchdog: Watchdog, model: Transformer) -> None:
+    """All ranks go on together: those of a node whose copy is there do not wait in the first step for the others."""
+    with watchdog.paused():
+        start.load(model)
+        dist.barrier()
 
 
 def _verify_nodes(task: WorkerTask) -> list[str]:
@@ -228,8 +238,9 @@ class _Reports:
     """Writes the incarnation's record and its metrics, on a thread; what the store does not take is tried again with
     the next report, and once more for two minutes at the end. The log says once that it fails."""
 
-    def __init__(self, task: WorkerTask) -> None:
+    def __init__(self, task: WorkerTask, watchdog: Watchdog) -> None:
         self._task = task
+        self._watchdog = watchdog
         self._metrics = MetricsWriter(task.output.child(METRICS), task.incarnation)
         self._gauges = TrainGauges(task.run, "pretrain")
         self._record: dict[str, JSON] | None = None
@@ -239,6 +250,8 @@ class _Reports:
 
     def start(self, step: int, nodes: list[str]) -> None:
         record: dict[str, JSON] = {"resumed_step": step, "world_size": len(nodes), "nodes": list(nodes)}
+        if self._task.start is not None:
+            record[START] = self._task.start.fingerprint
         self._reports.put(partial(self._begin, record))
 
     def step(self, metrics: StepMetrics) -> None:
@@ -254,7 +267,8 @@ class _Reports:
 
     def __exit__(self, *exception: object) -> None:
         self._reports.put(None)
-        self._thread.join(_CLOSE_SECONDS)
+        with self._watchdog.paused():
+            self._thread.join(_CLOSE_SECONDS)
 
     def _write(self) -> None:
         while (report := self._reports.get()) is not None:

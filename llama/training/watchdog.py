@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Self
 
 EXIT_CODE = 75
@@ -48,6 +49,7 @@ class Watchdog:
         self._report = report
         self._leave = leave
         self._last_beat = time.monotonic()
+        self._paused = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -62,6 +64,16 @@ class Watchdog:
             self.beat()
             time.sleep(min(left, self._seconds / 4 or left))
         self.beat()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what may take as long as it needs and has time limits of its own, such as a download."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self.beat()
+            self._paused = False
 
     def __enter__(self) -> Self:
         if self._seconds > 0:
@@ -87,7 +99,7 @@ class Watchdog:
             if now - looked > interval + _SUSPENDED_SECONDS:
                 self._last_beat += now - looked
             looked = now
-            if now - self._last_beat > self._seconds:
+            if now - self._last_beat > self._seconds and not self._paused:
                 self._end()
                 return
 

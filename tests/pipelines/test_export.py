@@ -9,9 +9,12 @@ from cluster.storage import Store
 from llama.hf import load_pretrained
 from llama.tokenizer import Tokenizer
 from pipelines.export import export_checkpoint
+from pipelines.finetune import StartError, find_start
+from pipelines.pretrain import INCARNATIONS
 from pipelines.runs import Run, RunError
+from pipelines.training_worker import START
 from tests.pipelines.test_cli import run_cli
-from tests.pipelines.trained_run import make_run, plain_model
+from tests.pipelines.trained_run import RECIPE, make_run, plain_model
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +57,18 @@ def test_without_a_checkpoint_or_a_validation_loss_there_is_nothing_to_choose(tm
     bare.store.delete("artifacts/pretrain")
     with pytest.raises(RunError, match="has no checkpoint yet; go on with it: caravan resume r1"):
         export_checkpoint(bare, "last", str(tmp_path / "out"))
+
+
+def test_adapters_are_not_put_on_weights_that_have_changed(run: Run, tmp_path: Path) -> None:
+    below = tmp_path / "below"
+    export_checkpoint(run, "10", str(below))
+    train = RECIPE["train"] | {"start_from": str(below), "lora": {"rank": 2}}
+    tuned = make_run(Store(tmp_path / "store"), tmp_path, {5: 1.0}, train=train, tokenizer={"path": str(below)})
+    records = tuned.store.child("artifacts", "pretrain", "p", INCARNATIONS)
+    records.write_json("first.json", {START: find_start(str(below)).fingerprint})
+    records.write_json("of-an-earlier-version.json", {})
+    with pytest.raises(ValueError, match="has no tensor .*lora_a"):  # what this run calls a checkpoint holds none
+        export_checkpoint(tuned, "last", str(tmp_path / "out"))
+    (below / "config.json").touch()
+    with pytest.raises(StartError, match="below has changed since the training began; put its files back"):
+        export_checkpoint(tuned, "last", str(tmp_path / "out"))

@@ -15,6 +15,7 @@ from llama.config import ModelConfig
 from llama.training.config import TrainConfig
 from llama.training.control import Request
 from llama.training.metrics import StepMetrics
+from llama.training.watchdog import Watchdog
 from pipelines import training_worker
 from pipelines.metrics import MetricsReader
 from pipelines.training_worker import ClusterWatch, WorkerTask, _Reports
@@ -78,7 +79,7 @@ def test_reports_that_the_store_does_not_take_are_kept_for_later(
     monkeypatch.setattr(Store, "write_bytes", fail_when_down)
     down.set()
     store = Store(tmp_path)
-    with caplog.at_level(logging.WARNING), _Reports(task(store)) as reports:
+    with caplog.at_level(logging.WARNING), _Reports(task(store), Watchdog(0)) as reports:
         reports.start(0, ["a", "a"])
         for number in range(1, 5):
             reports.step(step(number))

@@ -1,6 +1,7 @@
 """A run as one finds it after training, made without a cluster: checkpoints, reports, a tokenizer, a recipe."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -17,7 +18,7 @@ from pipelines.runs import Run, StageStatus
 from tests.pipelines.reports import report
 
 MODEL = {"dim": 32, "num_layers": 1, "num_heads": 2, "max_seq_len": 64}
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "name": "tiny",
     "data": {"sources": [{"uri": "stdlib"}]},
     "tokenizer": {"vocab_size": 300},
@@ -32,9 +33,10 @@ def plain_model(seed: int) -> Transformer:
     return model
 
 
-def make_run(store: Store, folder: Path, losses: dict[int, float | None]) -> Run:
-    """The weights of step n are those that the seed n gives; `losses` are the checkpoints' of validation, by step."""
-    run = Run.create(store, yaml.safe_dump(RECIPE), "r1")
+def make_run(store: Store, folder: Path, losses: dict[int, float | None], **sections: Any) -> Run:
+    """The weights of step n are those that the seed n gives; `losses` are the checkpoints' of validation, by step.
+    `sections`: of the recipe, in place of `RECIPE`'s."""
+    run = Run.create(store, yaml.safe_dump(RECIPE | sections), "r1")
     run.status.stages = {
         "tokenizer": StageStatus("done", "t", started=10.0, ended=12.0),
         "pretrain": StageStatus("failed", "p", started=12.0, ended=372.0, progress="step 3", error="[it] broke"),

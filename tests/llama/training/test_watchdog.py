@@ -22,6 +22,9 @@ def test_who_beats_is_left_alone() -> None:
             time.sleep(0.1)
             watchdog.beat()
         watchdog.sleep(0.6)
+        with watchdog.paused():
+            time.sleep(0.6)
+        time.sleep(0.1)
     with Watchdog(0, barked.append):
         time.sleep(0.05)
     assert barked == []
