@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from fcntl import LOCK_EX, flock
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +39,7 @@ from cluster.filesystem import (
     explain,
 )
 from cluster.location import Location, LocationError, checked, has_credentials
+from cluster.node_copy import copied_once
 
 __all__ = [
     "JSON",
@@ -395,8 +395,7 @@ class Artifact:
         """A folder on this machine's disk with the committed files.
 
         For a file:// store that is the artifact's own folder, its sizes checked. Remote files are copied once to
-        `local_dir/{attempt}`, each verified by its checksum; a second fetcher on the machine waits for the first, and
-        one that was killed in the middle leaves nothing that a later one would take for whole. Raises CorruptArtifact.
+        `local_dir/{attempt}`, each verified by its checksum (cluster/node_copy.py). Raises CorruptArtifact.
         """
         manifest = self._require()
         files = self.attempt_store(manifest.attempt)
@@ -404,21 +403,16 @@ class Artifact:
         if own is not None:
             self._check_sizes(manifest, files.sizes())
             return own
-        cache = Path(local_dir).absolute()
-        cache.mkdir(parents=True, exist_ok=True)
-        target, partial = cache / manifest.attempt, cache / f"{manifest.attempt}.partial"
-        with open(cache / f"{manifest.attempt}.lock", "wb") as lock:
-            flock(lock, LOCK_EX)  # ends with the process, however that ends
-            sizes = Store(target).sizes()
-            if all(sizes.get(file.path) == file.size for file in manifest.files) and target.is_dir():
-                return target
-            for stale in (partial, target):
-                shutil.rmtree(stale, ignore_errors=True)
-            partial.mkdir()
+
+        def is_whole(copy: Path) -> bool:
+            sizes = Store(copy).sizes()
+            return all(sizes.get(file.path) == file.size for file in manifest.files)
+
+        def fill(folder: Path) -> None:
             for expected in manifest.files:
-                self.copy_file(manifest, expected, partial / expected.path)
-            partial.rename(target)
-        return target
+                self.copy_file(manifest, expected, folder / expected.path)
+
+        return copied_once(Path(local_dir).absolute() / manifest.attempt, is_whole, fill)
 
     def check_sizes(self) -> Manifest:
         """One listing against the manifest. Raises CorruptArtifact naming a file that is missing or not of its size."""

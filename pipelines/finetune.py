@@ -14,9 +14,7 @@ checkpoints hold adapters alone, and who reads them reads the start as well.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, fields
-from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 import xxhash
 
 from cluster.location import has_credentials
+from cluster.node_copy import copied_once
 from cluster.storage import Artifact, NotFound, Store
 from llama.config import ModelConfig
 from llama.counts import parameter_shapes
@@ -91,17 +90,12 @@ class Start:
         local = store.local_path()
         if local is not None:
             return local
-        target = node_folder("start") / self.fingerprint
-        partial = target.with_suffix(".partial")
-        with open(target.with_suffix(".lock"), "wb") as lock:
-            flock(lock, LOCK_EX)  # ends with the process, however that ends
-            if not target.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                for name in self.files:
-                    store.download(name, partial / name)
-                partial.rename(target)
-        return target
+
+        def fill(folder: Path) -> None:
+            for name in self.files:
+                store.download(name, folder / name)
+
+        return copied_once(node_folder("start") / self.fingerprint, lambda copy: True, fill)
 
 
 def find_start(uri: str) -> Start:
