@@ -83,16 +83,22 @@ class _Failure:
     no_room: bool = False
 
 
-def train_in_incarnations(train: TrainRecipe, task: MakeTask, records: Records, emit: Callable[[str], None]) -> Outcome:
+def train_in_incarnations(
+    train: TrainRecipe,
+    sizes: placement.WorldSizes,
+    task: MakeTask,
+    records: Records,
+    emit: Callable[[str], None],
+) -> Outcome:
     """Starts incarnations until one has done all steps; returns how that ended.
 
     Raises TrainingFailed, or PlacementError when the nodes hold no plan (any more).
     """
-    sizes, failures, lost, most = train.world_sizes, 0, frozenset[str](), train.world_sizes.largest
+    failures, lost, most = 0, frozenset[str](), sizes.largest
     crowded_since: float | None = None
     while True:
         step_before = records.latest_step()
-        plan, known_nodes = _plan(train, lost, most)
+        plan, known_nodes = _plan(train, sizes, lost, most)
         most = sizes.largest
         emit(f"starting {plan.workers} worker{'s' if plan.workers > 1 else ''}")
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
@@ -130,9 +136,10 @@ def train_in_incarnations(train: TrainRecipe, task: MakeTask, records: Records, 
         emit(f"stopped at step {outcome.summary.step}: {why}")
 
 
-def _plan(train: TrainRecipe, lost: frozenset[str], most: int) -> tuple[placement.PlacementPlan, frozenset[str]]:
+def _plan(
+    train: TrainRecipe, sizes: placement.WorldSizes, lost: frozenset[str], most: int
+) -> tuple[placement.PlacementPlan, frozenset[str]]:
     """A plan of at most `most` workers, if so few can train, and the nodes that were there before it was made."""
-    sizes = train.world_sizes
     if most < sizes.largest and sizes.usable(most) is not None:
         sizes = replace(sizes, largest=most)
     known_nodes = frozenset(node.node_id for node in placement.alive_nodes())

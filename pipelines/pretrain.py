@@ -68,6 +68,7 @@ def pretrain_stage(model: ModelConfig, train: TrainRecipe, start: Start | None =
 
 
 def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, context: StageContext) -> dict[str, JSON]:
+    sizes = train.world_sizes(model)
     settings = TrainConfig(**{item.name: getattr(train, item.name) for item in fields(TrainConfig)})
 
     def task(incarnation: str, known_nodes: frozenset[str]) -> WorkerTask:
@@ -82,14 +83,14 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, conte
             output=context.artifact_store,
             incarnation=incarnation,
             run=context.run_id,
-            sizes=train.world_sizes,
+            sizes=sizes,
             needs=worker_needs(train),
             known_nodes=known_nodes,
         )
 
     store = context.artifact_store
     with followed(context, store.child(METRICS), store.child(INCARNATIONS)):
-        outcome = train_in_incarnations(train, task, _StoreRecords(context, train), context.emit)
+        outcome = train_in_incarnations(train, sizes, task, _StoreRecords(context, train), context.emit)
     summary: dict[str, Any] = asdict(outcome.summary)
     assert context.attempt is not None
     retried(partial(context.attempt.store.write_json, SUMMARY, summary), "writing the summary")

@@ -39,7 +39,7 @@ from llama.lora import check_targets
 from llama.presets import PRESETS, preset_settings
 from llama.tokenizer_training import SMALLEST_VOCABULARY, TokenizerKind
 from llama.training.config import TrainConfig, check_compilable, check_trainable
-from llama.training.mesh import check_experts_split, fits_world_size, plan_mesh
+from llama.training.mesh import check_experts_split, check_world_size, fits_world_size
 from pipelines.adopted_tokenizer import adopt_tokenizer
 from pipelines.data_config import DataConfig
 from pipelines.finetune import fill_in_start
@@ -148,8 +148,8 @@ class TrainRecipe(TrainConfig):
         super().__post_init__()
         if self.lora is not None and self.start_from is None:
             raise ValueError("train.lora adapts a model that is trained already; name it in train.start_from")
-        sizes = self.world_sizes
-        smallest, largest, shown = sizes.smallest, sizes.largest, str(sizes)
+        smallest, largest = self._bounds
+        shown = str(largest) if smallest == largest else f"[{smallest}, {largest}]"
         if smallest < 1:
             raise ValueError(f"train.workers={shown} must be at least 1")
         if smallest > largest:
@@ -170,24 +170,28 @@ class TrainRecipe(TrainConfig):
         _check_resources("train", "worker", self.cpus_per_worker, self.gpus_per_worker, self.accelerator_type)
 
     @property
-    def world_sizes(self) -> WorldSizes:
-        """The numbers of workers that may train this."""
-        smallest, largest = self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
-        return WorldSizes(smallest, largest, self.parallel.ep, partial(fits_world_size, self))
+    def _bounds(self) -> tuple[int, int]:
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
 
-    def check_world_sizes(self) -> None:
-        """Raises ValueError if no number of workers fits the mesh and the batch; names the nearest that does."""
-        sizes = self.world_sizes
-        if sizes.smallest == sizes.largest:  # these say what is wrong with it
-            self.accumulation_steps(sizes.largest)
-            plan_mesh(self.parallel, sizes.largest)
-        elif sizes.usable(most := self.global_batch // self.micro_batch) is None:
+    def world_sizes(self, model: ModelConfig) -> WorldSizes:
+        """The numbers of workers that may train this model."""
+        return WorldSizes(*self._bounds, self.parallel.ep, partial(fits_world_size, self, model))
+
+    def check_world_sizes(self, model: ModelConfig) -> None:
+        """Raises ValueError if no number of workers fits mesh, batch and experts; names the nearest that does."""
+        sizes = self.world_sizes(model)
+        if sizes.smallest == sizes.largest:
+            check_world_size(self, model, sizes.largest)  # which says what is wrong with it
+            return
+        check_experts_split(model, self.parallel.ep)
+        if sizes.usable(most := self.global_batch // self.micro_batch) is None:
             nearest = sizes.nearest(most)
             remedy = f"; {nearest} would" if nearest else ""
+            experts = " and cuts every expert in equal parts" if model.moe is not None else ""
             raise ValueError(
                 f"train.workers={sizes}: no number between them is a multiple of train.parallel.dp_replicate="
                 f"{self.parallel.dp_replicate} times train.parallel.ep={self.parallel.ep} and, times train.micro_batch="
-                f"{self.micro_batch}, divides train.global_batch={self.global_batch}{remedy}"
+                f"{self.micro_batch}, divides train.global_batch={self.global_batch}{experts}{remedy}"
             )
 
 
@@ -330,8 +334,7 @@ class Recipe(Section):
             raise ValueError(
                 f"train.seq_len={train.seq_len} is above model.max_seq_len={model.max_seq_len}; lower it, or raise that"
             )
-        train.check_world_sizes()
-        check_experts_split(model, train.parallel.ep)
+        train.check_world_sizes(model)
         check_trainable(model)
         if train.lora is not None:
             check_targets(model, train.lora)

@@ -65,6 +65,27 @@ def check_experts_split(model: ModelConfig, ep: int) -> None:
         )
 
 
+def check_experts_shard(model: ModelConfig, plan: MeshPlan) -> None:
+    """Whether the mesh can cut the model's experts: FSDP cuts rows of an expert in equal parts only.
+
+    Raises:
+        ValueError: it cannot; names field, value and remedy.
+    """
+    check_experts_split(model, plan.ep)
+    moe = model.moe
+    if moe is None or moe.expert_hidden_dim is None:
+        return
+    shards = plan.efsdp if plan.ep > 1 else plan.dp_shard
+    if plan.ep == 1 and moe.num_experts % shards == 0:
+        return
+    for field, value in (("model.dim", model.dim), ("model.moe.expert_hidden_dim", moe.expert_hidden_dim)):
+        if value % shards:
+            raise ValueError(
+                f"{field}={value} is not divisible by the {shards} ranks that share one expert "
+                f"(train.parallel.dp_shard={plan.dp_shard}, train.parallel.ep={plan.ep}); choose a multiple of {shards}"
+            )
+
+
 def plan_mesh(parallel: ParallelConfig, world_size: int) -> MeshPlan:
     """Fits `parallel` to `world_size` ranks.
 
@@ -92,11 +113,20 @@ def plan_mesh(parallel: ParallelConfig, world_size: int) -> MeshPlan:
     return MeshPlan(parallel.dp_replicate, dp_shard, parallel.ep)
 
 
-def fits_world_size(train: TrainConfig, world_size: int) -> bool:
-    """Whether so many ranks can train this: the mesh can be laid out, and the global batch splits evenly."""
+def check_world_size(train: TrainConfig, model: ModelConfig, world_size: int) -> None:
+    """Whether so many ranks can train this: the batch splits evenly, the mesh can be laid out, and cuts the experts.
+
+    Raises:
+        ValueError: they cannot; names field, value and remedy.
+    """
+    train.accumulation_steps(world_size)
+    check_experts_shard(model, plan_mesh(train.parallel, world_size))
+
+
+def fits_world_size(train: TrainConfig, model: ModelConfig, world_size: int) -> bool:
+    """Whether `check_world_size` is content."""
     try:
-        plan_mesh(train.parallel, world_size)
-        train.accumulation_steps(world_size)
+        check_world_size(train, model, world_size)
     except ValueError:
         return False
     return True

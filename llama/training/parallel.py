@@ -34,7 +34,7 @@ from llama.all_to_all import AllToAllDispatch
 from llama.lora import lora_layers
 from llama.model import Transformer
 from llama.moe import Experts, MoE
-from llama.training.mesh import Meshes, check_experts_split
+from llama.training.mesh import Meshes, check_experts_shard
 from llama.training.recompute import ActivationCheckpointing, recompute_activations
 
 
@@ -58,7 +58,7 @@ def apply_parallel(
     Raises:
         ValueError: the experts cannot be split evenly; names field, value and remedy.
     """
-    _check(model, meshes)
+    check_experts_shard(model.config, meshes.plan)
     if compile:
         _check_compiler()
     reshard = meshes.dense.device_type != "cpu" and meshes.plan.dp_shard > 1
@@ -171,20 +171,3 @@ def _check_compiler() -> None:
         raise ValueError(
             f"train.compile=True needs a C++ compiler, and {compiler} is not there; get it or set train.compile=False"
         )
-
-
-def _check(model: Transformer, meshes: Meshes) -> None:
-    """Raises what would otherwise fail deep inside FSDP."""
-    plan, moe = meshes.plan, model.config.moe
-    check_experts_split(model.config, plan.ep)
-    if moe is None or moe.expert_hidden_dim is None:
-        return
-    shards = plan.efsdp if plan.ep > 1 else plan.dp_shard
-    if plan.ep == 1 and moe.num_experts % shards == 0:
-        return
-    for field, value in (("model.dim", model.config.dim), ("model.moe.expert_hidden_dim", moe.expert_hidden_dim)):
-        if value % shards:
-            raise ValueError(
-                f"{field}={value} is not divisible by the {shards} ranks that share one expert "
-                f"(train.parallel.dp_shard={plan.dp_shard}, train.parallel.ep={plan.ep}); choose a multiple of {shards}"
-            )

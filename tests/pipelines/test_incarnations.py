@@ -13,6 +13,7 @@ from torch.distributed import DistNetworkError
 from cluster import placement
 from cluster.placement import NodeResources, PlacementError, PlacementPlan
 from cluster.storage import StorageError
+from llama.config import ModelConfig, MoEConfig
 from llama.training.checkpoint import CheckpointError
 from llama.training.config import ParallelConfig
 from llama.training.metrics import TrainSummary
@@ -22,6 +23,7 @@ from pipelines.recipe import TrainRecipe
 from pipelines.training_worker import Outcome
 
 TRAIN = TrainRecipe(workers=4, micro_batch=1, parallel=ParallelConfig(ep=2), gpus_per_worker=1, accelerator_type="H200")
+MODEL = ModelConfig(vocab_size=512, dim=64, num_layers=1, num_heads=4, moe=MoEConfig(num_experts=4))
 LOST = WorkerGroupError("failed", {1: ActorDiedError()})
 UNCLEAR = WorkerGroupError("failed", {0: RuntimeError("shapes cannot be multiplied")})
 
@@ -71,8 +73,9 @@ class Story:
             raise end
         return end
 
-    def tell(self, train: TrainRecipe = TRAIN) -> Outcome:
-        return train_in_incarnations(train, lambda incarnation, known_nodes: known_nodes, self, self.said.append)  # type: ignore[arg-type, return-value]
+    def tell(self, train: TrainRecipe = TRAIN, dim: int = 64) -> Outcome:
+        sizes = train.world_sizes(replace(MODEL, dim=dim))
+        return train_in_incarnations(train, sizes, lambda incarnation, known: known, self, self.said.append)  # type: ignore[arg-type, return-value]
 
     def workers(self) -> list[int]:
         return [plan.workers for plan in self.plans]
@@ -165,12 +168,18 @@ def test_a_node_whose_loss_ray_has_not_noticed_is_not_planned_with(monkeypatch: 
     assert story.known[1] == {"a", "b"}, "it is no new node either, as long as Ray lists it"
 
 
+def test_as_many_workers_as_could_not_share_an_expert_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(monkeypatch, [node("a"), node("b"), node("c")], DONE)
+    assert story.tell(replace(TRAIN, workers=(2, 6), global_batch=96)) is DONE
+    assert story.workers() == [4]
+
+
 def test_a_node_that_will_be_taken_away_is_planned_without_and_counts_as_no_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     late = PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"b": [0, 1]}))
     story = Story(monkeypatch, [node("a"), node("b"), node("c")], Outcome(summary(7, False), ("a",)), late, DONE)
-    assert story.tell(replace(TRAIN, workers=(2, 6), global_batch=96, max_failures=0)) is DONE
+    assert story.tell(replace(TRAIN, workers=(2, 6), global_batch=96, max_failures=0), dim=96) is DONE
     assert [[name for name, _ in plan.workers_by_node] for plan in story.plans] == [["a", "b", "c"], ["b", "c"], ["c"]]
     assert "stopped at step 7: a node will be taken away" in story.said
 
@@ -224,6 +233,6 @@ def test_ray_trains_handling_of_ctrl_c_does_not_outlive_it() -> None:
 def test_the_recipes_resources_reach_rays_scaling_config() -> None:
     nodes = [NodeResources("gpu", cpus=96, gpus=8, accelerator_type="H200")]
     needs = incarnations.worker_needs(TRAIN)
-    scaling = placement.largest_plan(nodes, TRAIN.world_sizes, needs).to_scaling()
+    scaling = placement.largest_plan(nodes, TRAIN.world_sizes(MODEL), needs).to_scaling()
     assert (scaling.num_workers, scaling.use_gpu, scaling.accelerator_type) == (4, True, "H200")
     assert scaling.resources_per_worker == {"CPU": 1.0, "GPU": 1}

@@ -60,7 +60,7 @@ def test_settings_reach_the_workers_and_the_summary_the_store(monkeypatch: pytes
         skipped_steps=0,
     )
 
-    def train(train, task, records, emit):  # type: ignore[no-untyped-def]
+    def train(train, sizes, task, records, emit):  # type: ignore[no-untyped-def]
         sent.append(task("first", frozenset({"node"})))
         return Outcome(summary, ())
 

@@ -178,10 +178,21 @@ def test_a_question_mark_within_braces_needs_quotes():
 
 
 def test_a_range_of_workers_must_hold_one_that_fits_mesh_and_batch():
-    with pytest.raises(RecipeError, match=r"train.global_batch=8; 4 would$"):
+    with pytest.raises(RecipeError, match=r"train.global_batch=8 and cuts every expert in equal parts; 4 would$"):
         Recipe.from_yaml(TEXT, ["train.workers=[5, 7]"])
-    sizes = Recipe.from_yaml(TEXT, ["train.workers=[1, 9]"]).train.world_sizes
+    recipe = Recipe.from_yaml(TEXT, ["train.workers=[1, 9]"])
+    sizes = recipe.train.world_sizes(recipe.model)
     assert [size for size in range(1, 10) if sizes.fits(size)] == [2, 4]
+
+
+def test_a_number_of_workers_that_cannot_share_an_expert_is_none_to_train_with():
+    batch = ["train.global_batch=24", "train.micro_batch=1"]
+    with pytest.raises(RecipeError, match=r"^model\.dim=64 is not divisible by the 3 ranks that share one expert"):
+        Recipe.from_yaml(TEXT, [*batch, "train.workers=6"])
+    with pytest.raises(RecipeError, match=r"; 8 would$"):
+        Recipe.from_yaml(TEXT, [*batch, "train.workers=[5, 7]"])
+    recipe = Recipe.from_yaml(TEXT, [*batch, "train.workers=[2, 6]"])
+    assert recipe.train.world_sizes(recipe.model).usable(6) == 4, "6 would end the training that grows to it"
 
 
 @pytest.mark.parametrize(("override", "expected"), ERRORS, ids=[override for override, _ in ERRORS])
@@ -231,5 +242,6 @@ def test_import_starts_no_cluster_library():
 
 
 def test_as_many_workers_as_there_are_room_for_may_be_any_number():
-    sizes = Recipe.from_yaml(TEXT, ["train.workers=[2, 1_000_000_000_000]"]).train.world_sizes  # ends, too
+    recipe = Recipe.from_yaml(TEXT, ["train.workers=[2, 1_000_000_000_000]"])
+    sizes = recipe.train.world_sizes(recipe.model)  # ends, too
     assert (sizes.fewest, sizes.usable(9)) == (2, 4)
