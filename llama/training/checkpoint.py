@@ -240,10 +240,16 @@ class Checkpointer:
         dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=self._agreement)
         return int(greatest)
 
-    def renew_group(self) -> None:
-        """A group for the saves to come, after one that hangs or broke off in the old; every rank calls this."""
-        self._require_group()
-        self._group = dist.new_group(backend="gloo")
+    def renew_group(self, *, ended: bool) -> None:
+        """A group for the saves to come, after one that hangs or broke off in the old; every rank calls this.
+
+        Args:
+            ended: no rank is at work in the old group any more, and it is closed. It holds threads, and a connection to
+                every rank, of which a store that fails for days would use up all that a process may have.
+        """
+        old, self._group = self._require_group(), dist.new_group(backend="gloo")
+        if ended:
+            dist.destroy_process_group(old)
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Fills `tensors` in place from the checkpoint of `step` and returns its progress.

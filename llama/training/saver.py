@@ -113,7 +113,7 @@ class Saver:
             reason = f"given up after {self._limit:g} s" if fate is _Fate.HUNG else self._error
             self._error = reason or "it failed on another rank"
             self._say(f"the checkpoint of step {self._step} was not written: {self._error}")
-            self._checkpointer.renew_group()
+            self._checkpointer.renew_group(ended=fate is _Fate.FAILED)
         return fate
 
     def _await(self, pending: Future[Any], seconds: float) -> _Fate:

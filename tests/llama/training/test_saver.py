@@ -1,5 +1,7 @@
 """A store that fails: checkpoints are left out, counted and tried again. And a training that is told to stop."""
 
+import gc
+import os
 import time
 from concurrent.futures import wait
 from contextlib import contextmanager
@@ -99,6 +101,26 @@ def test_what_fails_or_hangs_on_one_rank_is_left_out_on_all_and_counted(tmp_path
         assert 2.0 < waited < 8
         assert {3, 4, 8} <= set(committed) <= {3, 4, 5, 7, 8}, "one that was given up may still end"
         assert loaded == [8.0] * 4
+
+
+def fails_often(rank, world_size, folder):
+    weather = Path(folder) / "weather"
+    let(rank, weather, "fail")
+    saver = Saver(Checkpointer(_failing(f"{folder}/store", weather), Artifact), Watchdog(0))
+
+    def held_after(step):
+        saver.save_now(step, {"model.a": torch.zeros(4)}, {})
+        gc.collect()  # the error's traceback has the group in it
+        return len(os.listdir("/proc/self/fd"))
+
+    return [held_after(step) for step in range(1, 7)]
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted in /proc")
+def test_a_checkpoint_that_fails_leaves_nothing_open(tmp_path):
+    for held in run_ranks(fails_often, 2, str(tmp_path)):
+        assert held[-1] == held[1], held
 
 
 def trains(rank, world_size, folder):
