@@ -28,7 +28,7 @@ from llama.config import ModelConfig
 from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
 from llama.training.retry import retried
-from pipelines.finetune import Start
+from pipelines.finetune import Start, find_start
 from pipelines.follow import followed
 from pipelines.graph import Stage, StageContext
 from pipelines.incarnations import TrainingFailed, train_in_incarnations, worker_needs
@@ -71,7 +71,12 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, conte
     sizes = train.world_sizes(model)
     settings = TrainConfig(**{item.name: getattr(train, item.name) for item in fields(TrainConfig)})
 
+    records = _StoreRecords(context, train)
+
     def task(incarnation: str, known_nodes: frozenset[str]) -> WorkerTask:
+        if start is not None and (train.lora is not None or records.latest_step() == 0):
+            # Its files may have been replaced since the key was made of them, or since the last incarnation.
+            start.require(retried(partial(find_start, start.uri), "looking at what training starts from").fingerprint)
         return WorkerTask(
             model=model,
             train=settings,
@@ -90,7 +95,7 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, conte
 
     store = context.artifact_store
     with followed(context, store.child(METRICS), store.child(INCARNATIONS)):
-        outcome = train_in_incarnations(train, sizes, task, _StoreRecords(context, train), context.emit)
+        outcome = train_in_incarnations(train, sizes, task, records, context.emit)
     summary: dict[str, Any] = asdict(outcome.summary)
     assert context.attempt is not None
     retried(partial(context.attempt.store.write_json, SUMMARY, summary), "writing the summary")

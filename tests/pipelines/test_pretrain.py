@@ -8,9 +8,13 @@ import pytest
 
 from cluster.storage import Artifact, Store
 from llama.config import ModelConfig
+from llama.hf import save_pretrained
+from llama.lora import LoraConfig
+from llama.model import Transformer
 from llama.training.config import OptimizerConfig, ParallelConfig
 from llama.training.metrics import TrainSummary
 from pipelines import pretrain
+from pipelines.finetune import StartError, find_start
 from pipelines.graph import Graph, Stage, StageContext
 from pipelines.recipe import TrainRecipe
 from pipelines.training_worker import Outcome, WorkerTask
@@ -75,3 +79,31 @@ def test_settings_reach_the_workers_and_the_summary_the_store(monkeypatch: pytes
     assert sent[0].known_nodes == {"node"} and sent[0].sizes.largest == 4
     assert attempt.store.read_json(pretrain.SUMMARY)["loss"] == metadata["loss"] == 1.5
     assert metadata["checkpoint"] == "checkpoints/step-00000200"
+
+
+@pytest.mark.parametrize(("lora", "step", "refused"), [(LoraConfig(), 9, True), (None, 0, True), (None, 9, False)])
+def test_an_incarnation_that_reads_its_start_refuses_one_that_has_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lora: LoraConfig | None, step: int, refused: bool
+) -> None:
+    def save(seed: int) -> None:
+        model = Transformer(MODEL)
+        model.init_weights(seed)
+        save_pretrained(model, tmp_path / "base")
+
+    def train(train, sizes, task, records, emit):  # type: ignore[no-untyped-def]
+        task("first", frozenset())
+        (tmp_path / "base" / "model.safetensors").unlink()
+        save(seed=1)
+        task("second", frozenset())
+        raise InterruptedError
+
+    save(seed=0)
+    monkeypatch.setattr(pretrain, "train_in_incarnations", train)
+    monkeypatch.setattr(pretrain, "followed", lambda *_: nullcontext())
+    monkeypatch.setattr(pretrain._StoreRecords, "latest_step", lambda self: step)
+    start, store = find_start(str(tmp_path / "base")), Store(tmp_path / "out")
+    artifact = Artifact(store)
+    context = StageContext("pretrain", "", {"shards": artifact}, store, store, [], artifact.begin(), lambda event: None)
+    settings = replace(TRAIN, start_from=start.uri, lora=lora)
+    with pytest.raises(StartError if refused else InterruptedError, match="has changed since" if refused else None):
+        pretrain._pretrain(MODEL, settings, start, context)
