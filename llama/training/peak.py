@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 
 import torch
@@ -26,7 +27,7 @@ _DENSE_BF16_TFLOPS = {
     "MI300X": 1307,
     "MI250X": 191.5,  # of one of its two dies, which is a device
 }
-"""By a part of the device's name, the longer before the shorter: the makers' data sheets, without sparsity."""
+"""By whole words of the device's name, the longer before the shorter: the makers' data sheets, without sparsity."""
 
 _PRODUCT_SECONDS = 0.005
 
@@ -44,8 +45,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def named_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s by the name that CUDA gives a device, such as `NVIDIA H100 80GB HBM3`."""
-    for part, tflops in _DENSE_BF16_TFLOPS.items():
-        if part in device_name:
+    for words, tflops in _DENSE_BF16_TFLOPS.items():
+        if re.search(rf"\b{words}\b", device_name):
             return tflops * 1e12
     return None
 

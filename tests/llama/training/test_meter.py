@@ -33,8 +33,9 @@ def test_the_peak_of_a_known_device(name, tflops):
     assert named_flops(name) == tflops * 1e12
 
 
-def test_an_unknown_device_has_no_peak():
-    assert named_flops("Quantum 9000") is None
+@pytest.mark.parametrize("name", ["Quantum 9000", "NVIDIA L40", "NVIDIA RTX A4000"])
+def test_an_unknown_device_has_no_peak(name):
+    assert named_flops(name) is None
 
 
 def test_the_cpus_peak_is_measured_quickly_and_draws_no_random_number():
