@@ -46,7 +46,8 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     for layer, load in (row.get("expert_load") or {}).items():
         found[f"expert_load/layer_{layer:02d}_largest"] = max(load) * len(load)
     for layer, entropy in (row.get("router_entropy") or {}).items():
-        found[f"router_entropy/layer_{layer:02d}"] = entropy
+        if entropy is not None:
+            found[f"router_entropy/layer_{layer:02d}"] = entropy
     return found
 
 

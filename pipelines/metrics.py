@@ -66,8 +66,7 @@ class MetricsWriter:
     def write(self, metrics: StepMetrics) -> None:
         """Takes one report; it is in the store after `flush`, or once the interval has passed. Numbers that are not
         finite are written as null."""
-        row = {name: value if _is_finite(value) else None for name, value in asdict(metrics).items()}
-        self._pending.append(row | {"time": time.time()})
+        self._pending.append(_without_infinities(asdict(metrics)) | {"time": time.time()})
         now = self._clock()
         interval = min(LONGEST_FLUSH_SECONDS, max(FLUSH_SECONDS, (now - self._began) / 100))
         if now - self._last_flush >= interval:
@@ -143,5 +142,7 @@ def _parse(data: bytes) -> list[dict[str, Any]]:
     return [dict.fromkeys(SCHEMA.names) | row for row in rows]
 
 
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    return value if not isinstance(value, float) or math.isfinite(value) else None

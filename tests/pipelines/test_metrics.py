@@ -1,3 +1,4 @@
+import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -7,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.storage import StorageError, Store
+from pipelines.event_file import scalars
 from pipelines.metrics import FLUSH_SECONDS, LONGEST_FLUSH_SECONDS, MetricsReader, MetricsWriter
 from tests.pipelines.reports import report
 
@@ -71,9 +73,14 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    MetricsWriter(Store(tmp_path), "a").write(report(1, loss=float("nan"), grad_norm=float("inf")))
+    nan = float("nan")
+    written = report(1, loss=nan, grad_norm=float("inf"), router_entropy={0: nan, 1: 0.5})
+    MetricsWriter(Store(tmp_path), "a").write(written)
     (row,) = MetricsReader(Store(tmp_path)).poll()
     assert (row["loss"], row["grad_norm"], row["tokens"]) == (None, None, 64)
+    assert row["router_entropy"] == {0: None, 1: 0.5}
+    json.dumps(row, allow_nan=False)
+    assert scalars(row)["router_entropy/layer_01"] == 0.5 and "router_entropy/layer_00" not in scalars(row)
 
 
 def test_what_is_no_part_is_named_once_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
