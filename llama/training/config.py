@@ -117,6 +117,11 @@ class ScheduleConfig:
             0 <= self.min_lr_ratio <= 1,
             f"train.schedule.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]",
         )
+        _require(
+            self.kind != "constant" or self.min_lr_ratio == 0.1,
+            f"train.schedule.min_lr_ratio={self.min_lr_ratio} has no use with train.schedule.kind=constant, which "
+            "stays at the peak; leave it out",
+        )
         _require(0 < self.decay_ratio <= 1, f"train.schedule.decay_ratio={self.decay_ratio} must lie in (0, 1]")
         _require(
             self.kind == "wsd" or self.decay_ratio == 0.1,
@@ -210,6 +215,11 @@ class TrainConfig:
         _require(
             self.activation_checkpointing in ("none", "full", "selective"),
             f"train.activation_checkpointing={self.activation_checkpointing!r} is not one of none, full, selective",
+        )
+        _require(
+            self.lora is None or self.optimizer.kind != "muon",
+            "train.optimizer.kind=muon is for matrices of the blocks, and train.lora trains none of them; set "
+            "train.optimizer.kind=adamw",
         )
         _require(
             self.checkpoint_every >= 0,

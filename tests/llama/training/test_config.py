@@ -3,6 +3,7 @@ from dataclasses import asdict, replace
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from llama.lora import LoraConfig
 from llama.training.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
 
@@ -31,12 +32,17 @@ def test_a_global_batch_that_does_not_split_names_its_fields():
         (lambda: ScheduleConfig(decay_ratio=0.2), r"train\.schedule\.decay_ratio=0\.2 .*kind=wsd"),
         (lambda: ScheduleConfig(warmup_steps=-1), r"train\.schedule\.warmup_steps=-1"),
         (lambda: ScheduleConfig(min_lr_ratio=2), r"train\.schedule\.min_lr_ratio=2"),
+        (lambda: ScheduleConfig(kind="constant", min_lr_ratio=0.5), r"train\.schedule\.min_lr_ratio=0\.5 has no use"),
         (lambda: ScheduleConfig(kind="step"), r"train\.schedule\.kind='step'.*cosine"),  # type: ignore[arg-type]
         (lambda: ParallelConfig(dp_shard=0), r"train\.parallel\.dp_shard=0"),
         (lambda: ParallelConfig(ep=0), r"train\.parallel\.ep=0"),
         (lambda: TrainConfig(steps=0), r"train\.steps=0"),
         (lambda: TrainConfig(global_batch=10, micro_batch=4), r"train\.global_batch=10 .*train\.micro_batch=4"),
         (lambda: TrainConfig(precision="fp16"), r"train\.precision='fp16'"),  # type: ignore[arg-type]
+        (
+            lambda: TrainConfig(lora=LoraConfig(), optimizer=OptimizerConfig(kind="muon")),
+            r"train\.optimizer\.kind=muon .*train\.lora",
+        ),
         (lambda: TrainConfig(checkpoint_every=-1), r"train\.checkpoint_every=-1"),
         (lambda: TrainConfig(seed=-1), r"train\.seed=-1"),
         (lambda: TrainConfig(keep_every=-1), r"train\.keep_every=-1 .*0 turns it off"),
