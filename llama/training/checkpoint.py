@@ -254,13 +254,20 @@ class Checkpointer:
     def load(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Fills `tensors` in place from the checkpoint of `step` and returns its progress.
 
-        A rank's random state is restored if the checkpoint was written by at least as many ranks.
+        A rank's random state is restored if the checkpoint was written by at least as many ranks. Bytes that are wrong
+        are read once more: they may have become so on their way, and who is told so discards the checkpoint.
 
         Raises:
             FileNotFoundError: no such checkpoint is committed.
             CorruptCheckpoint: bytes are wrong, on whichever rank; every rank raises it. What was filled so far stays.
             CheckpointError: a tensor is absent or has another shape; StoreFailed: the store did not hand it out.
         """
+        try:
+            return self._load(step, tensors)
+        except CorruptCheckpoint:
+            return self._load(step, tensors)
+
+    def _load(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         group = self._require_group()
         files, index, progress = self._on_first_rank(lambda: self._contents(step))
         rng = {key: torch.get_rng_state() for key in (f"rng.{dist.get_rank()}",) if key in index}

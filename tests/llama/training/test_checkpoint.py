@@ -1,5 +1,6 @@
 """Checkpoints on the real store: whole or absent, bit-exact, in any layout."""
 
+import io
 import json
 import logging
 import shutil
@@ -22,7 +23,7 @@ from llama.training.checkpoint import (
     training_tensors,
 )
 from llama.training.config import ParallelConfig
-from llama.training.mesh import build_mesh
+from llama.training.mesh import build_mesh, process_group
 from llama.training.optim import build_optimizer
 from llama.training.parallel import apply_parallel, init_sharded_weights
 from llama.training.tensor_files import read_index, read_tensors
@@ -237,6 +238,37 @@ def test_without_a_readable_checkpoint_training_starts_anew(run, tmp_path):
         assert equal(fresh["state"], expected["state"])
     discarded, older, anew = results[0]["log"]
     assert "checkpoint of step 6" in discarded and "checkpoint of step 3" in older and "starts from step 0" in anew
+
+
+class BadLine(Store):
+    """The first time that it hands out tensors, a byte is wrong."""
+
+    tries = 0
+
+    def child(self, *parts):
+        child = super().child(*parts)
+        child.__class__ = BadLine
+        return child
+
+    def open_input(self, path):
+        source = super().open_input(path)
+        if not path.endswith(".bin"):
+            return source
+        BadLine.tries += 1
+        if BadLine.tries > 1:
+            return source
+        data = bytearray(source.read())
+        data[0] ^= 1
+        return io.BytesIO(data)
+
+
+def test_bytes_that_went_wrong_on_their_way_cost_no_checkpoint(tmp_path):
+    saved, loaded = {"model.a": torch.arange(4.0)}, {"model.a": torch.zeros(4)}
+    with process_group():
+        Checkpointer(Store(tmp_path), Artifact).save(1, saved, {}, wait=True)
+        Checkpointer(BadLine(tmp_path), Artifact).load(1, loaded)
+    assert BadLine.tries == 2
+    assert loaded["model.a"].tolist() == [0, 1, 2, 3]
 
 
 def test_a_run_resumed_at_its_end_knows_its_last_loss(run, tmp_path):
