@@ -257,8 +257,8 @@ class _Reports:
     def step(self, metrics: StepMetrics) -> None:
         self._reports.put(partial(self._gauges.set, metrics))
         self._reports.put(partial(self._metrics.write, metrics))
-        every = self._task.train.checkpoint_every
-        if every and metrics.step % every == 0:
+        every, next_report = self._task.train.checkpoint_every, self._task.train.log_every
+        if every and -metrics.step % every < next_report - metrics.step % next_report:
             self._reports.put(self._metrics.flush)  # a run resumed from its checkpoint will not repeat these lines
 
     def __enter__(self) -> _Reports:

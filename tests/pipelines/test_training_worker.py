@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,26 @@ def test_reports_that_the_store_does_not_take_are_kept_for_later(
     assert [line["step"] for line in reader.steps()] == [1, 2, 3, 4]
     assert sum("kept for later" in record.message for record in caplog.records) == 1
     assert threads == {"reports"}, "the training's own thread never waits for the store"
+
+
+@pytest.mark.parametrize(("log_every", "reported", "kept"), [(1, [1, 2, 3, 4, 5], 4), (3, [1, 3, 6, 9], 3)])
+def test_what_was_reported_before_a_checkpoint_is_there_when_it_is(
+    tmp_path: Path, log_every: int, reported: list[int], kept: int
+) -> None:
+    """A training that dies at once after the checkpoint of step 4 and goes on from it does not repeat these lines."""
+    train = TrainConfig(steps=9, checkpoint_every=4, log_every=log_every)
+    store = Store(tmp_path)
+    with _Reports(replace(task(store), train=train), Watchdog(0)) as reports:
+        for number in reported:
+            reports.step(step(number))
+            if number == kept:
+                break
+        done = threading.Event()
+        reports._reports.put(done.set)
+        assert done.wait(10)
+        reader = MetricsReader(store.child("metrics"))
+        reader.poll()
+        assert [line["step"] for line in reader.steps()] == [each for each in reported if each <= 4]
 
 
 class Notice:
