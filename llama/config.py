@@ -473,6 +473,7 @@ class ModelConfig:
         """Bytes that one token occupies in the key/value cache, over all layers."""
         return 2 * self.num_layers * self.kv_heads * self.resolved_head_dim * dtype_bytes
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Forward and backward FLOPs of one trained token in a causal sequence of `seq_len` tokens."""
-        return counts.flops_per_token(self, seq_len)
+    def flops_per_token(self, seq_len: int, *, frozen: bool = False) -> float:
+        """Forward and backward FLOPs of one trained token in a causal sequence of `seq_len` tokens; of `frozen` weights
+        no gradient is taken, as below adapters."""
+        return counts.flops_per_token(self, seq_len, frozen)

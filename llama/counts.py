@@ -117,19 +117,20 @@ def _active(config: ModelConfig, name: str, shape: Shape) -> int:
     return size
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, frozen: bool = False) -> float:
     """Forward and backward FLOPs of one trained token in a causal sequence of `seq_len` tokens.
 
     6 per active parameter, embedding tables excluded and the output projection included, plus attention scores and
     values over the keys that a query sees on average (PaLM, arXiv:2204.02311, appendix B, with the causal half and the
-    sliding window).
+    sliding window). Where the weights are `frozen`, as below adapters, backward has the gradients of activations only:
+    4 per parameter; what the adapters themselves cost is left out.
     """
     tables = ("tok_embeddings.weight", "position_embeddings.weight", "output.weight", "relative_bias")
     matrices = config.vocab_size * config.dim + sum(
         _active(config, name, shape) for name, shape in parameter_shapes(config).items() if name not in tables
     )
     seen = sum(_mean_keys(seq_len, config.window(layer)) for layer in range(config.num_layers))
-    return 6.0 * matrices + 12 * config.num_heads * config.resolved_head_dim * seen
+    return (4.0 if frozen else 6.0) * matrices + 12 * config.num_heads * config.resolved_head_dim * seen
 
 
 def _mean_keys(seq_len: int, window: int | None) -> float:

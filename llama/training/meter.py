@@ -42,7 +42,7 @@ class Meter:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         peak = torch.tensor(peak_flops(device, dtype) or math.nan, dtype=torch.float64, device=device)
         dist.all_reduce(peak)
-        self._flops_per_token = model.flops_per_token(config.seq_len)
+        self._flops_per_token = model.flops_per_token(config.seq_len, frozen=config.lora is not None)
         self._peak_flops = peak.item()
         self._first_tokens = self._tokens = tokens
         self._started = self._measured = time.perf_counter()

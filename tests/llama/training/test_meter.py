@@ -5,13 +5,18 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from llama.config import ModelConfig
+from llama.lora import LoraConfig, apply_lora, init_adapters
+from llama.model import Transformer
 from llama.training import meter as meter_module
+from llama.training.batch import Batch, loss_sum
 from llama.training.mesh import process_group
 from llama.training.meter import Meter
 from llama.training.peak import gemm_flops, named_flops, peak_flops
 from tests.distributed import run_ranks
-from tests.llama.training.helpers import DENSE, train_config
+from tests.llama.training.helpers import DENSE, samples, train_config
 
 CPU = torch.device("cpu")
 
@@ -77,3 +82,21 @@ def test_no_mfu_where_a_peak_is_unknown(monkeypatch):
         measured = Meter(DENSE, train_config(), CPU, tokens=0).measure(10)
     assert measured.mfu is None and measured.tokens_per_second > 0
     assert measured.memory_bytes > 100 * 2**20 and math.isfinite(measured.checkpoint_seconds)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=1, targets=("wq",))])
+def test_the_arithmetic_is_what_torch_counts(monkeypatch, lora):
+    """But for what short attention and small adapters make."""
+    config = ModelConfig(vocab_size=256, dim=128, num_layers=8, num_heads=4, max_seq_len=64)
+    model = Transformer(config)
+    model.init_weights(0)
+    if lora is not None:
+        init_adapters(apply_lora(model, lora), 0)
+    tokens = samples(0, 2, train_config(), config.vocab_size)
+    with FlopCounterMode(display=False) as counter:
+        loss_sum(model, Batch(tokens[:, :-1], tokens[:, 1:])).backward()
+    counted = counter.get_total_flops() / tokens[:, 1:].numel()
+    monkeypatch.setattr(meter_module, "peak_flops", lambda device, dtype: 1.0)
+    with process_group():
+        rates = Meter(config, train_config(lora=lora), CPU, tokens=0).measure(10)
+    assert rates.mfu / rates.tokens_per_second == pytest.approx(counted, rel=0.05)
