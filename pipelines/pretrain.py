@@ -12,7 +12,8 @@ instance, goes on from them.
 
 The key leaves out how the work is laid out over ranks (workers, parallelism, micro-batches), what is computed twice or
 compiled, and when it is reported or saved, so that a run may be resumed on a smaller cluster. The layout changes
-results by rounding, and through the micro-step over which the balance loss takes its averages.
+results by rounding, through the micro-step over which the balance loss takes its averages, and through what counts by
+rank and micro-batch: the draws of dropout, and a capacity limit.
 """
 
 from __future__ import annotations
