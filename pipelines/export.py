@@ -109,7 +109,15 @@ def export_checkpoint(run: Run, step: str, to: str) -> int:
     if start is not None:
         for record in map(folder.read_json, folder.list(INCARNATIONS)):
             start.require(record.get(START, start.fingerprint))
-    write_export(Trained(recipe.model, checkpoint, start, adapters), tokenizer, recipe.export.dtype, output)
+    try:
+        write_export(Trained(recipe.model, checkpoint, start, adapters), tokenizer, recipe.export.dtype, output)
+    except FileNotFoundError:
+        if checkpoint.committed:
+            raise
+        raise RunError(
+            f"the checkpoint of step {chosen} has just been removed: run {run.id!r} goes on, and keeps the latest "
+            f"{recipe.train.keep_last}; take a later one, or raise train.keep_last or train.keep_every"
+        ) from None
     return chosen
 
 

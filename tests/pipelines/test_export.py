@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.storage import Store
+from cluster.storage import Artifact, Store
 from llama.hf import load_pretrained
 from llama.tokenizer import Tokenizer
-from pipelines.export import export_checkpoint
+from pipelines import export
+from pipelines.export import export_checkpoint, training_folder
 from pipelines.finetune import StartError, find_start
-from pipelines.pretrain import INCARNATIONS
+from pipelines.pretrain import CHECKPOINTS, INCARNATIONS
 from pipelines.runs import Run, RunError
 from pipelines.training_worker import START
 from tests.pipelines.test_cli import run_cli
@@ -72,3 +73,15 @@ def test_adapters_are_not_put_on_weights_that_have_changed(run: Run, tmp_path: P
     (below / "config.json").touch()
     with pytest.raises(StartError, match="below has changed since the training began; put its files back"):
         export_checkpoint(tuned, "last", str(tmp_path / "out"))
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(Store(tmp_path / "store"), tmp_path, {10: None, 20: None})
+
+    def choose_and_remove(run: Run, step: str, losses: dict[int, float | None]) -> int:
+        Artifact(training_folder(run).child(CHECKPOINTS, "step-00000010")).delete()
+        return 10
+
+    monkeypatch.setattr(export, "_choose", choose_and_remove)
+    with pytest.raises(RunError, match="^the checkpoint of step 10 has just been removed: .* keeps the latest 2"):
+        export_checkpoint(run, "10", str(tmp_path / "out"))
