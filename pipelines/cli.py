@@ -249,6 +249,7 @@ def _drive(
     """
     from cluster import session
     from cluster.serve import control
+    from pipelines.pretrain import check_room
     from pipelines.progress import RunDisplay, print_summary
     from pipelines.report import summarise
     from pipelines.runs import one_line
@@ -267,6 +268,9 @@ def _drive(
             # Now, and not after minutes of training.
             control.check_can_deploy(dashboard_url, recipe.serve.port, replace=keep)
         graph = build_graph(recipe, dashboard_url, keep)
+        trains = any(stage.name == "pretrain" for stage in graph.selected(until))
+        if trains and not graph.artifact(open_store(store), "pretrain").committed:
+            check_room(recipe.model, recipe.train)
         run = open_run()
         only = f", until {until}" if until else ""
         console.print(f"[bold]run[/] {run.id} in {escape(run.store.uri)}{only}", highlight=False)

@@ -24,6 +24,7 @@ from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
+from cluster import placement
 from cluster.storage import JSON, Artifact, StorageError
 from llama.config import ModelConfig
 from llama.training.checkpoint import Checkpointer
@@ -36,7 +37,7 @@ from pipelines.incarnations import TrainingFailed, train_in_incarnations, worker
 from pipelines.recipe import TrainRecipe
 from pipelines.training_worker import CHECKPOINTS, HANGS, INCARNATIONS, METRICS, WorkerTask
 
-__all__ = ["CHECKPOINTS", "INCARNATIONS", "METRICS", "SUMMARY", "TrainingFailed", "pretrain_stage"]
+__all__ = ["CHECKPOINTS", "INCARNATIONS", "METRICS", "SUMMARY", "TrainingFailed", "check_room", "pretrain_stage"]
 
 SUMMARY = "summary.json"
 
@@ -66,6 +67,13 @@ def pretrain_stage(model: ModelConfig, train: TrainRecipe, start: Start | None =
     settings["start_from"] = start.fingerprint if start is not None else None
     run = partial(_pretrain, model, train, start)
     return Stage("pretrain", 1, {"model": model, "train": settings}, run, ("shards",))
+
+
+def check_room(model: ModelConfig, train: TrainRecipe) -> None:
+    """Raises PlacementError if the nodes of this process's cluster hold no plan, and none are to be waited for; it
+    names the nearest that fits. For whoever would prepare data first."""
+    if train.wait_for_nodes == 0:
+        placement.largest_plan(placement.alive_nodes(), train.world_sizes(model), worker_needs(train))
 
 
 def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, context: StageContext) -> dict[str, JSON]:

@@ -169,7 +169,6 @@ class Checkpointer:
         self._kept = partial(kept, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         self._losses: dict[int, float | None] = {}
         """Of the checkpoints that this process has seen whole, so that each manifest is read once."""
-        self._pending: Future[Any] | None = None
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._agreement = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
@@ -191,26 +190,14 @@ class Checkpointer:
 
         return self._on_first_rank(find)
 
-    def save(self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], *, wait: bool = False) -> None:
-        """`begin`, once a save that is still under way has ended.
-
-        Args:
-            tensors: as `training_tensors`; may change as soon as this returns.
-            progress: JSON, the same on every rank.
-            wait: return only when the checkpoint is committed.
-
-        Raises:
-            CheckpointError: this save (with `wait`) or the previous one failed.
-        """
-        self.wait()
-        self._pending = self.begin(step, tensors, progress)
-        if wait:
-            self.wait()
-
     def begin(self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any]) -> Future[Any]:
         """Copies the tensors and writes them in the background; no other save may be under way in this group.
 
         The future ends when the checkpoint is committed, and raises on every rank if one of them could not write.
+
+        Args:
+            tensors: as `training_tensors`; may change as soon as this returns.
+            progress: JSON, the same on every rank.
         """
         group = self._require_group()
         rng = {f"rng.{dist.get_rank()}": torch.get_rng_state()}
@@ -223,16 +210,6 @@ class Checkpointer:
         )
         assert isinstance(pending, Future)
         return pending
-
-    def wait(self) -> None:
-        """Returns when no save is under way. Raises CheckpointError if the last one failed."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            pending.result()
-        except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"the checkpoint could not be written: {error}") from error
 
     def agree(self, value: int) -> int:
         """The greatest of the ranks' values, beside a save that is under way; every rank calls this together."""

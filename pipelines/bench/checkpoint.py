@@ -162,18 +162,21 @@ def _compete(bench: CheckpointBench, name: str) -> None:
 
         def turn() -> dict[str, float]:
             nonlocal taken
-            stall = 0.0
+            stall, pending = 0.0, None
             if name != NONE:
                 began = time.perf_counter()
                 tensors = training_tensors(model, optimizer)
-                checkpointer.save(taken, tensors, {}, wait=name == SYNCHRONOUS)
+                pending = checkpointer.begin(taken, tensors, {})
+                if name == SYNCHRONOUS:
+                    pending.result()
                 stall += time.perf_counter() - began
             for _ in range(bench.every):
                 tokens = torch.randint(model.config.vocab_size, (bench.batch, bench.seq_len + 1), generator=generator)
                 step([Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())], taken)
                 taken += 1
             began = time.perf_counter()
-            checkpointer.wait()
+            if pending is not None:
+                pending.result()
             return {"stall_seconds": stall + time.perf_counter() - began}
 
         size = sum(tensor.nbytes for tensor in training_tensors(model, optimizer).values())

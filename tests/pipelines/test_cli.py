@@ -1,7 +1,7 @@
 """What the command says when it is given something wrong: one line, a non-zero exit, nothing left behind."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from cluster import session
+from cluster import placement, session
 from cluster.storage import StorageError, Store
 from pipelines import cli
 from pipelines.graph import Graph
@@ -38,6 +38,16 @@ def recipe(home: Path) -> Path:
     path = home / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
     return path
+
+
+@pytest.fixture
+def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """To a cluster of one node with a single CPU."""
+    monkeypatch.setattr(session, "connect", lambda address: nullcontext(SimpleNamespace(dashboard_url="")))
+    monkeypatch.setattr(placement, "alive_nodes", lambda: [placement.NodeResources("a", 1)])
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -227,6 +237,7 @@ def test_a_resumed_run_goes_as_far_as_it_was_begun_for(
     assert driven == [(goes_to, goes_to)]
 
 
+@pytest.mark.usefixtures("connected")
 @pytest.mark.parametrize(
     ("error", "hint"),
     [
@@ -248,15 +259,29 @@ def test_an_error_comes_before_what_to_do_next(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(session, "connect", lambda address: nullcontext(SimpleNamespace(dashboard_url="")))
     monkeypatch.setattr(Graph, "run", fail)
     monkeypatch.setattr(cli, "out", cli.err)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert run_cli(monkeypatch, "run", recipe, "--run-id", "r1", "--until", "shards") == 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert run_cli(monkeypatch, "run", recipe, "--run-id", "r1", "--until", "shards") == 1
     assert capfd.readouterr().err.splitlines()[-2:] == [f"error: {error}", hint]
+
+
+@pytest.mark.usefixtures("connected")
+def test_workers_without_room_are_refused_before_anything_starts(
+    recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def begin(*_: object, **__: object) -> None:
+        raise StorageError("it has begun")
+
+    def said(*arguments: str) -> str:
+        assert run_cli(monkeypatch, "run", recipe, "--store", home / "store", *arguments) == 1
+        return capfd.readouterr().err
+
+    monkeypatch.setattr(Graph, "run", begin)
+    refusal = said("--until", "pretrain").splitlines()[-1]
+    assert refusal.startswith("error: workers=2 in groups of ep=1 do not fit") and "workers=1 with ep=1" in refusal
+    assert Store(home / "store").list() == [], "not even the run"
+    for enough in (["--until", "shards"], ["--set", "train.wait_for_nodes=60"], ["--set", "train.workers=1"]):
+        assert "error: it has begun" in said("--until", "pretrain", *enough)
 
 
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,9 +51,8 @@ def make_run(store: Store, folder: Path, losses: dict[int, float | None], **sect
         checkpointer = Checkpointer(trained.child(CHECKPOINTS), Artifact, keep_last=9)
         for step, loss in losses.items():
             weights = {f"model.{name}": tensor for name, tensor in plain_model(step).state_dict().items()}
-            checkpointer.save(
-                step, weights | {"optimizer.x": torch.ones(1)}, {"loss": 3.0, "val_loss": loss}, wait=True
-            )
+            progress = {"loss": 3.0, "val_loss": loss}
+            checkpointer.begin(step, weights | {"optimizer.x": torch.ones(1)}, progress).result()
     writer = MetricsWriter(trained.child(METRICS), "t1")
     for step in losses:
         writer.write(report(step, val_loss=losses[step]))

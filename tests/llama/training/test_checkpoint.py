@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cluster.storage import Artifact, StorageError, Store
 from llama.model import Transformer
@@ -265,7 +266,7 @@ class BadLine(Store):
 def test_bytes_that_went_wrong_on_their_way_cost_no_checkpoint(tmp_path):
     saved, loaded = {"model.a": torch.arange(4.0)}, {"model.a": torch.zeros(4)}
     with process_group():
-        Checkpointer(Store(tmp_path), Artifact).save(1, saved, {}, wait=True)
+        Checkpointer(Store(tmp_path), Artifact).begin(1, saved, {}).result()
         Checkpointer(BadLine(tmp_path), Artifact).load(1, loaded)
     assert BadLine.tries == 2
     assert loaded["model.a"].tolist() == [0, 1, 2, 3]
@@ -323,14 +324,13 @@ def saves(rank, world_size, folder):
     store = Store(folder)
     healthy = Checkpointer(store, Artifact, keep_last=2)
     for step in (1, 2, 3):
-        healthy.save(step, tensors_of(step), {"note": step}, wait=True)
+        healthy.begin(step, tensors_of(step), {"note": step}).result()
     kept = sorted({path.split("/")[0] for path in store.list()})
     dist.barrier()
 
     broken = Checkpointer(Faulty(store, failing_rank=1), Artifact, keep_last=1)
-    broken.save(4, tensors_of(4), {})
-    with pytest.raises(CheckpointError, match="the disk is full"):
-        broken.wait()
+    with pytest.raises(CheckpointException, match="the disk is full"):
+        broken.begin(4, tensors_of(4), {}).result()
     after_failure = (healthy.latest(), Artifact(store.child("step-00000004")).committed)
     dist.barrier()
 
@@ -338,12 +338,12 @@ def saves(rank, world_size, folder):
     gate = Path(folder).with_name("gate")
     slow = Checkpointer(Faulty(store, gate=gate), Artifact, keep_last=2)
     tensors = tensors_of(5)
-    slow.save(5, tensors, {"note": 5})
+    pending = slow.begin(5, tensors, {"note": 5})
     tensors["model.a"].fill_(-1.0)
     committed_at_once = Artifact(store.child("step-00000005")).committed
     dist.barrier()
     gate.touch()
-    slow.wait()
+    pending.result()
     loaded = tensors_of(0)
     progress = slow.load(slow.latest(), loaded)
     dist.barrier()
@@ -353,7 +353,7 @@ def saves(rank, world_size, folder):
         store.delete(next(path for path in store.list("step-00000005") if path.endswith("rank-00000.bin")))
     dist.barrier()
     lost = healthy.latest()
-    healthy.save(5, tensors_of(55), {}, wait=True)
+    healthy.begin(5, tensors_of(55), {}).result()
     rewritten = tensors_of(0)
     healthy.load(5, rewritten)
     with pytest.raises(CheckpointError, match="model.b"):

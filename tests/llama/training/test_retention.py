@@ -52,7 +52,7 @@ def test_on_a_store(tmp_path):
         for step, loss in losses.items():
             if step == 6:
                 store.write_bytes("step-00000002/attempts/x/rank-00000.bin", b"half")
-            checkpointer.save(step, {"model.a": torch.ones(1)}, {"val_loss": loss}, wait=True)
+            checkpointer.begin(step, {"model.a": torch.ones(1)}, {"val_loss": loss}).result()
             assert steps() == sorted(
                 kept({s: losses[s] for s in losses if s <= step}, keep_last=1, keep_best=2, keep_every=4)
             )
@@ -61,5 +61,5 @@ def test_on_a_store(tmp_path):
             step: losses[step] for step in (3, 4, 5, 8)
         }
         later = Checkpointer(store, Artifact, keep_last=1, keep_best=1)
-        later.save(9, {"model.a": torch.ones(1)}, {}, wait=True)
+        later.begin(9, {"model.a": torch.ones(1)}, {}).result()
         assert steps() == [3, 9]
