@@ -80,6 +80,9 @@ def progress(row: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
     parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if row["mfu"] is not None:
         parts.append(f"MFU {row['mfu']:.0%}")
+    for name, what in (("skipped_steps", "steps skipped"), ("failed_checkpoints", "checkpoints not written")):
+        if row[name]:
+            parts.append(f"{what}: {row[name]}")
     left = (row["steps"] - row["step"]) * (row["tokens"] / row["step"]) / max(row["tokens_per_second"], 1e-9)
     parts.append(f"{duration(left)} left")
     return "  ".join(parts)

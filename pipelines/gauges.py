@@ -27,6 +27,7 @@ _DESCRIPTIONS = {
     "epoch": "Passes over the data",
     "checkpoint_seconds": "Seconds that steps stood still for checkpoints since the previous report",
     "skipped_steps": "Steps without an update",
+    "failed_checkpoints": "Checkpoints that were due and not written",
 }
 _BY_LAYER = {
     "expert_load": "Share of the busiest expert times the number of experts; 1 is balanced",

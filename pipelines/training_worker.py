@@ -279,6 +279,8 @@ class _Reports:
                 if not self._warned:
                     _log.warning("metrics could not be written, and are kept for later: %s", error)
                 self._warned = True
+            except Exception:  # a defect of this report; the next ones are told all the same
+                _log.exception("a report was left out")
         retried(self._flush_record, "writing the incarnation's record")
         retried(self._metrics.flush, "writing metrics")
 

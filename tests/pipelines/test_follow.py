@@ -26,6 +26,8 @@ def test_a_time_is_as_fine_as_it_matters(seconds: float, shown: str) -> None:
 def test_a_report_is_one_line() -> None:
     row = asdict(report(40, loss=3.2141, tokens_per_second=12345.6, mfu=0.417))
     assert progress(row, {}) == "step 40/100  loss 3.214  12,346 tokens/s  MFU 42%  0 s left"
+    trouble = {"skipped_steps": 2, "failed_checkpoints": 1}
+    assert "MFU 42%  steps skipped: 2  checkpoints not written: 1  0 s left" in progress(row | trouble, {})
     validated = asdict(report(30, val_loss=3.5))
     assert "loss not finite  validation 3.500 at 30  12,346" in progress(row | {"loss": None, "mfu": None}, validated)
 

@@ -116,6 +116,23 @@ def test_what_was_reported_before_a_checkpoint_is_there_when_it_is(
         assert [line["step"] for line in reader.steps()] == [each for each in reported if each <= 4]
 
 
+def test_a_report_that_cannot_be_told_does_not_silence_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def set_gauges(metrics: StepMetrics) -> None:
+        if metrics.step == 1:
+            raise TypeError("no number")
+
+    with _Reports(task(Store(tmp_path)), Watchdog(0)) as reports:
+        monkeypatch.setattr(reports._gauges, "set", set_gauges)
+        for number in (1, 2):
+            reports.step(step(number))
+    reader = MetricsReader(Store(tmp_path).child("metrics"))
+    reader.poll()
+    assert [line["step"] for line in reader.steps()] == [1, 2]
+    assert [record.message for record in caplog.records] == ["a report was left out"]
+
+
 class Notice:
     preempted_node_ids = ("a",)
 
