@@ -17,7 +17,7 @@ from pipelines.metrics import MetricsReader
 TENSORBOARD = "tensorboard"
 """Folder in the run's."""
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ CHECKPOINTS, METRICS, INCARNATIONS, HANGS = "checkpoints", "metrics", "incarnati
 START = "start_fingerprint"
 """In an incarnation's record: of the weights that the training started from."""
 
-_WATCH_SECONDS = 1.0
+_WATCH_SECONDS = 2.0
 _CLOSE_SECONDS = 120.0
 
 _log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def _report_hang(task: WorkerTask, rank: int, stacks: str) -> None:
 
 
 class ClusterWatch:
-    """What the cluster wants of this training; entered by every rank, each with a thread that looks every second.
+    """What the cluster wants of this training; entered by every rank, each with a thread that looks every two seconds.
 
     Of a node that is about to be taken away Ray Train tells the ranks within five seconds, whoever announced it:
     `ray drain-node`, a cloud's or Kubernetes' SIGTERM to `ray start --block`, the autoscaler. (A signal to a worker
