@@ -35,6 +35,7 @@ from llama.training.attention import BlockCausalAttend
 from llama.training.batch import Batch, loss_sum
 from llama.training.config import TrainConfig
 from llama.training.control import Request
+from llama.training.mesh import plan_mesh
 from llama.training.optim import clip_coefficient, local_square_sum, scale_gradients
 from llama.training.parallel import moe_layers
 from llama.training.schedule import learning_rate
@@ -99,6 +100,10 @@ class TrainStep:
         self._world_size = dist.get_world_size()
         self.accumulation = config.accumulation_steps(self._world_size)
         self.attend = attention(device, compiled=config.compile)
+        one_shard = plan_mesh(config.parallel, self._world_size).dp_shard == 1
+        self.whole_gradients = device.type == "cpu" or one_shard
+        """Whether a rank keeps the gradients of all it computes with until the last micro-step, and not its shard of
+        them: on the CPU, where memory is cheaper than gloo, and where the shard is all there is."""
         self.guard = StepGuard(config.optimizer.skip_sigma, config.optimizer.skip_window)
         """Its state is part of the run's: a resumed run must judge as the first would have."""
         self._parameters = list(model.parameters())
@@ -194,11 +199,14 @@ class TrainStep:
         return loss
 
     def _last_micro_step(self, last: bool) -> None:
-        """On the CPU gradients are reduced once a step, after its last micro-step; until then they are kept whole."""
+        """What can wait for the last micro-step: all of the reduction where gradients are kept whole, else what goes
+        over the replicas."""
         assert isinstance(self.model, FSDPModule)
-        if self.device.type == "cpu":
+        if self.whole_gradients:
             self.model.set_requires_gradient_sync(last)
             self.model.set_reshard_after_backward(last)
+        else:
+            self.model.set_requires_all_reduce(last)
         self.model.set_is_last_backward(last)
 
     @torch.no_grad()

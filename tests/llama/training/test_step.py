@@ -13,10 +13,10 @@ from llama import model as model_module
 from llama.losses import IGNORE_INDEX
 from llama.model import Transformer
 from llama.training.batch import Batch, loss_sum
-from llama.training.config import OptimizerConfig, ScheduleConfig
+from llama.training.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from llama.training.trainer import Trainer
 from tests.distributed import run_ranks
-from tests.llama.training.helpers import DENSE, MOE, Samples, samples, train_config, whole
+from tests.llama.training.helpers import DENSE, MOE, Samples, difference, samples, train_config, whole
 
 
 def dropped_out(rank, world_size):
@@ -36,6 +36,36 @@ def test_dropout_is_reproducible_and_another_on_every_rank():
     (runs, seed), (_, other_seed) = run_ranks(dropped_out, 2)
     assert runs[0] == runs[1]
     assert seed != other_seed
+
+
+def reduced_late(rank, world_size, parallel):
+    """Weights after two steps of two micro-steps, and how many all-reduces it took: by whether gradients are whole."""
+    config = train_config(micro_batch=1, steps=2, parallel=parallel)
+    runs, all_reduce = [], dist.all_reduce
+    for whole_gradients in (True, False):
+        calls = []
+        trainer = Trainer(MOE, config, Samples(config, 61, rank, world_size))
+        allocate = trainer._allocate
+
+        def allocate_for_a_gpu(trainer=trainer, allocate=allocate, whole_gradients=whole_gradients):
+            allocate()
+            assert trainer._step.whole_gradients
+            trainer._step.whole_gradients = whole_gradients
+
+        trainer._allocate = allocate_for_a_gpu
+        dist.all_reduce = lambda *args, calls=calls, **kwargs: calls.append(1) or all_reduce(*args, **kwargs)
+        trainer.fit()
+        dist.all_reduce = all_reduce
+        runs.append(({name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}, len(calls)))
+    return runs
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("ep", [1, 2])
+def test_with_shards_of_gradients_only_the_sum_over_replicas_waits_for_the_last_micro_step(ep):
+    for (kept, calls), (reduced, calls_too) in run_ranks(reduced_late, 4, ParallelConfig(2, 2, ep)):
+        assert calls == calls_too > 0
+        assert all(difference(reduced[name], weight) <= 1e-5 for name, weight in kept.items())
 
 
 def test_padding_behind_a_sequence_changes_nothing():
