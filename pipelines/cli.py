@@ -269,7 +269,7 @@ def _drive(
             control.check_can_deploy(dashboard_url, recipe.serve.port, replace=keep)
         graph = build_graph(recipe, dashboard_url, keep)
         trains = any(stage.name == "pretrain" for stage in graph.selected(until))
-        if trains and not graph.artifact(open_store(store), "pretrain").committed:
+        if trains and not graph.artifact(named_store(store), "pretrain").committed:
             check_room(recipe.model, recipe.train)
         run = open_run()
         only = f", until {until}" if until else ""

@@ -173,8 +173,10 @@ def test_a_process_that_is_forked_meanwhile_holds_no_lock(artifact, tmp_path):
 def test_a_cut_copy_is_made_anew(artifact, tmp_path):
     cache = cache_of(artifact, tmp_path)
     fetch(cache, 7)
-    (tmp_path / artifact.manifest().attempt / PATHS[7]).write_bytes(b"cut")
+    copy = tmp_path / artifact.manifest().attempt / PATHS[7]
+    copy.write_bytes(b"cut")
     fetch(cache, 7)
+    assert copy.read_bytes() == content(7)
 
 
 # -- in the background
@@ -205,6 +207,8 @@ def test_what_another_process_fetches_is_left_to_it(artifact, tmp_path):
         ahead = ReadAhead(cache_of(artifact, tmp_path))
         ahead.want(PATHS[:2])
         eventually(lambda: copies(tmp_path, artifact) == [1])
+        ahead.check()  # a lock that is held is no error
+        assert copies(tmp_path, artifact) == [1]
     ahead.close()
 
 
