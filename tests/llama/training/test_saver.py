@@ -123,6 +123,14 @@ def test_a_checkpoint_that_fails_leaves_nothing_open(tmp_path):
         assert held[-1] == held[1], held
 
 
+class Watched(Checkpointer):
+    """Keeps the save that was begun last, for whoever waits for its end."""
+
+    def begin(self, *arguments):
+        self.begun = super().begin(*arguments)
+        return self.begun
+
+
 def trains(rank, world_size, folder):
     """Checkpoints are due at 2, 4, 6 and 8; those of 2 and 4 fail, and so does the first try at the last."""
     weather = Path(folder) / "weather"
@@ -133,13 +141,14 @@ def trains(rank, world_size, folder):
     def on_metrics(metrics):
         failed[metrics.step] = metrics.failed_checkpoints
         if metrics.step in (5, 7):
+            wait([checkpointer.begun])  # the weather is that of a whole save
             let(rank, weather, "work" if metrics.step == 5 else "fail")
 
     class Sky(Watchdog):
         def sleep(self, seconds):  # the pause before the second try
             let(rank, weather, "work")
 
-    checkpointer = Checkpointer(_failing(f"{folder}/store", weather), Artifact, keep_last=9)
+    checkpointer = Watched(_failing(f"{folder}/store", weather), Artifact, keep_last=9)
     loader = Samples(config, DENSE.vocab_size, rank, world_size)
     trainer = Trainer(DENSE, config, loader, checkpointer, on_metrics=on_metrics, watchdog=Sky(0))
     summary = trainer.fit()
