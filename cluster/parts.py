@@ -21,9 +21,10 @@ from typing import Any
 
 import xxhash
 
+from cluster.artifact import Artifact, Attempt
 from cluster.filesystem import TEMPORARY_PREFIX
 from cluster.location import checked
-from cluster.storage import JSON, Artifact, Attempt, FileEntry, NotFound
+from cluster.storage import JSON, FileEntry, NotFound
 
 _FOLDER = "parts"
 _SUFFIX = ".json"

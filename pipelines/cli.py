@@ -369,7 +369,7 @@ def _find_model(model: str, store: str | None) -> tuple[Any, str]:
     """The run's recipe (None for a directory) and the model's URI."""
     if "/" in model or Path(model).is_dir():
         return None, str(Path(model).resolve()) if "://" not in model else model
-    from cluster.storage import Artifact
+    from cluster.artifact import Artifact
     from pipelines.recipe import Recipe
     from pipelines.runs import Run, RunError
 

@@ -15,9 +15,10 @@ from typing import Any, cast
 from openai import BadRequestError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
+from cluster.artifact import Artifact
 from cluster.serve import control
 from cluster.serve.settings import AppArgs
-from cluster.storage import JSON, Artifact
+from cluster.storage import JSON
 from pipelines.graph import Stage, StageContext
 from pipelines.recipe import RequestsConfig, ServeConfig
 

@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from cluster.storage import Artifact, CorruptArtifact, FileEntry, NotFound, StorageError, Store
+from cluster.artifact import Artifact, CorruptArtifact
+from cluster.storage import FileEntry, NotFound, StorageError, Store
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")

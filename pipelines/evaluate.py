@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from cluster.artifact import Artifact
 from cluster.placement import WorkerNeeds, run_on_cluster
-from cluster.storage import JSON, Artifact
+from cluster.storage import JSON
 from llama.config import ModelConfig
 from llama.engine import Engine, EngineConfig, SamplingParams
 from llama.model import Transformer

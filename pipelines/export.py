@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from cluster.artifact import Artifact
 from cluster.location import has_credentials
 from cluster.placement import WorkerNeeds, run_on_cluster
-from cluster.storage import JSON, Artifact, FileEntry, Store
+from cluster.storage import JSON, FileEntry, Store
 from llama.config import ModelConfig
 from llama.hf import export_architecture, save_pretrained
 from llama.hf_adapter import save_adapter

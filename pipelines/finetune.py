@@ -21,9 +21,10 @@ from typing import Any
 import torch
 import xxhash
 
+from cluster.artifact import Artifact
 from cluster.location import has_credentials
 from cluster.node_copy import copied_once
-from cluster.storage import Artifact, NotFound, Store
+from cluster.storage import NotFound, Store
 from llama.config import ModelConfig
 from llama.counts import parameter_shapes
 from llama.hf import load_weights

@@ -23,8 +23,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from cluster.artifact import Artifact, Attempt
 from cluster.parts import clear_parts, discard
-from cluster.storage import JSON, Artifact, Attempt, FileEntry, StorageError, Store
+from cluster.storage import JSON, FileEntry, StorageError, Store
 from llama.training.retry import retried
 from pipelines.runs import Run, StageStatus, one_line
 

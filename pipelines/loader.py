@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from cluster.storage import Artifact
+from cluster.artifact import Artifact
 from llama.losses import IGNORE_INDEX
 from llama.training.batch import Batch
 from pipelines.documents import Split

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from cluster.artifact import Attempt
 from cluster.parts import adopt_part, finished_parts, keep_part
-from cluster.storage import JSON, Attempt, FileEntry, Store
+from cluster.storage import JSON, FileEntry, Store
 from pipelines.graph import StageContext
 from pipelines.ray_map import map_on_cluster
 

@@ -25,7 +25,8 @@ from functools import partial
 from typing import Any
 
 from cluster import placement
-from cluster.storage import JSON, Artifact, StorageError
+from cluster.artifact import Artifact
+from cluster.storage import JSON, StorageError
 from llama.config import ModelConfig
 from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from pipelines.data_report import JSON_FILE, PICTURE_FILE, in_one_line
 from pipelines.figures import new_figure, own_style, png
 from pipelines.graph import StageResult

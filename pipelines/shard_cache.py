@@ -24,7 +24,8 @@ from errno import ENOSPC
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 from pathlib import Path
 
-from cluster.storage import Artifact, Manifest, StorageError
+from cluster.artifact import Artifact, Manifest
+from cluster.storage import StorageError
 from pipelines.prefetch import JOIN_SECONDS, start_thread
 
 _PARTIAL = ".partial"

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cluster.storage import Artifact, CorruptArtifact
+from cluster.artifact import Artifact, CorruptArtifact
 from llama.losses import IGNORE_INDEX
 from llama.training.batch import Batch
 from pipelines.documents import Split

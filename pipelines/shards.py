@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.storage import JSON, Artifact, FileEntry, Store
+from cluster.artifact import Artifact
+from cluster.storage import JSON, FileEntry, Store
 from llama.tokenizer import Tokenizer
 from pipelines.data_config import DataConfig, Packing
 from pipelines.data_report import write_report

@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from cluster import placement
+from cluster.artifact import Artifact
 from cluster.process_group import process_group
 from cluster.session import node_folder
-from cluster.storage import JSON, Artifact, Store
+from cluster.storage import JSON, Store
 from llama.config import ModelConfig
 from llama.model import Transformer
 from llama.training.batch import Batch

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from cluster.storage import JSON, Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import JSON, Store
 from llama.tokenizer import GENERATION_CONFIG_FILE, Tokenizer, stretches
 from llama.tokenizer_training import train_tokenizer
 from pipelines.adopted_tokenizer import AdoptedTokenizer, adopt_tokenizer, what_is_lost

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import xxhash
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.hf_values import CONFIG_FILE, weight_files
 
 _READ_BYTES = 8 << 20

@@ -1,6 +1,7 @@
 """What a checkpoint needs of the store it is written to.
 
-`cluster.storage.Store`, `Artifact`, `Attempt` and `Manifest` have these shapes; this floor knows no more of them.
+`Store` of cluster/storage.py and `Artifact`, `Attempt` and `Manifest` of cluster/artifact.py have these shapes; this
+floor knows no more of them.
 """
 
 from __future__ import annotations

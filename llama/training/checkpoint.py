@@ -148,7 +148,7 @@ class Checkpointer:
 
     Args:
         folder: where the checkpoints lie.
-        open_artifact: makes an artifact of a folder (`cluster.storage.Artifact`).
+        open_artifact: makes an artifact of a folder (`cluster.artifact.Artifact`).
         keep_last, keep_best, keep_every: which committed checkpoints stay (`kept`); the others go once a new one is
             committed. A validation loss is the `val_loss` of the progress that was saved.
     """

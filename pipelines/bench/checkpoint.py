@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.bench.harness import MIN_ROUNDS, BenchError, Contestant, Ratio, interleave, ratio, serve
 from llama.model import Transformer
 from llama.presets import PRESETS

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.artifact import Artifact, Attempt
 from cluster.parts import adopt_part, clear_parts, discard, finished_parts, keep_part
-from cluster.storage import Artifact, Attempt, FileEntry, Store
+from cluster.storage import FileEntry, Store
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.artifact import Artifact, CorruptArtifact
 from cluster.filesystem import BLOCK_BYTES, AlreadyExists
-from cluster.storage import Artifact, CorruptArtifact, NotFound, StorageError, Store
+from cluster.storage import NotFound, StorageError, Store
 from tests.swift import Swift
 
 pytestmark = pytest.mark.integration

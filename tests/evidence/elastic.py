@@ -28,7 +28,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import xxhash  # noqa: E402
 
-from cluster.storage import Artifact  # noqa: E402
+from cluster.artifact import Artifact  # noqa: E402
 from pipelines.loader import ShardLoader  # noqa: E402
 from tests.evidence.demo import Claims  # noqa: E402
 from tests.evidence.training_ground import GLOBAL_BATCH, RECIPE, Ground, training_ground, wait_until  # noqa: E402

@@ -26,7 +26,8 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
 
-from cluster.storage import Artifact, FileEntry, Store  # noqa: E402
+from cluster.artifact import Artifact  # noqa: E402
+from cluster.storage import FileEntry, Store  # noqa: E402
 from pipelines.loader import ShardLoader  # noqa: E402
 from tests.evidence.demo import Claims  # noqa: E402
 

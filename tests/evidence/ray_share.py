@@ -111,7 +111,8 @@ def worker(store_uri: str, workers: int, steps: int, seed: int, answer: str) -> 
     import torch
     import torch.distributed as dist
 
-    from cluster.storage import Artifact, Store
+    from cluster.artifact import Artifact
+    from cluster.storage import Store
     from llama.training.checkpoint import Checkpointer
     from llama.training.config import TrainConfig
     from llama.training.trainer import Trainer

@@ -29,8 +29,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from cluster.artifact import Artifact  # noqa: E402
 from cluster.parts import finished_parts  # noqa: E402
-from cluster.storage import Artifact, Store  # noqa: E402
+from cluster.storage import Store  # noqa: E402
 from tests.evidence.demo import Claims, processes_of  # noqa: E402
 from tests.swift import running_swift  # noqa: E402
 

@@ -26,8 +26,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from cluster import processes  # noqa: E402
+from cluster.artifact import Artifact  # noqa: E402
 from cluster.head import prepare_environment  # noqa: E402
-from cluster.storage import Artifact, StorageError, Store  # noqa: E402
+from cluster.storage import StorageError, Store  # noqa: E402
 from pipelines.metrics import MetricsReader  # noqa: E402
 from tests.evidence.faulty_proxy import FaultyProxy  # noqa: E402
 from tests.swift import Swift, running_swift  # noqa: E402

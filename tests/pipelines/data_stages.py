@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from pipelines.data_config import DataConfig, SourceConfig
 from pipelines.dedup import dedup_stage
 from pipelines.graph import Graph

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cluster.storage import Artifact, FileEntry, Store
+from cluster.artifact import Artifact
+from cluster.storage import FileEntry, Store
 
 PAD = 0
 VOCAB_SIZE = 1000

@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 import pytest
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from pipelines import minhash, similarity
 from pipelines.data_config import DataConfig, DecontaminateConfig, DedupConfig, NearDuplicateConfig, SourceConfig
 from pipelines.decontaminate import read_evaluation

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 
-from cluster.storage import Artifact, CorruptArtifact, NotFound, Store
+from cluster.artifact import Artifact, CorruptArtifact
+from cluster.storage import NotFound, Store
 from pipelines.documents import (
     DROPPED,
     KEPT,

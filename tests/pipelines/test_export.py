@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.hf import load_pretrained
 from llama.tokenizer import Tokenizer
 from pipelines import export

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.config import ModelConfig
 from llama.hf import load_pretrained, save_pretrained
 from llama.lora import LoraConfig

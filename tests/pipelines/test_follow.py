@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tensorboardX.record_writer import RecordWriter
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from pipelines.follow import TENSORBOARD, duration, followed, progress
 from pipelines.graph import Event, StageContext
 from pipelines.metrics import MetricsWriter

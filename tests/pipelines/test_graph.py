@@ -5,7 +5,8 @@ from enum import Enum
 import pytest
 from pydantic import BaseModel
 
-from cluster.storage import Artifact, CorruptArtifact, Store
+from cluster.artifact import Artifact, CorruptArtifact
+from cluster.storage import Store
 from pipelines.graph import Event, Graph, GraphError, Stage, canonical
 from pipelines.runs import Run
 

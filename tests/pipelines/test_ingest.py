@@ -6,7 +6,8 @@ from unittest.mock import patch
 
 import pytest
 
-from cluster.storage import Attempt, Store
+from cluster.artifact import Attempt
+from cluster.storage import Store
 from pipelines.data_config import CleanConfig, DedupConfig, LanguageConfig, SourceConfig
 from pipelines.documents import SPLITS, document_id, ingest_parts, read_table
 from pipelines.graph import Graph

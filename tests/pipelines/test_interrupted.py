@@ -21,8 +21,9 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 
+from cluster.artifact import Artifact
 from cluster.filesystem import TEMPORARY_PREFIX, FileSystem, LocalFiles, ObjectFiles, Sink
-from cluster.storage import Artifact, StorageError, Store
+from cluster.storage import StorageError, Store
 from pipelines.data_config import DedupConfig, NearDuplicateConfig
 from pipelines.graph import Graph, Stage, StageContext
 from pipelines.parts import Written, map_parts

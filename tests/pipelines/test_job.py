@@ -22,7 +22,8 @@ import torch
 import yaml
 
 from cluster import processes
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.hf import load_pretrained
 from tests.conftest import find_free_port
 from tests.swift import Swift

@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.storage import Artifact, CorruptArtifact, NotFound, Store
+from cluster.artifact import Artifact, CorruptArtifact
+from cluster.storage import NotFound, Store
 from llama.losses import IGNORE_INDEX
 from pipelines.loader import ShardLoader, held_out_batches, validation_batches
 from pipelines.shard_set import ShardSet

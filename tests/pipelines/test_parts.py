@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from cluster.artifact import Artifact
 from cluster.parts import finished_parts
-from cluster.storage import Artifact, Store
+from cluster.storage import Store
 from pipelines.graph import Event, Graph, Stage, StageContext
 from pipelines.parts import Written, map_parts
 from pipelines.runs import Run

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.config import ModelConfig
 from llama.hf import save_pretrained
 from llama.lora import LoraConfig

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.storage import Artifact, CorruptArtifact, Store
+from cluster.artifact import Artifact, CorruptArtifact
+from cluster.storage import Store
 from pipelines.formats import Record
 from pipelines.loader import ShardLoader
 from pipelines.shard_set import ShardSet

@@ -11,7 +11,8 @@ from fcntl import LOCK_EX, flock
 import numpy as np
 import pytest
 
-from cluster.storage import Artifact, CorruptArtifact, StorageError, Store
+from cluster.artifact import Artifact, CorruptArtifact
+from cluster.storage import StorageError, Store
 from pipelines.shard_cache import ReadAhead, ShardCache
 from tests.pipelines.background import eventually, threads
 from tests.pipelines.shard_files import far, used

@@ -10,8 +10,9 @@ import pytest
 import torch.distributed as dist
 
 from cluster import placement
+from cluster.artifact import Artifact
 from cluster.placement import NodeResources, WorkerNeeds, WorldSizes
-from cluster.storage import Artifact, StorageError, Store
+from cluster.storage import StorageError, Store
 from llama.config import ModelConfig
 from llama.training.config import TrainConfig
 from llama.training.control import Request

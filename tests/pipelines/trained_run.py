@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import yaml
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.config import ModelConfig
 from llama.model import Transformer
 from llama.tokenizer_training import train_tokenizer

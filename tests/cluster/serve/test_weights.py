@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.artifact import Artifact
 from cluster.serve.weights import ModelNotFound, check_model, fetch_model, weights_id
-from cluster.storage import Artifact, Store
+from cluster.storage import Store
 
 
 def _write_model(directory: Path, weights: bytes = b"weights") -> Path:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cluster.storage import Artifact, StorageError, Store
+from cluster.artifact import Artifact
+from cluster.storage import StorageError, Store
 from llama.model import Transformer
 from llama.training.checkpoint import (
     Checkpointer,

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.training.checkpoint import Checkpointer, training_tensors
 from llama.training.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from llama.training.tensor_files import read_index, read_tensors

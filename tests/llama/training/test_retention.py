@@ -5,7 +5,8 @@ import random
 
 import torch
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.training.checkpoint import Checkpointer, kept
 from llama.training.mesh import process_group
 

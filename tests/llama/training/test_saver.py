@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.storage import Artifact, StorageError, Store
+from cluster.artifact import Artifact
+from cluster.storage import StorageError, Store
 from llama.training.checkpoint import Checkpointer, CheckpointError
 from llama.training.control import Request
 from llama.training.retry import retried

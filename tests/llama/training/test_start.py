@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.hf import load_weights, save_pretrained
 from llama.lora import LoraConfig, apply_lora, init_adapters
 from llama.model import Transformer

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.attention import CausalAttend
 from llama.losses import IGNORE_INDEX
 from llama.model import Transformer

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 import tokenizers
 
-from cluster.storage import Artifact, Store
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama.bench.harness import BenchError
 from pipelines.bench import data
 from pipelines.bench.corpus import write_stdlib_corpus
