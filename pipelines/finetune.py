@@ -95,6 +95,7 @@ class Start:
         def fill(folder: Path) -> None:
             for name in self.files:
                 store.download(name, folder / name)
+            self.require(find_start(self.uri).fingerprint)  # or the copy may be of several versions
 
         return copied_once(node_folder("start") / self.fingerprint, lambda copy: True, fill)
 

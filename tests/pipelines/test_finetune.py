@@ -252,3 +252,8 @@ def test_a_directory_on_an_object_store_is_copied_once(directory, swift, tmp_pat
         assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
         if not deleted:
             Store(uri).delete("model.safetensors")
+    shutil.rmtree(tmp_path / start.fingerprint)
+    Store(uri).write_bytes("model.safetensors", b"those of another")
+    with pytest.raises(StartError, match="has changed since the training began"):
+        start.load(Transformer(found.model))
+    assert not (tmp_path / start.fingerprint).exists()
