@@ -3,8 +3,9 @@
     def body(rank: int, world_size: int, argument) -> Tensor: ...      # at module level: it is pickled by name
     results = run_ranks(body, 2, argument)                             # [rank 0's value, rank 1's value]
 
-The processes are forked from a server that has torch imported already, so a group costs tenths of a second and not
-the import. A rank that raises ends the others; its traceback comes back in `RankError`. Nothing outlives the call.
+The processes are forked from a server that has imported torch and what trains, so a group costs tenths of a second. It
+has not imported Arrow, which starts a thread, and threads do not survive a fork. A rank that raises ends the others;
+its traceback comes back in `RankError`. Nothing outlives the call.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def run_ranks(body: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
         RankError: with the tracebacks of the ranks that failed, the first first, or the numbers of those that hang.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", __name__])
+    context.set_forkserver_preload(["llama.training.trainer", __name__])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     payload = _dump(args)
     processes, pipes = [], []
