@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster.storage import Store
-from llama.training.retry import retried
+from llama.retry import retried
 from pipelines.event_file import EventFile
 from pipelines.graph import StageContext
 from pipelines.metrics import MetricsReader

@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from cluster.artifact import Artifact, Attempt
 from cluster.parts import clear_parts, discard
 from cluster.storage import JSON, FileEntry, StorageError, Store
-from llama.training.retry import retried
+from llama.retry import retried
 from pipelines.runs import Run, StageStatus, one_line
 
 _log = logging.getLogger(__name__)

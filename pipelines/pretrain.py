@@ -28,9 +28,9 @@ from cluster import placement
 from cluster.artifact import Artifact
 from cluster.storage import JSON, StorageError
 from llama.config import ModelConfig
+from llama.retry import retried
 from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
-from llama.training.retry import retried
 from pipelines.finetune import Start, find_start
 from pipelines.follow import followed
 from pipelines.graph import Stage, StageContext

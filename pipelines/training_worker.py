@@ -25,13 +25,13 @@ from cluster.session import node_folder
 from cluster.storage import JSON, Store
 from llama.config import ModelConfig
 from llama.model import Transformer
+from llama.retry import retried
 from llama.training.batch import Batch
 from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
 from llama.training.control import Request
 from llama.training.mesh import plan_mesh
 from llama.training.metrics import StepMetrics, TrainSummary
-from llama.training.retry import retried
 from llama.training.trainer import Trainer
 from llama.training.watchdog import Watchdog
 from pipelines.finetune import Start

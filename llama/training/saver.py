@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from llama.retry import PAUSES
 from llama.training.checkpoint import Checkpointer, CheckpointError
-from llama.training.retry import PAUSES
 from llama.training.watchdog import Watchdog
 
 PATIENCE_SECONDS = 30.0

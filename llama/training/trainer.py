@@ -16,6 +16,7 @@ import torch.distributed as dist
 from llama.config import ModelConfig
 from llama.lora import apply_lora, base_state, trained_state
 from llama.model import Transformer
+from llama.retry import retried
 from llama.training.batch import Batch
 from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, StoreFailed, training_tensors
 from llama.training.config import TrainConfig, check_compilable, check_trainable
@@ -27,7 +28,6 @@ from llama.training.metrics import StepMetrics, TrainSummary
 from llama.training.optim import build_optimizer
 from llama.training.parallel import allocate_sharded, apply_parallel, draw_weights
 from llama.training.precision import fast_cpu_matmul
-from llama.training.retry import retried
 from llama.training.saver import HURRIED_PAUSES, Saver
 from llama.training.step import StepResult, TrainStep
 from llama.training.validation import check_equally_many, validation_loss

@@ -24,6 +24,7 @@ import pytest
 from cluster.artifact import Artifact
 from cluster.filesystem import TEMPORARY_PREFIX, FileSystem, LocalFiles, ObjectFiles, Sink
 from cluster.storage import StorageError, Store
+from llama.retry import retried
 from pipelines.data_config import DedupConfig, NearDuplicateConfig
 from pipelines.graph import Graph, Stage, StageContext
 from pipelines.parts import Written, map_parts
@@ -174,7 +175,9 @@ def quick(monkeypatch):
 
 
 @pytest.fixture(params=["disk", "objects"])
-def new_place(request, tmp_path) -> Callable[[], Place]:
+def new_place(request, tmp_path, monkeypatch) -> Callable[[], Place]:
+    monkeypatch.setattr("pipelines.graph.retried", partial(retried, sleep=lambda seconds: None))
+
     def make() -> Place:
         made.append(Place(tmp_path / str(len(made)), request.param == "objects"))
         made[-1].folder.mkdir()

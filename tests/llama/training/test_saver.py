@@ -15,7 +15,6 @@ from cluster.artifact import Artifact
 from cluster.storage import StorageError, Store
 from llama.training.checkpoint import Checkpointer, CheckpointError
 from llama.training.control import Request
-from llama.training.retry import retried
 from llama.training.saver import Saver
 from llama.training.trainer import Trainer
 from llama.training.watchdog import Watchdog
@@ -215,20 +214,3 @@ def test_the_most_urgent_request_is_read_from_the_sum():
     for first in Request:
         for second in Request:
             assert Request.of_sum(float(first) + float(second) + 1000 * float(first)) is max(first, second)
-
-
-def test_tries_are_counted_and_absence_is_an_answer():
-    tries, pauses = [], []
-
-    def fail(error):
-        tries.append(error)
-        raise error
-
-    with pytest.raises(StorageError, match="down"):
-        retried(lambda: fail(StorageError("down")), "x", pauses=(1, 2), sleep=pauses.append)
-    assert (len(tries), pauses) == (3, [1, 2])
-    with pytest.raises(FileNotFoundError):
-        retried(lambda: fail(FileNotFoundError("none")), "x", sleep=pauses.append)
-    with pytest.raises(ValueError):
-        retried(lambda: fail(ValueError("wrong")), "x", sleep=pauses.append)
-    assert (len(tries), pauses) == (5, [1, 2])
