@@ -317,7 +317,8 @@ def test_the_openai_client_raises_its_own_errors(client):
 def _totals(http: httpx.Client) -> Counter:
     totals: Counter = Counter()
     for entry in _replicas(http).values():
-        totals.update({**entry["load"], "active": entry["active_requests"]})
+        load = entry["load"] or {}  # a replica that has just come has not told it yet
+        totals.update({**load, "active": entry["active_requests"]})
     return totals
 
 
