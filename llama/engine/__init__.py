@@ -15,7 +15,8 @@ from llama.engine.blocks import (
     reusable_blocks,
 )
 from llama.engine.config import EngineConfig, EngineStats
-from llama.engine.request import Chunk, Completion, FinishReason, PromptTooLong, SamplingParams, TokenLogprob
+from llama.engine.params import SamplingParams
+from llama.engine.request import Chunk, Completion, FinishReason, PromptTooLong, TokenLogprob
 from llama.engine.scheduler import QueueFull
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from itertools import count
 from llama.engine.blocks import BlockEvent, BlockManager, BlockTable, CacheSnapshot, generation_root
 from llama.engine.config import EngineConfig, EngineStats, check_cacheable
 from llama.engine.output import ActiveRequest, Collector, EngineFailed, Sink
-from llama.engine.request import Chunk, Completion, PromptTooLong, Request, SamplingParams, Status
+from llama.engine.params import SamplingParams
+from llama.engine.request import Chunk, Completion, PromptTooLong, Request, Status
 from llama.engine.runner import ModelRunner, SampledToken
 from llama.engine.scheduler import QueueFull, ScheduledTokens, Scheduler
 from llama.engine.text import OutputText, TextTokenizer

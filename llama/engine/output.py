@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llama.engine.request import Chunk, Completion, FinishReason, Request, SamplingParams, TokenLogprob
+from llama.engine.params import SamplingParams
+from llama.engine.request import Chunk, Completion, FinishReason, Request, TokenLogprob
 from llama.engine.text import OutputText
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llama.engine.attention import AttentionPlan, PagedAttend, PagedKVCache, SequenceSpan, plan_attention
-from llama.engine.request import SamplingParams, TokenLogprob
+from llama.engine.params import SamplingParams
+from llama.engine.request import TokenLogprob
 from llama.engine.sampler import sample, token_logprobs
 from llama.engine.scheduler import ScheduledTokens
 from llama.model import Transformer

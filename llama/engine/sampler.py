@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llama.engine.request import SamplingParams, TokenLogprob
+from llama.engine.params import SamplingParams
+from llama.engine.request import TokenLogprob
 from llama.sampling import apply_temperature, draw, keep_top
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama.engine.request import SamplingParams
+from llama.engine.params import SamplingParams
 from llama.engine.sampler import sample, token_logprobs
 
 

@@ -3,7 +3,8 @@ import random
 import pytest
 
 from llama.engine.blocks import BlockManager, BlockTable, generation_root
-from llama.engine.request import Request, SamplingParams, Status
+from llama.engine.params import SamplingParams
+from llama.engine.request import Request, Status
 from llama.engine.scheduler import QueueFull, Scheduler
 
 ROOT = generation_root("weights")
