@@ -78,9 +78,9 @@ class EngineReplica:
             node_id=ray.get_runtime_context().get_node_id(),
             weights_id=self._engine.weights_id,
             vocab_size=model.config.vocab_size,
-            max_seq_len=min(model.config.max_seq_len, config.engine.num_blocks * config.engine.block_size),
+            max_seq_len=self._engine.max_total_tokens,
             block_size=config.engine.block_size,
-            num_blocks=config.engine.num_blocks,
+            num_blocks=self._engine.stats().num_blocks,
         )
         logger.info(f"Engine of {Store(config.model)} ready in {time.monotonic() - started:.1f} s on {device}.")
 

@@ -3,19 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from llama.engine.blocks import (
-    BlockEvent,
-    BlocksRemoved,
-    BlocksStored,
-    CacheCleared,
-    CacheCorrupted,
-    CacheSnapshot,
-    generation_root,
-    hash_blocks,
-    reusable_blocks,
-)
+from llama.engine.blocks import CacheCorrupted
 from llama.engine.config import EngineConfig, EngineStats
+from llama.engine.events import BlockEvent, BlocksRemoved, BlocksStored, CacheCleared, CacheSnapshot
 from llama.engine.params import SamplingParams
+from llama.engine.prefix import generation_root, hash_blocks, reusable_blocks
 from llama.engine.request import Chunk, Completion, FinishReason, PromptTooLong, TokenLogprob
 from llama.engine.scheduler import QueueFull
 

@@ -36,6 +36,15 @@ class PagedKVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks `(source, destination)` in every layer; sources are read before any destination is written."""
+        if not pairs:
+            return
+        source_P, destination_P = torch.tensor(pairs, device=self.keys.device).T
+        for cache in (self.keys, self.values):
+            blocks = cache.unflatten(1, (-1, self.block_size))
+            blocks[:, destination_P] = blocks[:, source_P]
+
 
 @dataclass(frozen=True)
 class SequenceSpan:

@@ -1,8 +1,8 @@
-"""The paged key/value cache's bookkeeping: block hashes, reference counts, prefix reuse, eviction, events.
+"""The paged key/value cache's bookkeeping: reference counts, prefix reuse, copy on write, eviction, windows.
 
 A block holds the keys and values of `block_size` consecutive tokens. A full, computed block is indexed under the hash
-of everything from the start of its sequence to its own end, so equal prefixes share blocks. Pure Python: no tensors,
-no clock, no locks (the engine's lock guards it).
+of everything from the start of its sequence to its own end (llama/engine/prefix.py), so equal prefixes share blocks.
+Pure Python: no tensors, no clock, no locks (the engine's lock guards it).
 
 Every block is in exactly one place:
 
@@ -10,107 +10,29 @@ Every block is in exactly one place:
     reusable     no references, indexed            evicted when `free` is empty, least recently used first
     referenced   in the block table of ≥ 1 request
 
-Two rules keep the index a tree that can be trusted:
+Three rules keep what is cached trustworthy:
 - a child is indexed only under an indexed parent, and a parent outlives its children in the index: tables release
   their blocks last to first, and a request that computed a copy of an indexed block switches to that block;
-- a match compares the tokens too, block after block from the root. A hash collision costs a miss, never a wrong hit.
+- a match compares the tokens too, block after block from the root. A hash collision costs a miss, never a wrong hit;
+- nobody writes to a block that another table holds or that is indexed: `make_room` replaces it by a copy first.
+
+With a `window`, where no layer sees further back, a table gives its oldest blocks up while its request still runs. So
+there a parent may go before its child, which is unreachable until the parent is computed again, and no less true.
 """
 
 from __future__ import annotations
 
-import struct
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from uuid import uuid4
 
 from xxhash import xxh3_128_digest
 
-MAX_PENDING_EVENTS = 8192
-"""Events kept for a consumer that does not drain them. Beyond it the oldest go; the gap in `seq` shows it."""
+from llama.engine.events import BlockEvent, CacheSnapshot, EventLog
+from llama.engine.prefix import hash_blocks, pack_tokens, reusable_blocks
 
-
-def generation_root(weights_id: str, adapter: str = "", salt: str = "") -> bytes:
-    """The 16-byte root of every hash chain of one model generation: blocks of different roots never match.
-
-    Args:
-        weights_id: names the weights; it changes with every swap.
-        adapter: names the adapter applied to them.
-        salt: separates tenants.
-    """
-    # Length prefixes, or ("ab", "c") and ("a", "bc") would share a root.
-    fields = (text.encode() for text in (weights_id, adapter, salt))
-    return xxh3_128_digest(b"".join(struct.pack("<Q", len(data)) + data for data in fields))
-
-
-def _pack(token_ids: Sequence[int]) -> bytes:
-    return struct.pack(f"<{len(token_ids)}I", *token_ids)
-
-
-def hash_blocks(root: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
-    """Hashes of the full blocks of `token_ids`, each over its parent's hash and its own tokens.
-
-    Args:
-        root: `generation_root`, or the hash of the block before `token_ids` to continue a chain.
-        token_ids: tokens, each in [0, 2³²).
-        block_size: tokens a block.
-
-    Returns:
-        `len(token_ids) // block_size` hashes of 16 bytes; the unfinished block at the end has none.
-    """
-    packed = _pack(token_ids[: len(token_ids) // block_size * block_size])
-    hashes: list[bytes] = []
-    parent = root
-    for start in range(0, len(packed), 4 * block_size):
-        parent = xxh3_128_digest(parent + packed[start : start + 4 * block_size])
-        hashes.append(parent)
-    return hashes
-
-
-def reusable_blocks(num_tokens: int, block_size: int) -> int:
-    """How many blocks of a prompt of `num_tokens` may come from the cache.
-
-    The last token is always computed, because its logits are needed.
-    """
-    return max(0, num_tokens - 1) // block_size
-
-
-@dataclass(frozen=True)
-class BlocksStored:
-    """These blocks can be reused from now on; parents come before their children."""
-
-    seq: int
-    hashes: tuple[bytes, ...]
-
-
-@dataclass(frozen=True)
-class BlocksRemoved:
-    """These blocks were evicted; children come before their parents."""
-
-    seq: int
-    hashes: tuple[bytes, ...]
-
-
-@dataclass(frozen=True)
-class CacheCleared:
-    """No block can be reused any more."""
-
-    seq: int
-
-
-BlockEvent = BlocksStored | BlocksRemoved | CacheCleared
-
-
-@dataclass(frozen=True)
-class CacheSnapshot:
-    """All reusable blocks at one moment; the next event has `seq + 1`.
-
-    `epoch` is unique to one cache instance: sequence numbers of different epochs are not comparable.
-    """
-
-    epoch: str
-    seq: int
-    hashes: tuple[bytes, ...]
+NO_BLOCK = -1
+"""Stands in a table for a block that no token of its request will read again."""
 
 
 class CacheCorrupted(RuntimeError):
@@ -123,10 +45,13 @@ class BlockTable:
 
     root: bytes
     block_ids: list[int] = field(default_factory=list)
+    """`NO_BLOCK` for those before the window."""
     hashes: list[bytes] = field(default_factory=list)
     """Chain over the full blocks of the request's tokens seen so far; survives a release."""
+    num_trimmed: int = 0
+    """Leading blocks that are `NO_BLOCK`."""
     num_indexed: int = 0
-    """Leading blocks of `block_ids` that are in the index."""
+    """Leading blocks of `block_ids` that are in the index, or were when they were given up."""
     indexable: bool = True
     """False once a block could not be indexed: its children then cannot be either."""
 
@@ -144,18 +69,37 @@ class _Block:
 
 
 class BlockManager:
-    """Hands out the blocks of a cache of `num_blocks` blocks of `block_size` tokens."""
+    """Hands out the blocks of a cache of `num_blocks` blocks of `block_size` tokens.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    Args:
+        window: how many tokens back, itself included, a token sees at most; None when a layer sees everything.
+        max_chunk: tokens of one request that a step computes at most; counts only with a window.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, window: int | None = None, max_chunk: int | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.epoch = uuid4().hex
-        self.event_seq = 0
-        self._events: deque[BlockEvent] = deque(maxlen=MAX_PENDING_EVENTS)
+        self.window = window
+        self.max_chunk = max_chunk if max_chunk is not None else num_blocks * block_size
+        self._log = EventLog()
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._free: deque[int] = deque(range(num_blocks))
         self._reusable: OrderedDict[int, None] = OrderedDict()
         self._index: dict[bytes, int] = {}
+        self._copies: dict[int, int] = {}
+        """Source by destination of the copies still to be made."""
+        self.num_copies = 0
+
+    @property
+    def epoch(self) -> str:
+        return self._log.epoch
+
+    @property
+    def event_seq(self) -> int:
+        """Sequence number of the last event."""
+        return self._log.seq
 
     @property
     def num_free(self) -> int:
@@ -166,6 +110,19 @@ class BlockManager:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
+    def peak_blocks(self, num_tokens: int) -> int:
+        """Blocks that a request of `num_tokens` tokens in all holds at most at a time."""
+        if self.window is None:
+            return self.blocks_for(num_tokens)
+        return min(self.blocks_for(num_tokens), self.blocks_for(self.window + self.max_chunk) + 1)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of the longest request that the cache can hold by itself; None when there is no limit."""
+        if self.window is not None and self.blocks_for(self.window + self.max_chunk) < self.num_blocks:
+            return None
+        return self.num_blocks * self.block_size
+
     def extend_hashes(self, table: BlockTable, token_ids: Sequence[int]) -> None:
         """Brings `table.hashes` up to the full blocks of `token_ids`."""
         done = len(table.hashes)
@@ -173,40 +130,115 @@ class BlockManager:
             parent = table.hashes[-1] if done else table.root
             table.hashes += hash_blocks(parent, token_ids[done * self.block_size :], self.block_size)
 
-    def reserve(self, table: BlockTable, token_ids: Sequence[int], *, headroom: int = 0) -> int | None:
-        """Gives an empty table the blocks for all of `token_ids`, cached ones where the prefix matches.
+    def match(self, table: BlockTable, token_ids: Sequence[int]) -> list[int]:
+        """The cached blocks that `token_ids` begin with; their last token is never among them."""
+        self.extend_hashes(table, token_ids)
+        matched: list[int] = []
+        parent = table.root
+        for position in range(reusable_blocks(len(token_ids), self.block_size)):
+            block_id = self._index.get(table.hashes[position])
+            if block_id is None or not self._is(block_id, parent, self._tokens(token_ids, position)):
+                break
+            matched.append(block_id)
+            parent = table.hashes[position]
+        return matched
+
+    def reserve(
+        self,
+        table: BlockTable,
+        token_ids: Sequence[int],
+        *,
+        matched: Sequence[int] | None = None,
+        headroom: int = 0,
+    ) -> int | None:
+        """Gives an empty table the blocks for all of `token_ids`, or with a window those for the first chunk.
 
         Args:
+            matched: what `match` says now, or less; None asks it.
             headroom: free blocks that must remain afterwards.
 
         Returns:
             The number of tokens whose keys and values are there already, or None (and nothing changes) when there
             are not enough free blocks.
         """
-        matched = self._match(table, token_ids)
-        missing = self.blocks_for(len(token_ids)) - len(matched)
-        idle_matched = sum(1 for block_id in matched if self._blocks[block_id].references == 0)
-        if missing > self.num_free - idle_matched - headroom:
+        if matched is None:
+            matched = self.match(table, token_ids)
+        start = len(matched) * self.block_size
+        first = self._first_visible(start)
+        held = matched[first:]
+        taken = self.blocks_for(len(token_ids)) - len(matched)
+        needed = self.peak_blocks(len(token_ids) - first * self.block_size) - len(held)
+        if self.window is not None:
+            taken = min(taken, self.blocks_for(self.max_chunk))
+        idle_held = sum(1 for block_id in held if self._blocks[block_id].references == 0)
+        if max(taken, needed) > self.num_free - idle_held - headroom:
             return None
-        for block_id in matched:
+        for block_id in held:
             self._reference(block_id)
-        table.block_ids = matched + self._take(missing)
+        table.block_ids = [NO_BLOCK] * first + [*held, *self._take(taken)]
+        table.num_trimmed = first
         table.num_indexed = len(matched)
         # A table whose prefix is unindexed starts anew: what it computes from here has an indexed parent.
         table.indexable = True
-        return len(matched) * self.block_size
+        return start
 
-    def grow(self, table: BlockTable, num_tokens: int) -> bool:
-        """Adds blocks until the table holds `num_tokens` tokens; False, and no change, when too few are free."""
-        missing = self.blocks_for(num_tokens) - len(table.block_ids)
-        if missing > self.num_free:
+    def fork(self, source: BlockTable, table: BlockTable, num_tokens: int) -> bool:
+        """Gives an empty table the blocks of the first `num_tokens` tokens of `source`, which has computed them.
+
+        Returns:
+            False, and no change, when `source` has given up some that the last of these tokens sees.
+        """
+        first = self._first_visible(num_tokens - 1)
+        shared = source.block_ids[first : self.blocks_for(num_tokens)]
+        if NO_BLOCK in shared:
             return False
-        if missing > 0:
+        for block_id in shared:
+            self._reference(block_id)
+        table.block_ids = [NO_BLOCK] * first + shared
+        table.num_trimmed = first
+        table.num_indexed = min(source.num_indexed, num_tokens // self.block_size)
+        table.indexable = source.indexable
+        return True
+
+    def make_room(self, table: BlockTable, start: int, end: int) -> bool:
+        """Makes the places of tokens `[start, end)` the table's own: adds blocks, and replaces a shared one by a copy.
+
+        Returns:
+            False, and no change, when too few blocks are free.
+        """
+        missing = max(0, self.blocks_for(end) - len(table.block_ids))
+        position = start // self.block_size
+        # Of a table's blocks only the last can hold tokens and be written to again.
+        shared = position < len(table.block_ids) and self._shared(table.block_ids[position])
+        if missing + shared > self.num_free:
+            return False
+        if shared:
+            source = table.block_ids[position]
+            (copy,) = self._take(1)
+            self._copies[copy] = self._copies.get(source, source)
+            self.num_copies += 1
+            table.block_ids[position] = copy
+            table.num_indexed = min(table.num_indexed, position)
+            self._dereference(source)
+        if missing:
             table.block_ids += self._take(missing)
         return True
 
+    def take_copies(self) -> list[tuple[int, int]]:
+        """(source, destination) of the blocks to copy before anything else is written to the cache; once."""
+        copies = [(source, destination) for destination, source in self._copies.items()]
+        self._copies.clear()
+        return copies
+
     def commit(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
-        """Indexes the table's full blocks among the first `num_computed` tokens, which are in the cache now."""
+        """The first `num_computed` tokens are in the cache: indexes their full blocks, gives up those out of sight."""
+        self._index_full(table, token_ids, num_computed)
+        while table.num_trimmed < self._first_visible(num_computed):
+            self._dereference(table.block_ids[table.num_trimmed])
+            table.block_ids[table.num_trimmed] = NO_BLOCK
+            table.num_trimmed += 1
+
+    def _index_full(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         full = num_computed // self.block_size
         if not table.indexable or full <= table.num_indexed:
             return
@@ -231,16 +263,15 @@ class BlockManager:
                 break
             table.num_indexed += 1
         if stored:
-            self.event_seq += 1
-            self._events.append(BlocksStored(self.event_seq, tuple(stored)))
+            self._log.stored(stored)
 
     def release(self, table: BlockTable) -> None:
         """Takes the table's blocks back; the indexed ones stay reusable."""
         # Last to first: the LRU order then evicts a child before its parent.
-        for block_id in reversed(table.block_ids):
+        for block_id in reversed(table.block_ids[table.num_trimmed :]):
             self._dereference(block_id)
         table.block_ids = []
-        table.num_indexed = 0
+        table.num_indexed = table.num_trimmed = 0
 
     def clear(self, tables: Iterable[BlockTable]) -> None:
         """Empties the index. `tables`, all that hold blocks, keep them, but what they compute is not indexed."""
@@ -252,37 +283,30 @@ class BlockManager:
         self._index.clear()
         self._free.extend(self._reusable)
         self._reusable.clear()
-        self.event_seq += 1
-        self._events.append(CacheCleared(self.event_seq))
+        self._log.cleared()
 
     def drain_events(self) -> list[BlockEvent]:
         """The events since the last call, in order of `seq`."""
-        events = list(self._events)
-        self._events.clear()
-        return events
+        return self._log.drain()
 
     def snapshot(self) -> CacheSnapshot:
         """The index as of `event_seq`, events not yet drained included."""
         return CacheSnapshot(self.epoch, self.event_seq, tuple(self._index))
 
     def _tokens(self, token_ids: Sequence[int], position: int) -> bytes:
-        return _pack(token_ids[position * self.block_size : (position + 1) * self.block_size])
+        return pack_tokens(token_ids[position * self.block_size : (position + 1) * self.block_size])
 
     def _is(self, block_id: int, parent: bytes, tokens: bytes) -> bool:
         block = self._blocks[block_id]
         return block.parent == parent and block.tokens == tokens
 
-    def _match(self, table: BlockTable, token_ids: Sequence[int]) -> list[int]:
-        self.extend_hashes(table, token_ids)
-        matched: list[int] = []
-        parent = table.root
-        for position in range(reusable_blocks(len(token_ids), self.block_size)):
-            block_id = self._index.get(table.hashes[position])
-            if block_id is None or not self._is(block_id, parent, self._tokens(token_ids, position)):
-                break
-            matched.append(block_id)
-            parent = table.hashes[position]
-        return matched
+    def _first_visible(self, position: int) -> int:
+        """The first block of which the token at `position` sees something."""
+        return 0 if self.window is None else max(0, position - self.window + 1) // self.block_size
+
+    def _shared(self, block_id: int) -> bool:
+        block = self._blocks[block_id]
+        return block.references > 1 or block.hash is not None
 
     def _reference(self, block_id: int) -> None:
         block = self._blocks[block_id]
@@ -294,6 +318,7 @@ class BlockManager:
         block = self._blocks[block_id]
         block.references -= 1
         if block.references == 0:
+            self._copies.pop(block_id, None)
             if block.hash is None:
                 self._free.append(block_id)
             else:
@@ -315,8 +340,7 @@ class BlockManager:
             self._blocks[block_id] = _Block(references=1)
             taken.append(block_id)
         if removed:
-            self.event_seq += 1
-            self._events.append(BlocksRemoved(self.event_seq, tuple(removed)))
+            self._log.removed(removed)
         return taken
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
@@ -326,7 +350,7 @@ class BlockManager:
             CacheCorrupted: names the first contradiction.
         """
         tables = list(tables)
-        references = Counter(block_id for table in tables for block_id in table.block_ids)
+        references = Counter(block_id for table in tables for block_id in table.block_ids[table.num_trimmed :])
         free, reusable = set(self._free), set(self._reusable)
         if len(free) != len(self._free) or free & reusable:
             raise CacheCorrupted("a block is free twice")
@@ -341,11 +365,17 @@ class BlockManager:
                 raise CacheCorrupted(f"block {block_id} without references is free and indexed, or neither")
             if block.hash is not None and self._index.get(block.hash) != block_id:
                 raise CacheCorrupted(f"block {block_id} is not in the index under its hash")
+        if any(block_id not in references for block_id in self._copies):
+            raise CacheCorrupted("a block that nobody holds is to be copied to")
         if len(self._index) != sum(block.hash is not None for block in self._blocks):
             raise CacheCorrupted("the index names a block that does not carry its hash")
         self._check_tree()
         for table in tables:
+            if any(block_id != NO_BLOCK for block_id in table.block_ids[: table.num_trimmed]):
+                raise CacheCorrupted("a table holds blocks that it gave up")
             for position, block_id in enumerate(table.block_ids):
+                if position < table.num_trimmed:
+                    continue
                 expected = table.hashes[position] if position < table.num_indexed else None
                 if self._blocks[block_id].hash != expected:
                     raise CacheCorrupted(f"block {block_id} at position {position} is not indexed as its table says")
@@ -356,7 +386,7 @@ class BlockManager:
             block = self._blocks[block_id]
             if xxh3_128_digest(block.parent + block.tokens) != block_hash:
                 raise CacheCorrupted(f"block {block_id} does not hash to its index key")
-            if block.position == 0:
+            if block.position == 0 or self.window is not None:
                 continue
             parent_id = self._index.get(block.parent)
             if parent_id is None:

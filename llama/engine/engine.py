@@ -3,10 +3,11 @@
 Ownership. Two locks, always taken in this order:
 
     _step_lock   one step at a time. Its holder, the step thread or whoever calls `step` or `generate`, alone runs the
-                 model, writes the cache tensors, appends to `Request.token_ids` and calls `schedule` and `commit`.
-    _lock        the scheduler, the block manager, `_active`, `_outbox` and the counters. Held for bookkeeping only,
-                 never while the model runs, so that `add_request`, `abort`, `stats`, `snapshot` and `flush_cache`
-                 answer at once on any thread (the asyncio one above all).
+                 model, writes the cache tensors and the weights, appends to `Request.token_ids` and calls `schedule`
+                 and `commit`.
+    _lock        the books (llama/engine/core.py). Held for bookkeeping only, never while the model runs, so that
+                 `add_request`, `abort`, `stats`, `snapshot` and `flush_cache` answer at once on any thread (the asyncio
+                 one above all).
 
 A step copies its inputs under `_lock`, runs the model without it, and takes it again to commit. A request aborted in
 between is recognised by its status; its blocks are not given to another before the next `schedule`.
@@ -18,19 +19,25 @@ import asyncio
 import logging
 import operator
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from itertools import count
 
-from llama.engine.blocks import BlockEvent, BlockManager, BlockTable, CacheSnapshot, generation_root
-from llama.engine.config import EngineConfig, EngineStats, check_cacheable
+from torch import Tensor
+
+from llama.engine.config import EngineConfig, EngineStats, check_cacheable, half_context, widest_window
+from llama.engine.core import EngineCore
+from llama.engine.events import BlockEvent, CacheSnapshot
 from llama.engine.output import ActiveRequest, Collector, EngineFailed, Sink
 from llama.engine.params import SamplingParams
-from llama.engine.request import Chunk, Completion, PromptTooLong, Request, Status
-from llama.engine.runner import ModelRunner, SampledToken
-from llama.engine.scheduler import QueueFull, ScheduledTokens, Scheduler
-from llama.engine.text import OutputText, TextTokenizer
+from llama.engine.progress import Progress
+from llama.engine.request import Chunk, Completion, PromptTooLong
+from llama.engine.runner import ModelRunner
+from llama.engine.scheduler import QueueFull
+from llama.engine.swap import WeightSwap
+from llama.engine.text import TextTokenizer
 from llama.model import Transformer
 
 logger = logging.getLogger(__name__)
@@ -47,12 +54,14 @@ class Engine:
     asyncio, computed by a background thread; `add_request` and `step` to drive it by hand.
 
     Args:
-        model: on the device and in the dtype to compute in; put in evaluation mode. It must not change meanwhile.
+        model: on the device and in the dtype to compute in; put in evaluation mode. Only `load_weights` may change it.
         tokenizer: None when prompts are token ids and no text is wanted.
         weights_id: names the weights; blocks cached under another name are never reused.
+        clock: seconds; what deadlines are measured by.
 
     Raises:
-        ValueError: the model's keys depend on the length of their sequence, so that they cannot be cached.
+        ValueError: the model's keys depend on the length of their sequence, so that they cannot be cached; or the cache
+            is to be smaller than a block.
     """
 
     def __init__(
@@ -62,28 +71,28 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         weights_id: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_cacheable(model.config)
         self.config = config or EngineConfig()
         self.tokenizer = tokenizer
-        self.weights_id = weights_id
         self.on_events: Callable[[], None] | None = None
         """Called after a step or a flush that produced block events, before any chunk of that step is handed out,
         on the thread that made them and without a lock held."""
-        self._vocab_size = model.config.vocab_size
-        self._max_seq_len = model.config.max_seq_len
-        self._runner = ModelRunner(model, num_blocks=self.config.num_blocks, block_size=self.config.block_size)
-        self._blocks = BlockManager(self.config.num_blocks, self.config.block_size)
-        self._scheduler = Scheduler(
-            self._blocks,
-            max_batched_tokens=self.config.max_batched_tokens,
-            max_running=self.config.max_running,
-            max_waiting=self.config.max_waiting,
+        self._model_config = model.config
+        self._clock = clock
+        num_blocks = self.config.blocks(model.config, next(model.parameters()).element_size())
+        self._runner = ModelRunner(model, num_blocks=num_blocks, block_size=self.config.block_size)
+        self._core = EngineCore(
+            self.config,
+            num_blocks=num_blocks,
+            max_seq_len=model.config.max_seq_len,
+            tokenizer=tokenizer,
+            weights_id=weights_id,
+            window=widest_window(model.config),
+            half_context=half_context(model.config),
         )
-        self._active: dict[str, ActiveRequest] = {}
-        self._outbox: list[Chunk] = []
-        self._generated_tokens = 0
-        self._names = count()
+        self._swap: WeightSwap | None = None
         self._failure: BaseException | None = None
         self._closed = False
         self._interruptible = False
@@ -92,6 +101,15 @@ class Engine:
         self._step_lock = threading.Lock()
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
+
+    @property
+    def weights_id(self) -> str:
+        return self._core.weights_id
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Prompt and generated tokens of the longest request: the model's context, or what the cache holds."""
+        return self._core.max_total_tokens
 
     # Requests in.
 
@@ -108,84 +126,95 @@ class Engine:
         return self.tokenizer.encode(prompt)
 
     def add_request(
-        self, token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None, salt: str = ""
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        salt: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> str:
         """Queues a request whose chunks `step` will return; returns its id.
 
         Args:
             request_id: unique among unfinished requests; None makes one.
-            salt: requests of different salts share no cached block.
+            salt: names the tenant. Requests of different salts share no cached block, and within a priority the queue
+                gives each salt that waits the same service.
+            priority: the lowest is served first, and may preempt a higher one.
+            timeout_s: seconds from now after which it ends, wherever it is, with `finish_reason="timeout"`.
 
         Raises:
-            ValueError: the prompt is empty or holds no token id, or the id is taken.
+            ValueError: the prompt is empty or holds no token id, the id is taken, or a setting cannot be obeyed.
             PromptTooLong: it fits the context or the cache at no time.
             QueueFull: too many requests wait.
             EngineFailed, EngineClosed: it takes no more requests.
         """
-        return self._submit(self._checked_prompt(token_ids, params), params, request_id, salt, None).request.request_id
+        token_ids = self._checked_prompt(token_ids, params)
+        active = self._submit(token_ids, params, None, request_id, salt, priority, timeout_s)
+        return active[0].request.request_id
 
     def _checked_prompt(self, token_ids: Sequence[int], params: SamplingParams) -> list[int]:
         checked: list[int] = []
+        vocab_size = self._model_config.vocab_size
         for position, token_id in enumerate(token_ids):
             try:
                 value = operator.index(token_id)
             except TypeError:
                 value = -1
-            if not 0 <= value < self._vocab_size:
-                raise ValueError(f"prompt[{position}]={token_id!r} is not a token id in [0, {self._vocab_size})")
+            if not 0 <= value < vocab_size:
+                raise ValueError(f"prompt[{position}]={token_id!r} is not a token id in [0, {vocab_size})")
             checked.append(value)
         if not checked:
             raise ValueError("prompt is empty; give at least one token")
-        if len(checked) + 1 > self._max_seq_len:
+        longest = self._model_config.max_seq_len
+        if len(checked) + 1 > longest:
             raise PromptTooLong(
                 f"the prompt has {len(checked)} tokens; with at least 1 generated it exceeds the model's context of "
-                f"{self._max_seq_len} tokens, shorten it"
+                f"{longest} tokens, shorten it"
             )
-        if len(checked) + 1 > self._capacity:
+        if len(checked) + 1 > self.max_total_tokens:
             raise PromptTooLong(
                 f"the prompt has {len(checked)} tokens; with at least 1 generated it exceeds the cache of "
-                f"engine.num_blocks={self.config.num_blocks} × engine.block_size={self.config.block_size} tokens, "
-                "shorten it or enlarge the cache"
+                f"engine.num_blocks={self._core.blocks.num_blocks} × engine.block_size={self.config.block_size} "
+                "tokens, shorten it or enlarge the cache"
             )
+        if params.n > self.config.max_waiting:
+            raise ValueError(f"n={params.n} exceeds engine.max_waiting={self.config.max_waiting}; lower it")
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer; use stop_token_ids")
-        if params.logprobs is not None and params.logprobs > self._vocab_size:
-            raise ValueError(f"logprobs={params.logprobs} exceeds the vocabulary of {self._vocab_size}")
+        if params.logprobs is not None and params.logprobs > vocab_size:
+            raise ValueError(f"logprobs={params.logprobs} exceeds the vocabulary of {vocab_size}")
         return checked
 
-    @property
-    def _capacity(self) -> int:
-        return self.config.num_blocks * self.config.block_size
-
     def _submit(
-        self, token_ids: list[int], params: SamplingParams, request_id: str | None, salt: str, sink: Sink | None
-    ) -> ActiveRequest:
-        if request_id is None:
-            request_id = f"request-{next(self._names)}"
-        table = BlockTable(generation_root(self.weights_id, "", salt))
-        self._blocks.extend_hashes(table, token_ids)
-        request = Request(request_id, params, token_ids, table, min(self._max_seq_len, self._capacity))
-        text = OutputText(self.tokenizer, params.stop) if self.tokenizer is not None else None
-        active = ActiveRequest(request, text, sink)
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        sink: Sink | None,
+        request_id: str | None = None,
+        salt: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> list[ActiveRequest]:
+        if not isinstance(priority, int):
+            raise ValueError(f"priority={priority!r} is not an integer")
+        if timeout_s is not None and not timeout_s > 0:
+            raise ValueError(f"timeout_s={timeout_s!r} is not a positive number of seconds")
+        deadline = float("inf") if timeout_s is None else self._clock() + timeout_s
+        active = self._core.prepare(
+            token_ids, params, request_id=request_id, salt=salt, priority=priority, deadline=deadline, sink=sink
+        )
         with self._lock:
             self._check_open()
-            if request_id in self._active:
-                raise ValueError(f"request_id={request_id!r} is in use; choose another or None")
-            self._scheduler.add(request)
-            self._active[request_id] = active
+            self._core.submit(active)
             self._work.notify_all()
         return active
 
     def abort(self, request_id: str) -> None:
         """Ends a request with `finish_reason="abort"`, whatever its state; unknown and finished ids are ignored."""
         with self._lock:
-            active = self._active.get(request_id)
-            if active is not None and active.request.status is not Status.FINISHED:
-                self._abort(active)
-
-    def _abort(self, active: ActiveRequest) -> None:
-        self._scheduler.finish(active.request)
-        self._hand_out(active, active.chunk([], "", "abort", None, self._blocks.event_seq))
+            self._core.abort(request_id)
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -197,9 +226,13 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has something to compute or to return."""
+        """Whether `step` has something to compute, to load or to return."""
         with self._lock:
-            return self._failure is None and (self._scheduler.has_work or bool(self._outbox))
+            return self._failure is None and (self._must_step or bool(self._core.outbox))
+
+    @property
+    def _must_step(self) -> bool:
+        return self._core.has_work or self._swap is not None
 
     def step(self) -> list[Chunk]:
         """Computes one step; returns what there is for requests made with `add_request`.
@@ -210,98 +243,79 @@ class Engine:
         """
         self._step()
         with self._lock:
-            chunks, self._outbox = self._outbox, []
+            chunks, self._core.outbox = self._core.outbox, []
         return chunks
 
     def _step(self) -> None:
         with self._step_lock:
             with self._lock:
                 self._check_open()
-            self._interruptible = False
-            try:
-                self._compute_step()
-            except BaseException as error:
-                # An interrupted model run is done again. An interrupt elsewhere may leave books half written, and one
-                # in the step thread leaves nobody to go on.
-                in_thread = threading.current_thread() is self._thread
-                if isinstance(error, Exception) or in_thread or not self._interruptible:
-                    self._fail(error)
-                raise
+            self._guard(self._compute_step)
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        self._interruptible = False
+        try:
+            work()
+        except BaseException as error:
+            # An interrupted model run is done again. An interrupt elsewhere may leave books or weights half written,
+            # and one in the step thread leaves nobody to go on.
+            in_thread = threading.current_thread() is self._thread
+            if isinstance(error, Exception) or in_thread or not self._interruptible:
+                self._fail(error)
+            raise
 
     def _compute_step(self) -> None:
+        self._apply_swap()
         with self._lock:
-            first_seq = self._blocks.event_seq
-            scheduled = self._scheduler.schedule()
-            if not scheduled:
-                if self._scheduler.has_work:
-                    raise RuntimeError("requests wait and none can be scheduled: a defect of the scheduler")
-                return
-            inputs = self._runner.prepare(scheduled)
+            first_seq = self._core.blocks.event_seq
+            self._core.expire(self._clock())
+            scheduled = self._core.schedule()
+            copies = self._core.blocks.take_copies()
+            inputs = self._runner.prepare(scheduled) if scheduled else None
+        if inputs is None:
+            return
+        self._runner.cache.copy_blocks(copies)
         self._interruptible = True
         tokens = self._runner.run(inputs)
         self._interruptible = False
         with self._lock:
-            outputs = self._commit(scheduled, tokens)
-            produced_events = self._blocks.event_seq != first_seq
+            outputs = self._core.commit(scheduled, [(token.token_id, token.logprob) for token in tokens])
+            produced_events = self._core.blocks.event_seq != first_seq
         # Before the chunks: who reads a finish_reason may rely on the events of that request.
         if produced_events and self.on_events is not None:
             self.on_events()
         with self._lock:
-            for active, chunk in outputs:
-                self._hand_out(active, chunk)
-
-    def _commit(
-        self, scheduled: Sequence[ScheduledTokens], tokens: Sequence[SampledToken]
-    ) -> list[tuple[ActiveRequest, Chunk]]:
-        """Books what the step computed; `tokens` are those of the scheduled parts that sample, in order."""
-        remaining = iter(tokens)
-        outputs: list[tuple[ActiveRequest, Chunk]] = []
-        for item in scheduled:
-            token = next(remaining) if item.samples else None
-            if item.request.status is not Status.RUNNING:
-                continue  # aborted while the model ran
-            self._scheduler.commit(item)
-            if token is None:
-                continue
-            active = self._active[item.request.request_id]
-            text, reason = active.accept(
-                token.token_id, self.tokenizer.eos_ids if self.tokenizer is not None else frozenset()
-            )
-            self._generated_tokens += 1
-            if reason is not None:
-                self._scheduler.finish(item.request)
-            outputs.append((active, active.chunk([token.token_id], text, reason, token.logprob, 0)))
-        for _, chunk in outputs:
-            chunk.event_seq = self._blocks.event_seq
-        return outputs
-
-    def _hand_out(self, active: ActiveRequest, chunk: Chunk) -> None:
-        if self._active.get(chunk.request_id) is not active:
-            return  # aborted since the chunk was made
-        if chunk.finish_reason is not None:
-            del self._active[chunk.request_id]
-        if active.sink is None:
-            self._outbox.append(chunk)
-        else:
-            active.sink(chunk)
+            self._core.hand_out(outputs)
 
     def _fail(self, error: BaseException) -> None:
         """No stream may wait for ever on a step thread that died: each gets the error."""
         logger.error("the engine's step failed", exc_info=error)
         with self._lock:
             self._failure = error
-            for active in self._active.values():
+            failure = EngineFailed(f"the engine has failed: {error!r}")
+            failure.__cause__ = error
+            for active in self._core.forget_all():
                 if active.sink is not None:
-                    failure = EngineFailed(f"the engine has failed: {error!r}")
-                    failure.__cause__ = error
                     active.sink(failure)
-            self._active.clear()
+            if self._swap is not None:
+                self._swap.done.set_exception(failure)
+                self._swap = None
             self._work.notify_all()
 
     # Whole prompts, offline.
 
-    def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """Completes every prompt with the same parameters; returns the completions in order.
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Completes every prompt; returns the completions in order, the `n` of a prompt side by side.
+
+        Args:
+            params: for all prompts, or one for each.
+            progress: tell on standard error how far it is.
 
         Raises:
             ValueError: as `add_request`, before anything is computed.
@@ -309,29 +323,43 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r} is one string; give a list of prompts")
-        checked = [self._checked_prompt(self.encode(prompt), params) for prompt in prompts]
-        collectors = [Collector(list(token_ids), params) for token_ids in checked]
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"params holds {len(each)} settings for {len(prompts)} prompts; give one, or one for each")
+        checked = [
+            (self._checked_prompt(self.encode(prompt), own), own) for prompt, own in zip(prompts, each, strict=True)
+        ]
+        collectors = [Collector(token_ids, own) for token_ids, own in checked]
         pending = deque(zip(checked, collectors, strict=True))
         running: list[tuple[ActiveRequest, Collector]] = []
-        try:
-            while pending or running:
-                # The queue limit protects a server; here it only paces the submission.
-                with suppress(QueueFull):
-                    while pending:
-                        token_ids, collector = pending[0]
-                        running.append((self._submit(token_ids, params, None, "", collector), collector))
-                        pending.popleft()
-                self._step()
-                running = [entry for entry in running if not entry[1].finished]
-        finally:
-            for active, _ in running:
-                self.abort(active.request.request_id)
-        return [collector.completion for collector in collectors]
+        with Progress(len(prompts), enabled=progress) as bar:
+            try:
+                while pending or running:
+                    # The queue limit protects a server; here it only paces the submission.
+                    with suppress(QueueFull):
+                        while pending:
+                            (token_ids, own), collector = pending[0]
+                            running.append((self._submit(token_ids, own, collector)[0], collector))
+                            pending.popleft()
+                    self._step()
+                    running = [entry for entry in running if entry[1].unfinished]
+                    bar.update(len(prompts) - len(pending) - len(running), self._core.stats().generated_tokens)
+            finally:
+                for active, _ in running:
+                    self.abort(active.request.request_id)
+        return [completion for collector in collectors for completion in collector.completions]
 
     # One request at a time, under asyncio.
 
     async def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None, salt: str = ""
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        salt: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[Chunk]:
         """Yields a request's chunks as they are computed. Closing the iterator or cancelling its task aborts it.
 
@@ -347,21 +375,21 @@ class Engine:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(queue.put_nowait, item)
 
-        active = self._submit(token_ids, params, request_id, salt, sink)
+        active = self._submit(token_ids, params, sink, request_id, salt, priority, timeout_s)
+        unfinished = len(active)
         try:
             self._ensure_thread()
-            while True:
+            while unfinished:
                 item = await queue.get()
                 if isinstance(item, EngineFailed):
                     raise item
+                unfinished -= item.finish_reason is not None
                 yield item
-                if item.finish_reason is not None:
-                    return
         finally:
             with self._lock:
-                # By identity: the id may be in use again.
-                if active.request.status is not Status.FINISHED and self._failure is None:
-                    self._abort(active)
+                # Not by the id, which may be in use again.
+                if self._failure is None:
+                    self._core.end(active, "abort")
 
     def _ensure_thread(self) -> None:
         with self._lock:
@@ -372,7 +400,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._work:
-                while not self._closed and self._failure is None and not self._scheduler.has_work:
+                while not self._closed and self._failure is None and not self._must_step:
                     self._work.wait()
                 if self._closed or self._failure is not None:
                     return
@@ -381,46 +409,88 @@ class Engine:
             except BaseException:
                 return  # `_fail` has told every stream, and the log
 
+    # Weights.
+
+    def load_weights(self, weights: Mapping[str, Tensor], *, weights_id: str) -> Future[None]:
+        """Replaces the model's weights in place, as soon as no request runs that began with the present ones.
+
+        Requests that have not begun wait meanwhile, as many as the queue takes, and run with the new weights. What was
+        cached under the old ones is never found again.
+
+        Args:
+            weights: as of `Transformer.state_dict`, of any device and floating dtype; converted to the model's. It must
+                not change until the future is done.
+            weights_id: names them; another name than the present one.
+
+        Returns:
+            Done when they are in place: by then, or by the step that does it, which the step thread or the caller of
+            `step` computes. Failed with what a step raised, or with EngineClosed.
+
+        Raises:
+            ValueError: names or shapes are not the model's, the name is the present one, or another swap is under way.
+            EngineFailed, EngineClosed: it computes nothing any more.
+        """
+        swap = WeightSwap(self._runner.model, weights, weights_id)
+        with self._lock:
+            self._check_open()
+            if weights_id == self.weights_id:
+                raise ValueError(f"weights_id={weights_id!r} names the present weights; choose another name")
+            if self._swap is not None:
+                raise ValueError(f"weights_id={weights_id!r}: the swap to {self._swap.weights_id!r} is not done; wait")
+            self._swap = swap
+            self._core.scheduler.only_started = True
+            self._work.notify_all()
+            idle = self._core.may_swap
+        # With nothing under way nobody may be stepping.
+        if idle and self._step_lock.acquire(blocking=False):
+            try:
+                self._guard(self._apply_swap)
+            finally:
+                self._step_lock.release()
+        return swap.done
+
+    def _apply_swap(self) -> None:
+        """Loads the weights that wait, if nothing runs with the old ones; by the holder of `_step_lock`."""
+        with self._lock:
+            swap = self._swap
+            if swap is None or not self._core.may_swap:
+                return
+        swap.apply()
+        with self._lock:
+            self._core.swap(swap.weights_id)
+            self._core.scheduler.only_started = False
+            self._swap = None
+        if self.on_events is not None:
+            self.on_events()
+        swap.done.set_result(None)
+
     # The cache and its events.
 
     def flush_cache(self) -> None:
         """Forgets every reusable block. Running requests go on with theirs, which nobody else can reuse any more."""
         with self._lock:
-            self._blocks.clear(self._scheduler.tables)
+            self._core.blocks.clear(self._core.scheduler.tables)
         if self.on_events is not None:
             self.on_events()
 
     def drain_events(self) -> list[BlockEvent]:
         """Block events since the last call. A gap in `seq` (too many were pending) calls for a `snapshot`."""
         with self._lock:
-            return self._blocks.drain_events()
+            return self._core.blocks.drain_events()
 
     def snapshot(self) -> CacheSnapshot:
         """All reusable blocks, as of `event_seq`."""
         with self._lock:
-            return self._blocks.snapshot()
+            return self._core.blocks.snapshot()
 
     @property
     def event_seq(self) -> int:
         """Sequence number of the last block event."""
-        return self._blocks.event_seq
+        return self._core.blocks.event_seq
 
     def stats(self) -> EngineStats:
         with self._lock:
-            running, waiting = self._scheduler.running, self._scheduler.waiting
-            return EngineStats(
-                running=len(running),
-                waiting=len(waiting),
-                num_blocks=self.config.num_blocks,
-                free_blocks=self._blocks.num_free,
-                pending_prefill_tokens=sum(request.num_missing for request in waiting)
-                + sum(request.num_missing for request in running if not request.decoding),
-                decode_context_tokens=sum(len(request.token_ids) for request in running if request.decoding),
-                generated_tokens=self._generated_tokens,
-                prompt_tokens=self._scheduler.num_prompt_tokens,
-                cached_tokens=self._scheduler.num_cached_tokens,
-                preemptions=self._scheduler.num_preemptions,
-            )
+            return self._core.stats()
 
     def check_integrity(self) -> None:
         """Verifies the cache's bookkeeping; cheap enough for tests and for an idle moment.
@@ -429,15 +499,16 @@ class Engine:
             CacheCorrupted: it contradicts itself.
         """
         with self._lock:
-            self._blocks.check_integrity(self._scheduler.tables)
+            self._core.check_integrity()
 
     def close(self) -> None:
         """Aborts every request and ends the step thread. Safe to call twice."""
         with self._lock:
             if not self._closed and self._failure is None:
-                for active in list(self._active.values()):
-                    if active.request.status is not Status.FINISHED:
-                        self._abort(active)
+                self._core.abort_all()
+                if self._swap is not None:
+                    self._swap.done.set_exception(EngineClosed("the engine is closed"))
+                    self._swap = None
             self._closed = True
             self._work.notify_all()
             thread = self._thread

@@ -27,6 +27,8 @@ class ActiveRequest:
     """None without a tokenizer."""
     sink: Sink | None
     """None: its chunks are what `step` returns."""
+    delivered: bool = False
+    """Its last chunk has been handed out."""
 
     def accept(self, token_id: int, eos_ids: frozenset[int]) -> tuple[str, FinishReason | None]:
         """Appends a generated token; returns the new text and whether it ends the request."""
@@ -44,6 +46,10 @@ class ActiveRequest:
         rest, stopped = self.text.finish() if self.text is not None else ("", False)
         return text + rest, "stop" if stop_token or stopped else "length"
 
+    def rest(self) -> str:
+        """Text held back so far, for a request that ends without another token."""
+        return self.text.finish()[0] if self.text is not None else ""
+
     def chunk(
         self, token_ids: list[int], text: str, reason: FinishReason | None, logprob: TokenLogprob | None, event_seq: int
     ) -> Chunk:
@@ -59,25 +65,29 @@ class ActiveRequest:
             completion_tokens=request.num_generated,
             logprobs=([logprob] if logprob is not None else []) if wanted else None,
             event_seq=event_seq,
+            index=request.index,
         )
 
 
 class Collector:
-    """The sink of `generate`: joins chunks into a completion."""
+    """The sink of `generate`: joins the chunks of one prompt into its completions."""
 
     def __init__(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self.completion = Completion(prompt_token_ids, [], "", "abort", 0, logprobs)
-        self.finished = False
+        self.completions = [
+            Completion(prompt_token_ids, [], "", "abort", 0, None if params.logprobs is None else [], index)
+            for index in range(params.n)
+        ]
+        self.unfinished = params.n
 
     def __call__(self, item: Chunk | EngineFailed) -> None:
         if isinstance(item, EngineFailed):
             return  # `generate` learns it from its own next step
-        self.completion.token_ids += item.token_ids
-        self.completion.text += item.text
-        self.completion.num_cached_tokens = item.num_cached_tokens
-        if self.completion.logprobs is not None:
-            self.completion.logprobs += item.logprobs or []
+        completion = self.completions[item.index]
+        completion.token_ids += item.token_ids
+        completion.text += item.text
+        completion.num_cached_tokens = item.num_cached_tokens
+        if completion.logprobs is not None:
+            completion.logprobs += item.logprobs or []
         if item.finish_reason is not None:
-            self.completion.finish_reason = item.finish_reason
-            self.finished = True
+            completion.finish_reason = item.finish_reason
+            self.unfinished -= 1

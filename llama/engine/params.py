@@ -42,9 +42,12 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """Report each token's log-probability, and those of this many likeliest ones; None reports nothing."""
+    n: int = 1
+    """Completions of the prompt, which is computed once. The first is what `seed` gives alone, the others differ."""
 
     def __post_init__(self) -> None:
         self._check_int("max_tokens", 1)
+        self._check_int("n", 1)
         self._check_int("top_k", 0)
         self._check_int("seed", None, optional=True)
         self._check_int("logprobs", 0, optional=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,7 +11,7 @@ from typing import Literal
 from llama.engine.blocks import BlockTable
 from llama.engine.params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "timeout"]
 
 
 class PromptTooLong(ValueError):
@@ -40,6 +41,8 @@ class Completion:
     num_cached_tokens: int
     """Prompt tokens whose keys and values were in the cache when the request was first admitted."""
     logprobs: list[TokenLogprob] | None
+    index: int = 0
+    """Which of the `SamplingParams.n` completions of its prompt it is."""
 
 
 @dataclass
@@ -59,6 +62,8 @@ class Chunk:
     """Of `token_ids`; None when not asked for."""
     event_seq: int
     """Sequence number of the last block event when the step ended: those up to it cover all this request computed."""
+    index: int = 0
+    """Which of the `SamplingParams.n` completions this belongs to."""
 
 
 class Status(Enum):
@@ -78,6 +83,21 @@ class Request:
     table: BlockTable
     max_total_tokens: int
     """Prompt and generated tokens end here at the latest."""
+    priority: int = 0
+    """The lowest is served first."""
+    salt: str = ""
+    """The tenant: cached blocks are shared within it only, and the queue is fair between tenants."""
+    deadline: float = math.inf
+    """Time on the engine's clock, seconds."""
+    index: int = 0
+    """Which of its prompt's completions this is."""
+    first: Request | None = None
+    """Completion 0 of the same prompt, which computes it for all; None is this one."""
+    arrival: int = field(init=False, default=0)
+    """Counts requests in order of arrival; `admission` likewise, None before the first."""
+    admission: int | None = field(init=False, default=None)
+    awaited: bytes | None = field(init=False, default=None)
+    """Hash of a block that another request computes for this one."""
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0
     """Leading tokens whose keys and values are in the cache."""
@@ -93,7 +113,9 @@ class Request:
         self.num_prompt_tokens = len(self.token_ids)
         seed = self.params.seed
         # Of a negative integer `random.Random` takes the absolute value: 0, -1, 1, -2, ... become 0, 1, 2, 3, ...
-        self.random = random.Random(None if seed is None else 2 * seed if seed >= 0 else -2 * seed - 1)
+        natural = None if seed is None else 2 * seed if seed >= 0 else -2 * seed - 1
+        # Completion 0 is what the seed gives without the others.
+        self.random = random.Random(natural if natural is None or not self.index else f"{natural}/{self.index}")
 
     def uniform(self) -> float:
         """The number in [0, 1) that samples the next token; the same again if a step has to be done again."""
@@ -111,6 +133,16 @@ class Request:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def started(self) -> bool:
+        """Whether it, or the first completion of its prompt, has been admitted."""
+        return self.admission is not None or (self.first is not None and self.first.admission is not None)
+
+    def order(self) -> tuple[int, int]:
+        """The order of the running: who comes first is preempted last."""
+        assert self.admission is not None
+        return self.priority, self.admission
 
     @property
     def decoding(self) -> bool:

@@ -1,22 +1,31 @@
 """Which tokens of which requests the next step computes.
 
-One token budget a step. Every running request that decodes gets its token first; what is left goes to prefills,
-oldest first, cut into chunks where the budget ends; then to new requests, in order of arrival, as long as the cache
-has room for their whole prompt. When a decoding request needs a block and none is free, the newest running request
-gives its blocks back and is computed again later (most of it often from the cache).
+One token budget a step. Every running request that decodes gets its token first; what is left goes to prefills, in
+order, cut into chunks where the budget ends; then to new requests, in the order of the queue (llama/engine/queue.py),
+as long as the cache has room for their whole prompt. The order of the running is priority, then first admission. When
+one needs a block and none is free, the last of them gives its blocks back and is computed again later (most of it often
+from the cache); a waiting request makes room for itself in the same way, but only among those of lower priority.
 
-Why nothing starves: order is by arrival everywhere, the oldest running request is preempted by nobody, and a request
-that cannot fit into the empty cache is refused at the door. Pure Python: no tensors, no clock, no locks.
+A prompt whose next missing block is being computed for another request waits for it: equal prefixes are computed once.
+
+Attention to many keys costs, so a token deep in a long prompt takes more of the budget than one at its beginning, and
+its chunk is shorter: a step takes about as long as any other, and the tokens of the others come as steadily.
+
+Why nothing starves: the first of the running is preempted by nobody but a higher priority, who waits for another's
+blocks waits only while that one runs, and a request that cannot fit into the empty cache is refused at the door. A
+lower priority waits as long as there is work of a higher one. Pure Python: no tensors, no clock, no locks.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from llama.engine.blocks import BlockManager, BlockTable
+from llama.engine.prefix import reusable_blocks
+from llama.engine.queue import WaitingQueue
 from llama.engine.request import Request, Status
 
 
@@ -43,24 +52,38 @@ class Scheduler:
 
     Args:
         max_batched_tokens: the budget of a step.
-        max_running: requests that run at once; never more than the budget either, since one is admitted only while
-            tokens are left after all others had theirs.
+        max_running: requests that run at once; never more than the budget either.
         max_waiting: length of the queue at which new requests are refused; preempted ones wait in it too.
+        half_context: the context length at which attending to it costs as much as all else that a token needs.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_batched_tokens: int, max_running: int, max_waiting: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_batched_tokens: int,
+        max_running: int,
+        max_waiting: int,
+        half_context: float = math.inf,
+    ) -> None:
         self.blocks = blocks
         self.max_batched_tokens = max_batched_tokens
-        self.max_running = max_running
+        self.max_running = min(max_running, max_batched_tokens)
         self.max_waiting = max_waiting
-        self.waiting: deque[Request] = deque()
-        """In order of arrival; preempted requests are older than the others and stand before them."""
+        self.half_context = half_context
+        self.waiting = WaitingQueue()
         self.running: list[Request] = []
-        """In order of arrival."""
+        """By priority, then first admission."""
+        self.only_started = False
+        """Admit nobody whose prompt's first completion has not been admitted already."""
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         """Of requests admitted so far, each counted once; so is the next."""
         self.num_cached_tokens = 0
+        self.num_waits_for_prefix = 0
+        """Requests that waited for a prefix that another one computed."""
+        self._arrivals = 0
+        self._admissions = 0
 
     @property
     def has_work(self) -> bool:
@@ -71,17 +94,25 @@ class Scheduler:
         """The tables of all requests."""
         return [request.table for request in chain(self.running, self.waiting)]
 
-    def add(self, request: Request) -> None:
-        """Queues a request.
+    @property
+    def started(self) -> bool:
+        """Whether there is a request that has been admitted, or belongs to one that has."""
+        return bool(self.running) or any(request.started for request in self.waiting)
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Queues the requests of one prompt, all or none.
 
         Raises:
             QueueFull: the queue is at its limit.
         """
-        if len(self.waiting) >= self.max_waiting:
+        if len(self.waiting) + len(requests) > self.max_waiting:
             raise QueueFull(
                 f"{len(self.waiting)} requests are waiting already (max_waiting={self.max_waiting}); try again later"
             )
-        self.waiting.append(request)
+        for request in requests:
+            self._arrivals += 1
+            request.arrival = self._arrivals
+            self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
         """Takes a waiting or running request out; its blocks are free or reusable at once."""
@@ -91,16 +122,27 @@ class Scheduler:
             self.waiting.remove(request)
         request.status = Status.FINISHED
         self.blocks.release(request.table)
+        if not self.has_work:
+            self.waiting.forget_service()
 
     def schedule(self) -> list[ScheduledTokens]:
-        """The next step: one-token decodes first, then prefill chunks. Empty only without requests."""
-        scheduled = self._schedule_decodes()
-        budget = self.max_batched_tokens - len(scheduled)
-        for request in self.running:
-            if budget and not request.decoding:
-                budget -= self._append(scheduled, request, budget)
-        while budget and self._admit():
-            budget -= self._append(scheduled, self.running[-1], budget)
+        """The next step: one-token decodes first, then prefill chunks.
+
+        Empty only without requests, or with `only_started` when nobody has started.
+        """
+        self._make_way()
+        scheduled: list[ScheduledTokens] = []
+        for request in list(self.running):
+            if request.status is Status.RUNNING and request.decoding:
+                self._append(scheduled, request, 1)
+        budget = float(self.max_batched_tokens - len(scheduled))
+        computing = self._computing()
+        for request in list(self.running):
+            if request.status is not Status.RUNNING or request.decoding:
+                continue
+            budget = self._admit_all(scheduled, budget, computing, before=request.priority)
+            budget = self._schedule_chunk(scheduled, request, budget)
+        self._admit_all(scheduled, budget, computing)
         return scheduled
 
     def commit(self, scheduled: ScheduledTokens) -> None:
@@ -108,51 +150,150 @@ class Scheduler:
         request = scheduled.request
         request.num_computed = scheduled.end
         self.blocks.commit(request.table, request.token_ids, request.num_computed)
+        if scheduled.samples:
+            self.waiting.charge(request.salt, generated_tokens=1)
 
-    def _schedule_decodes(self) -> list[ScheduledTokens]:
-        scheduled: list[ScheduledTokens] = []
-        for request in list(self.running):
-            if request.status is not Status.RUNNING or not request.decoding:
-                continue
-            while not self.blocks.grow(request.table, len(request.token_ids)):
-                newest = self.running[-1]
-                self._preempt(newest)
-                if newest is request:
-                    break
-            else:
-                self._append(scheduled, request, 1)
-        return scheduled
+    def _append(self, scheduled: list[ScheduledTokens], request: Request, count: int) -> bool:
+        """Schedules a running request's next tokens, preempting the last of the running until they have room."""
+        start, end = request.num_computed, request.num_computed + count
+        while not self.blocks.make_room(request.table, start, end):
+            last = self.running[-1]
+            self._preempt(last)
+            if last is request:
+                return False
+            scheduled[:] = [item for item in scheduled if item.request is not last]
+        scheduled.append(ScheduledTokens(request, start, end))
+        return True
+
+    def _schedule_chunk(self, scheduled: list[ScheduledTokens], request: Request, budget: float) -> float:
+        """Schedules as much of a prefill as the budget allows; returns what is left of it."""
+        if budget < 1:
+            return 0.0
+        cost = self._token_cost(request.num_computed)
+        count = min(max(1, int(budget / cost)), request.num_missing)
+        if not self._append(scheduled, request, count):
+            return budget
+        return budget - cost * count
+
+    def _token_cost(self, start: int) -> float:
+        """Of a token of a chunk that begins at `start`, in tokens of the first chunk of a prompt."""
+        beyond = max(0, start - self.max_batched_tokens)
+        return 1 + beyond / (self.half_context + self.max_batched_tokens)
+
+    def _computing(self) -> set[bytes]:
+        """Hashes of the blocks that running prefills will have computed."""
+        hashes: set[bytes] = set()
+        if self.waiting:
+            for request in self.running:
+                self._add_missing(hashes, request)
+        return hashes
 
     @staticmethod
-    def _append(scheduled: list[ScheduledTokens], request: Request, budget: int) -> int:
-        count = min(budget, request.num_missing)
-        scheduled.append(ScheduledTokens(request, request.num_computed, request.num_computed + count))
-        return count
+    def _add_missing(hashes: set[bytes], request: Request) -> None:
+        if not request.decoding and request.table.indexable:
+            hashes.update(request.table.hashes[request.table.num_indexed :])
 
-    def _admit(self) -> bool:
-        """Starts the oldest waiting request if it fits."""
-        if not self.waiting or len(self.running) >= self.max_running:
+    def _admit_all(
+        self, scheduled: list[ScheduledTokens], budget: float, computing: set[bytes], before: int | None = None
+    ) -> float:
+        """Starts waiting requests, of a priority before `before` only, while there is budget; returns what is left."""
+        while budget >= 1 and (request := self._admit(computing, before)) is not None:
+            self._add_missing(computing, request)
+            budget = self._schedule_chunk(scheduled, request, budget)
+        return budget
+
+    def _admit(self, computing: set[bytes], before: int | None) -> Request | None:
+        """Starts the first waiting request that need not wait for a prefix, if it fits."""
+        if len(self.running) >= self.max_running:
+            return None
+        for request in self.waiting:
+            if before is not None and request.priority >= before:
+                return None
+            if self._must_wait(request) or request.awaited in computing:
+                continue
+            matched = self._matched(request)
+            if self._waits_for_prefix(request, len(matched), computing):
+                continue
+            # A block for each running request's growth: without it, admitting means preempting a few steps later, and
+            # whoever was just preempted would come back at once.
+            cached = self._reserve(request, matched, headroom=len(self.running))
+            if cached is None:
+                return None
+            self._start(request, cached)
+            return request
+        return None
+
+    def _must_wait(self, request: Request) -> bool:
+        """For the weights to come, or for the first completion of the same prompt to have computed it."""
+        if self.only_started and not request.started:
+            return True
+        first = request.first
+        if first is None or first.status is Status.FINISHED:
             return False
-        request = self.waiting[0]
-        # A block for each running request's growth: without it, admitting means preempting a few steps later, and
-        # whoever was just preempted would come back at once.
-        cached = self.blocks.reserve(request.table, request.token_ids, headroom=len(self.running))
-        if cached is None:
-            return False
-        self.waiting.popleft()
-        self.running.append(request)
+        return first.status is Status.WAITING or first.num_computed < first.num_prompt_tokens
+
+    def _matched(self, request: Request) -> list[int]:
+        return self.blocks.match(request.table, request.token_ids)
+
+    def _waits_for_prefix(self, request: Request, num_matched: int, computing: set[bytes]) -> bool:
+        """Whether another one computes the block that this one misses; remembers the last such block."""
+        position, last = num_matched, None
+        hashes = request.table.hashes
+        most = reusable_blocks(len(request.token_ids), self.blocks.block_size)
+        while position < most and hashes[position] in computing:
+            last = hashes[position]
+            position += 1
+        if last is not None and request.awaited is None:
+            self.num_waits_for_prefix += 1
+        request.awaited = last
+        return last is not None
+
+    def _reserve(self, request: Request, matched: list[int], headroom: int) -> int | None:
+        first = request.first
+        if (
+            first is not None
+            and first.status is Status.RUNNING
+            and not request.num_generated
+            and self.blocks.num_free > headroom
+            and self.blocks.fork(first.table, request.table, request.num_prompt_tokens)
+        ):
+            return request.num_prompt_tokens - 1
+        return self.blocks.reserve(request.table, request.token_ids, matched=matched, headroom=headroom)
+
+    def _start(self, request: Request, cached: int) -> None:
+        self.waiting.remove(request)
         request.status = Status.RUNNING
         request.num_computed = cached
-        if request.num_cached_tokens is None:
+        if request.admission is None:
+            self._admissions += 1
+            request.admission = self._admissions
             request.num_cached_tokens = cached
             self.num_prompt_tokens += request.num_prompt_tokens
             self.num_cached_tokens += cached
-        return True
+            self.waiting.charge(request.salt, prompt_tokens=request.num_prompt_tokens - cached)
+        self.running.append(request)
+        self.running.sort(key=Request.order)
+
+    def _make_way(self) -> None:
+        """Preempts from behind until the first waiting request fits, if those of lower priority can make it fit."""
+        request = next((request for request in self.waiting if not self._must_wait(request)), None)
+        if request is None:
+            return
+        lower = [other for other in self.running if other.priority > request.priority]
+        if not lower:
+            return
+        need = self.blocks.peak_blocks(len(request.token_ids)) - len(self._matched(request))
+        remaining = len(self.running) - len(lower)
+        room = self.blocks.num_free + sum(len(other.table.block_ids) for other in lower)
+        if remaining >= self.max_running or need + remaining > room:
+            return
+        while lower and not (len(self.running) < self.max_running and need + len(self.running) <= self.blocks.num_free):
+            self._preempt(lower.pop())
 
     def _preempt(self, request: Request) -> None:
         self.blocks.release(request.table)
         self.running.remove(request)
         request.status = Status.WAITING
         request.num_computed = 0
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
         self.num_preemptions += 1

@@ -6,17 +6,11 @@ import pytest
 import xxhash
 
 from llama.engine import blocks as blocks_module
-from llama.engine.blocks import (
-    BlockManager,
-    BlocksRemoved,
-    BlocksStored,
-    BlockTable,
-    CacheCleared,
-    CacheCorrupted,
-    generation_root,
-    hash_blocks,
-    reusable_blocks,
-)
+from llama.engine import events
+from llama.engine import prefix as prefix_module
+from llama.engine.blocks import BlockManager, BlockTable, CacheCorrupted
+from llama.engine.events import BlocksRemoved, BlocksStored, CacheCleared
+from llama.engine.prefix import generation_root, hash_blocks, reusable_blocks
 
 ROOT = generation_root("weights")
 
@@ -175,7 +169,7 @@ def run_against_reference(seed: int) -> tuple[int, int, int]:
             elif action < 0.85:
                 request.tokens.append(rng.randrange(2))
                 grown = reference.grow(request)
-                assert manager.grow(table, len(request.tokens)) == grown
+                assert manager.make_room(table, len(request.tokens) - 1, len(request.tokens)) == grown
                 if not grown:
                     request.tokens.pop()
             else:
@@ -204,7 +198,8 @@ def test_random_operations_agree_with_a_brute_force_cache():
 def test_colliding_hashes_never_give_wrong_contents(monkeypatch):
     """With a hash of 3 bits almost everything collides; each block's contents are then checked against the tokens."""
     digest = xxhash.xxh3_128_digest
-    monkeypatch.setattr(blocks_module, "xxh3_128_digest", lambda data: bytes([digest(data)[0] % 8]))
+    for module in (blocks_module, prefix_module):
+        monkeypatch.setattr(module, "xxh3_128_digest", lambda data: bytes([digest(data)[0] % 8]))
     rng = random.Random(3)
     manager = BlockManager(12, 2)
     contents: dict[int, tuple[int, ...]] = {}
@@ -280,7 +275,7 @@ def test_roots_do_not_share_blocks():
 
 
 def test_undrained_events_are_bounded_and_leave_a_gap(monkeypatch):
-    monkeypatch.setattr(blocks_module, "MAX_PENDING_EVENTS", 3)
+    monkeypatch.setattr(events, "MAX_PENDING_EVENTS", 3)
     manager = BlockManager(8, 1)
     for token in range(5):
         table = BlockTable(ROOT)

@@ -54,7 +54,7 @@ def test_greedy_output_is_exact_under_every_schedule(config):
     cached: dict[str, int] = {}
     reasons: dict[str, str] = {}
     seen, replica = Counter(), Replica()
-    schedule = engine._scheduler.schedule
+    schedule = engine._core.scheduler.schedule
 
     def recording_schedule():
         scheduled = schedule()
@@ -63,7 +63,7 @@ def test_greedy_output_is_exact_under_every_schedule(config):
         seen["mixed"] += 1 in lengths and max(lengths) > 1
         return scheduled
 
-    engine._scheduler.schedule = recording_schedule
+    engine._core.scheduler.schedule = recording_schedule
     while len(prompts) < 60 or engine.has_work:
         for _ in range(rng.choice([0, 0, 1, 3])):
             if len(prompts) < 60:
@@ -384,7 +384,7 @@ def test_an_interrupted_model_run_is_done_again(monkeypatch):
 
 def test_an_interrupt_between_the_books_ends_the_engine(monkeypatch):
     engine = Engine(random_model())
-    monkeypatch.setattr(engine._scheduler, "commit", interrupting(engine._scheduler.commit))
+    monkeypatch.setattr(engine._core.scheduler, "commit", interrupting(engine._core.scheduler.commit))
     with pytest.raises(KeyboardInterrupt):
         engine.generate([[1, 2, 3]], GREEDY)
     with pytest.raises(EngineFailed):
@@ -396,9 +396,9 @@ def test_an_interrupted_model_run_excuses_no_later_interrupt(monkeypatch):
     monkeypatch.setattr(engine._runner, "run", interrupting(engine._runner.run))
     with pytest.raises(KeyboardInterrupt):
         engine.generate([[1, 2, 3]], GREEDY)
-    schedule = interrupting(engine._scheduler.schedule)
+    schedule = interrupting(engine._core.scheduler.schedule)
     schedule()
-    monkeypatch.setattr(engine._scheduler, "schedule", schedule)
+    monkeypatch.setattr(engine._core.scheduler, "schedule", schedule)
     with pytest.raises(KeyboardInterrupt):
         engine.generate([[1, 2, 3]], GREEDY)
     with pytest.raises(EngineFailed):

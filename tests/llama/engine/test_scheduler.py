@@ -2,8 +2,9 @@ import random
 
 import pytest
 
-from llama.engine.blocks import BlockManager, BlockTable, generation_root
+from llama.engine.blocks import BlockManager, BlockTable
 from llama.engine.params import SamplingParams
+from llama.engine.prefix import generation_root
 from llama.engine.request import Request, Status
 from llama.engine.scheduler import QueueFull, Scheduler
 
@@ -36,10 +37,10 @@ def run_step(scheduler: Scheduler, next_token: int = 1) -> list[tuple[str, int, 
 def test_decodes_first_then_the_oldest_prefill_gets_the_rest():
     scheduler = make_scheduler(budget=8)
     for name, length in (("a", 3), ("b", 4)):
-        scheduler.add(make_request(name, [ord(name)] * length))
+        scheduler.add([make_request(name, [ord(name)] * length)])
     assert run_step(scheduler) == [("a", 0, 3), ("b", 0, 4)]
     for name, length in (("c", 13), ("d", 2)):
-        scheduler.add(make_request(name, [ord(name)] * length))
+        scheduler.add([make_request(name, [ord(name)] * length)])
     assert run_step(scheduler) == [("a", 3, 4), ("b", 4, 5), ("c", 0, 6)]
     assert run_step(scheduler) == [("a", 4, 5), ("b", 5, 6), ("c", 6, 12)]
     assert run_step(scheduler) == [("a", 5, 6), ("b", 6, 7), ("c", 12, 13), ("d", 0, 2)]
@@ -48,16 +49,16 @@ def test_decodes_first_then_the_oldest_prefill_gets_the_rest():
 def test_the_newest_is_preempted_and_comes_back_before_later_arrivals():
     scheduler = make_scheduler(num_blocks=6, block_size=2, budget=20)
     for name in "ab":
-        scheduler.add(make_request(name, [ord(name)] * 4))
+        scheduler.add([make_request(name, [ord(name)] * 4)])
     run_step(scheduler)
-    scheduler.add(make_request("c", [9]))
+    scheduler.add([make_request("c", [9])])
     run_step(scheduler)
     assert [request.request_id for request in scheduler.running] == ["a", "b"]
     run_step(scheduler)
     assert run_step(scheduler) == [("a", 6, 7)]
     assert [request.request_id for request in scheduler.waiting] == ["b", "c"]
     assert scheduler.num_preemptions == 1
-    b = scheduler.waiting[0]
+    b = next(iter(scheduler.waiting))
     assert b.num_computed == 0 and b.num_cached_tokens == 0 and len(b.token_ids) == 7
     scheduler.finish(scheduler.running[0])
     run_step(scheduler)
@@ -68,25 +69,25 @@ def test_the_newest_is_preempted_and_comes_back_before_later_arrivals():
 def test_admission_leaves_room_for_the_running_to_grow():
     for length, admitted in ((7, 2), (9, 1)):
         scheduler = make_scheduler(num_blocks=7, block_size=2, budget=20)
-        scheduler.add(make_request("a", [1] * 4))
-        scheduler.add(make_request("b", [2] * length))
+        scheduler.add([make_request("a", [1] * 4)])
+        scheduler.add([make_request("b", [2] * length)])
         assert len(run_step(scheduler)) == admitted
 
 
 def test_a_full_queue_refuses():
     scheduler = make_scheduler(max_waiting=2)
     for name in "ab":
-        scheduler.add(make_request(name, [1]))
+        scheduler.add([make_request(name, [1])])
     with pytest.raises(QueueFull, match="max_waiting=2"):
-        scheduler.add(make_request("c", [1]))
+        scheduler.add([make_request("c", [1])])
     run_step(scheduler)
-    scheduler.add(make_request("c", [1]))
+    scheduler.add([make_request("c", [1])])
 
 
 def test_no_more_run_than_the_budget_can_serve():
     scheduler = make_scheduler(budget=3, max_running=8)
     for name in "abcde":
-        scheduler.add(make_request(name, [1]))
+        scheduler.add([make_request(name, [1])])
     for _ in range(4):
         assert [name for name, _, _ in run_step(scheduler)] == ["a", "b", "c"]
 
@@ -103,16 +104,16 @@ def run_random_load(seed: int) -> tuple[int, int, int]:
     aborted: set[str] = set()
     admitted: list[Request] = []
     chunks = hits = steps = 0
-    pending = 40
+    pending, latest = 40, (0, 0)
     while pending or scheduler.has_work:
         steps += 1
         assert steps < 5000, "no progress"
         while pending and rng.random() < 0.4:
             pending -= 1
             prompt = [rng.randrange(2) for _ in range(rng.randrange(1, capacity // 2))]
-            request = make_request(f"r{pending:02}", prompt)
+            request = make_request(f"r{pending}", prompt)
             goals[request.request_id] = rng.randrange(len(prompt) + 1, capacity + 1)
-            scheduler.add(request)
+            scheduler.add([request])
         everyone = [*scheduler.running, *scheduler.waiting]
         if everyone and rng.random() < 0.05:
             victim = rng.choice(everyone)
@@ -126,8 +127,17 @@ def run_random_load(seed: int) -> tuple[int, int, int]:
         assert len(scheduler.running) <= min(max_running, budget)
         by_request = {item.request: item for item in scheduled}
         assert len(by_request) == len(scheduled) and set(by_request) <= set(scheduler.running)
-        arrivals = [int(request.request_id[1:]) for request in [*scheduler.running, *scheduler.waiting]]
-        assert arrivals == sorted(arrivals, reverse=True), "order of arrival"
+        assert scheduler.running == sorted(scheduler.running, key=Request.order)
+        new = [request for request in scheduler.running if request.order() > latest]
+        newest = max((request.arrival for request in new), default=0)
+        latest = max((latest, *(request.order() for request in new)))
+        last = scheduler.running[-1].order() if scheduler.running else (0, 0)
+        for request in scheduler.waiting:
+            if request.admission is None:
+                assert request.arrival > newest or request.awaited, "only who waits for a prefix is overtaken"
+            else:
+                assert request.order() > last or request.awaited, "the preempted come first"
+            assert request.num_computed == 0 and not request.table.block_ids
         for request in decoding:
             assert (request in by_request) == (request in scheduler.running), "every decode gets its token"
         if before and scheduler.running:
