@@ -215,7 +215,7 @@ class BlockManager:
         if shared:
             source = table.block_ids[position]
             (copy,) = self._take(1)
-            self._copies[copy] = self._copies.get(source, source)
+            self._copies[copy] = source
             self.num_copies += 1
             table.block_ids[position] = copy
             table.num_indexed = min(table.num_indexed, position)

@@ -209,6 +209,10 @@ class EngineCore:
 
     # Weights.
 
+    def hold_new(self) -> None:
+        """Until `swap`, requests that have not begun wait."""
+        self.scheduler.only_started = True
+
     @property
     def may_swap(self) -> bool:
         """Whether no unfinished request has begun with the present weights."""
@@ -218,6 +222,7 @@ class EngineCore:
         """From here on requests run with other weights: nothing cached before can be found any more."""
         assert self.may_swap
         self.weights_id = weights_id
+        self.scheduler.only_started = False
         self._swaps += 1
         self.blocks.clear([])
         for request in self.scheduler.waiting:

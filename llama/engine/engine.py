@@ -438,7 +438,7 @@ class Engine:
             if self._swap is not None:
                 raise ValueError(f"weights_id={weights_id!r}: the swap to {self._swap.weights_id!r} is not done; wait")
             self._swap = swap
-            self._core.scheduler.only_started = True
+            self._core.hold_new()
             self._work.notify_all()
             idle = self._core.may_swap
         # With nothing under way nobody may be stepping.
@@ -458,7 +458,6 @@ class Engine:
         swap.apply()
         with self._lock:
             self._core.swap(swap.weights_id)
-            self._core.scheduler.only_started = False
             self._swap = None
         if self.on_events is not None:
             self.on_events()
