@@ -324,7 +324,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        model, train, engine = self.model, self.train, self.serve.engine
+        model, train, serve = self.model, self.train, self.serve
         if model.vocab_size != self.tokenizer.vocab_size:
             raise ValueError(
                 f"model.vocab_size={model.vocab_size} is not tokenizer.vocab_size={self.tokenizer.vocab_size}; "
@@ -340,9 +340,10 @@ class Recipe(Section):
             check_targets(model, train.lora)
         check_compilable(model, self.train)
         check_cacheable(model)
-        if engine.num_blocks * engine.block_size < model.max_seq_len:
+        num_blocks = serve.engine.blocks(model, 4 if self.export.dtype == "float32" else 2)
+        if num_blocks * serve.engine.block_size < model.max_seq_len:
             raise ValueError(
-                f"serve.engine.num_blocks={engine.num_blocks} of serve.engine.block_size={engine.block_size} tokens "
+                f"serve.engine.num_blocks={num_blocks} of serve.engine.block_size={serve.engine.block_size} tokens "
                 f"hold less than one request of model.max_seq_len={model.max_seq_len}; raise serve.engine.num_blocks"
             )
         _check_finite(self.model_dump())

@@ -1,7 +1,6 @@
 import math
 import random
 import threading
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -20,9 +19,7 @@ from llama.engine import (
     hash_blocks,
 )
 from tests.llama.engine.models import (
-    DENSE,
     MAX_SEQ_LEN,
-    MOE,
     VOCAB_SIZE,
     ByteTokenizer,
     ScriptedModel,
@@ -39,68 +36,6 @@ def finish(engine: Engine) -> list[Chunk]:
     while engine.has_work:
         chunks += engine.step()
     return chunks
-
-
-@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
-def test_greedy_output_is_exact_under_every_schedule(config):
-    """A tiny cache and budget force chunking, hits, preemptions and aborts; each request must not notice."""
-    model = random_model(config)
-    engine = Engine(model, config=EngineConfig(num_blocks=24, block_size=4, max_batched_tokens=12, max_running=6))
-    rng = random.Random(11)
-    families = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(4)]
-    prompts: dict[str, list[int]] = {}
-    limits: dict[str, int] = {}
-    outputs: dict[str, list[int]] = {}
-    cached: dict[str, int] = {}
-    reasons: dict[str, str] = {}
-    seen, replica = Counter(), Replica()
-    schedule = engine._core.scheduler.schedule
-
-    def recording_schedule():
-        scheduled = schedule()
-        lengths = [item.end - item.start for item in scheduled]
-        seen["chunks"] += sum(not item.samples for item in scheduled)
-        seen["mixed"] += 1 in lengths and max(lengths) > 1
-        return scheduled
-
-    engine._core.scheduler.schedule = recording_schedule
-    while len(prompts) < 60 or engine.has_work:
-        for _ in range(rng.choice([0, 0, 1, 3])):
-            if len(prompts) < 60:
-                family = rng.choice(families)
-                tail = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(8))]
-                prompt = family[: rng.randrange(1, 40)] + tail
-                max_tokens = rng.randrange(1, 30)
-                name = engine.add_request(prompt, replace(GREEDY, max_tokens=max_tokens))
-                prompts[name], limits[name], outputs[name] = prompt, max_tokens, []
-        unfinished = [name for name in prompts if name not in reasons]
-        if unfinished and rng.random() < 0.06:
-            engine.abort(rng.choice(unfinished))
-        for chunk in engine.step():
-            outputs[chunk.request_id] += chunk.token_ids
-            cached[chunk.request_id] = chunk.num_cached_tokens
-            if chunk.finish_reason is not None:
-                reasons[chunk.request_id] = chunk.finish_reason
-        replica.apply(engine.drain_events())
-        snapshot = engine.snapshot()
-        assert (replica.seq, replica.hashes) == (snapshot.seq, set(snapshot.hashes))
-        engine.check_integrity()
-
-    stats = engine.stats()
-    seen["preemptions"] = stats.preemptions
-    seen["hits"] = sum(tokens > 0 for tokens in cached.values())
-    seen["aborts"] = sum(reason == "abort" for reason in reasons.values())
-    seen["aborted after output"] = sum(reasons[name] == "abort" and len(outputs[name]) > 0 for name in prompts)
-    for event in ("chunks", "mixed", "preemptions", "hits", "aborts", "aborted after output"):
-        assert seen[event] > 0, seen
-    assert stats.free_blocks == stats.num_blocks and stats.running == stats.waiting == 0
-    for name, prompt in prompts.items():
-        expected = plain_greedy(model, prompt, limits[name])
-        if reasons[name] == "abort":
-            assert outputs[name] == expected[: len(outputs[name])]
-        else:
-            assert outputs[name] == expected
-    assert len({tuple(output[:3]) for output in outputs.values()}) > 20, "the model is too dull to test anything"
 
 
 def test_the_second_turn_finds_the_first_one_in_the_cache():
@@ -442,3 +377,123 @@ def test_a_broken_logit_spoils_only_its_own_request():
         outputs[chunk.request_id] += chunk.token_ids
     for name, i in good.items():
         assert outputs[name] == plain_greedy(model, [1, 2, 3 + i], 6 + i)
+
+
+def test_completions_of_one_prompt_come_side_by_side_and_the_first_is_the_one_alone():
+    model = random_model()
+    prompts = [list(range(10)), list(range(20, 28))]
+    params = SamplingParams(temperature=1.5, max_tokens=12, seed=3)
+    engine = Engine(model, config=EngineConfig(num_blocks=64, block_size=4))
+    alone = [c.token_ids for c in engine.generate(prompts, params)]
+    together = Engine(model, config=EngineConfig(num_blocks=64, block_size=4)).generate(prompts, replace(params, n=3))
+    assert [(c.prompt_token_ids, c.index) for c in together] == [(prompt, i) for prompt in prompts for i in range(3)]
+    assert [together[0].token_ids, together[3].token_ids] == alone
+    assert len({tuple(c.token_ids) for c in together}) == 6
+    assert [c.num_cached_tokens for c in together[:3]] == [0, 9, 9]
+    each = engine.generate(prompts, [replace(params, n=2), replace(params, max_tokens=5)])
+    assert [len(c.token_ids) for c in each] == [12, 12, 5]
+    with pytest.raises(ValueError, match="params holds 1 settings for 2 prompts"):
+        engine.generate(prompts, [params])
+    with pytest.raises(ValueError, match="n=1025 exceeds engine.max_waiting=1024"):
+        engine.add_request([1], replace(params, n=1025))
+
+
+def test_abort_ends_every_completion_of_a_request():
+    engine = Engine(random_model(), config=EngineConfig(num_blocks=64, block_size=4))
+    name = engine.add_request(list(range(10)), replace(GREEDY, n=3))
+    for _ in range(3):
+        engine.step()
+    engine.abort(name)
+    ends = [chunk.index for chunk in finish(engine) if chunk.finish_reason == "abort"]
+    assert sorted(ends) == [0, 1, 2]
+    assert engine.stats().free_blocks == 64
+    engine.add_request([1], GREEDY, request_id=name)
+
+
+def test_a_deadline_is_measured_on_the_engines_clock():
+    now = [100.0]
+    engine = Engine(random_model(), config=EngineConfig(num_blocks=64, block_size=4), clock=lambda: now[0])
+    late = engine.add_request([1, 2], GREEDY, timeout_s=5)
+    kept = engine.add_request([3, 4], GREEDY)
+    chunks = engine.step()
+    now[0] += 5
+    chunks += finish(engine)
+    reasons = {chunk.request_id: chunk.finish_reason for chunk in chunks if chunk.finish_reason}
+    assert reasons == {late: "timeout", kept: "length"}
+    assert sum(len(chunk.token_ids) for chunk in chunks if chunk.request_id == late) == 1
+    for timeout in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="timeout_s="):
+            engine.add_request([1], GREEDY, timeout_s=timeout)
+    with pytest.raises(ValueError, match="priority='high'"):
+        engine.add_request([1], GREEDY, priority="high")  # type: ignore[arg-type]
+
+
+def test_the_cache_takes_the_memory_it_is_given():
+    model = random_model()
+    # 2 layers × 2 heads of 8 numbers, keys and values, 4 bytes each: 256 bytes a token.
+    assert model.config.kv_bytes_per_token(4) == 256
+    engine = Engine(model, config=EngineConfig(kv_cache_bytes=10_000, block_size=4))
+    assert engine.stats().num_blocks == 9 and engine.max_total_tokens == 36
+    with pytest.raises(ValueError, match="engine.kv_cache_bytes=1000 holds no block.*1024 bytes"):
+        Engine(model, config=EngineConfig(kv_cache_bytes=1000, block_size=4))
+    with pytest.raises(ValueError, match="engine.num_blocks=4 and engine.kv_cache_bytes=10000 both"):
+        EngineConfig(num_blocks=4, kv_cache_bytes=10_000)
+
+
+def test_weights_are_swapped_between_requests_and_never_within_one():
+    old, new = random_model(seed=0), random_model(seed=1)
+    prompt = list(range(9))
+    engine = Engine(random_model(seed=0), config=EngineConfig(num_blocks=64, block_size=4), weights_id="old")
+    first = engine.add_request(prompt, GREEDY)
+    chunks = engine.step()
+    swap = engine.load_weights(new.state_dict(), weights_id="new")
+    second = engine.add_request(prompt, GREEDY)
+    with pytest.raises(ValueError, match="weights_id='newer': the swap to 'new' is not done"):
+        engine.load_weights(new.state_dict(), weights_id="newer")
+    chunks += engine.step()
+    assert not swap.done() and engine.weights_id == "old"
+    chunks += finish(engine)
+    assert swap.done() and engine.weights_id == "new"
+    outputs = {name: [t for c in chunks if c.request_id == name for t in c.token_ids] for name in (first, second)}
+    assert outputs == {first: plain_greedy(old, prompt, 8), second: plain_greedy(new, prompt, 8)}
+    assert {c.num_cached_tokens for c in chunks} == {0}, "nothing of the old weights' cache was found"
+    assert set(engine.snapshot().hashes) == set(hash_blocks(generation_root("new"), (prompt + outputs[second])[:16], 4))
+    # With nothing under way it is done at once, in the model's own dtype.
+    done = engine.load_weights({name: tensor.double() for name, tensor in old.state_dict().items()}, weights_id="back")
+    assert done.done() and engine.generate([prompt], GREEDY)[0].token_ids == outputs[first]
+
+
+def test_weights_that_do_not_fit_change_nothing():
+    model = random_model()
+    engine = Engine(model, weights_id="w")
+    good = random_model(seed=1).state_dict()
+    before = plain_greedy(model, [1, 2, 3], 8)
+    for weights, message in (
+        ({}, "is missing; give every weight"),
+        (good | {"extra": torch.zeros(1)}, r"weights\['extra'\] is no weight"),
+        (good | {"norm.weight": torch.zeros(3)}, r"weights\['norm.weight'\] is torch.float32 of shape \[3\]"),
+        (good | {"norm.weight": torch.zeros(32, dtype=torch.int64)}, "is torch.int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.load_weights(weights, weights_id="v")
+    with pytest.raises(ValueError, match="weights_id='w' names the present weights"):
+        engine.load_weights(good, weights_id="w")
+    assert engine.generate([[1, 2, 3]], GREEDY)[0].token_ids == before
+
+
+def test_a_swap_that_cannot_be_done_any_more_says_so():
+    for end in (Engine.close, lambda engine: engine._fail(ArithmeticError("broken"))):
+        engine = Engine(random_model(), weights_id="w")
+        engine.add_request([1], GREEDY)
+        engine.step()
+        swap = engine.load_weights(random_model(seed=1).state_dict(), weights_id="v")
+        end(engine)
+        with pytest.raises((EngineClosed, EngineFailed)):
+            swap.result(timeout=0)
+
+
+def test_progress_counts_prompts_and_tokens(capsys):
+    Engine(random_model()).generate([[1], [2]], GREEDY, progress=True)
+    assert "2/2 prompts, " in capsys.readouterr().err
+    Engine(random_model()).generate([[1]], GREEDY)
+    assert capsys.readouterr().err == ""
