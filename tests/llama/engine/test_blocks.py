@@ -8,7 +8,7 @@ import xxhash
 from llama.engine import blocks as blocks_module
 from llama.engine import events
 from llama.engine import prefix as prefix_module
-from llama.engine.blocks import BlockManager, BlockTable, CacheCorrupted
+from llama.engine.blocks import NO_BLOCK, BlockManager, BlockTable, CacheCorrupted
 from llama.engine.events import BlocksRemoved, BlocksStored, CacheCleared
 from llama.engine.prefix import generation_root, hash_blocks, reusable_blocks
 
@@ -314,3 +314,92 @@ def test_check_integrity_sees_damage(damage):
     damage(manager, table)
     with pytest.raises(CacheCorrupted):
         manager.check_integrity([table])
+
+
+def computed(manager: BlockManager, tokens: list[int]) -> BlockTable:
+    table = BlockTable(ROOT)
+    assert manager.reserve(table, tokens) is not None
+    manager.commit(table, tokens, len(tokens))
+    return table
+
+
+def test_a_fork_shares_until_one_of_them_writes():
+    manager = BlockManager(8, 4)
+    tokens = list(range(10))
+    first = computed(manager, tokens)
+    forks = [BlockTable(ROOT, hashes=list(first.hashes)) for _ in range(2)]
+    for table in forks:
+        assert manager.fork(first, table, 10)
+        assert table.block_ids == first.block_ids
+    assert manager.num_free == 5
+    # The fork writes the last token of the prompt again: a copy, in the third block only.
+    assert manager.make_room(forks[0], 9, 10)
+    assert forks[0].block_ids[:2] == first.block_ids[:2] and forks[0].block_ids[2] != first.block_ids[2]
+    assert manager.take_copies() == [(first.block_ids[2], forks[0].block_ids[2])] and manager.take_copies() == []
+    # Whoever writes first copies; the last one left writes in place.
+    assert manager.make_room(first, 10, 11) and len(manager.take_copies()) == 1
+    assert manager.make_room(forks[1], 9, 10) and manager.take_copies() == []
+    manager.check_integrity([first, *forks])
+    for table in (first, *forks):
+        manager.release(table)
+    assert manager.num_free == 8
+
+
+def test_a_fork_at_the_end_of_a_block_leaves_the_indexed_block_alone():
+    manager = BlockManager(8, 4)
+    tokens = list(range(8))
+    first, fork = computed(manager, tokens), BlockTable(ROOT)
+    manager.extend_hashes(fork, tokens)
+    assert manager.fork(first, fork, 8) and fork.num_indexed == 2
+    assert manager.make_room(fork, 7, 8) and fork.num_indexed == 1
+    assert fork.block_ids[1] != first.block_ids[1]
+    manager.commit(fork, tokens, 8)
+    assert fork.block_ids == first.block_ids, "the copy turned out to be the same: back to the indexed one"
+    manager.check_integrity([first, fork])
+
+
+def test_no_room_for_a_copy_changes_nothing():
+    manager = BlockManager(3, 4)
+    first, fork = computed(manager, list(range(10))), BlockTable(ROOT)
+    assert manager.fork(first, fork, 10)
+    before = list(fork.block_ids)
+    assert not manager.make_room(fork, 9, 10)
+    assert fork.block_ids == before and manager.take_copies() == []
+    manager.release(fork)
+    assert manager.make_room(first, 10, 11)
+
+
+def test_a_copy_is_not_made_for_a_table_that_went():
+    manager = BlockManager(4, 4)
+    first, fork = computed(manager, list(range(10))), BlockTable(ROOT)
+    manager.fork(first, fork, 10)
+    manager.make_room(fork, 9, 10)
+    manager.release(fork)
+    assert manager.take_copies() == []
+
+
+def test_a_window_gives_up_what_no_later_token_sees():
+    manager = BlockManager(8, 4, window=6, max_chunk=8)
+    tokens = list(range(30))
+    table = BlockTable(ROOT)
+    assert manager.reserve(table, tokens) == 0
+    assert len(table.block_ids) == 2, "the first chunk's"
+    for start in range(0, 24, 8):
+        assert manager.make_room(table, start, start + 8)
+        manager.commit(table, tokens, start + 8)
+        # The token at start + 8 sees 6 positions, its own among them: from start + 3 on.
+        assert table.num_trimmed == (start + 3) // 4
+        assert table.block_ids[: table.num_trimmed] == [NO_BLOCK] * table.num_trimmed
+        manager.check_integrity([table])
+    assert manager.num_free == 8 - (6 - table.num_trimmed)
+    # What was given up can be found again: only the blocks in sight are taken.
+    again = BlockTable(ROOT)
+    assert manager.reserve(again, tokens[:25]) == 24
+    assert again.num_trimmed == 4 and again.block_ids[4:6] == table.block_ids[4:6]
+    manager.check_integrity([table, again])
+    # A fork needs what its last token sees.
+    assert not manager.fork(table, BlockTable(ROOT), 12)
+    for held in (table, again):
+        manager.release(held)
+    assert manager.num_free == 8 and manager.max_tokens is None
+    assert BlockManager(3, 4, window=6, max_chunk=8).max_tokens == 12
