@@ -19,6 +19,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from llama.autocast import autocast_off
 from llama.config import ModelConfig
+from llama.linear import Linear
 from llama.norm import RMSNorm
 from llama.rope import apply_rotary
 
@@ -185,10 +186,10 @@ class Attention(nn.Module):
         self.scoring = Scoring(self.head_dim**-0.5, config.window(layer), config.attention_softcap)
         q_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         qkv_bias, output_bias = config.attention_bias != "none", config.attention_bias == "qkvo"
-        self.wq = nn.Linear(config.dim, q_dim, bias=qkv_bias)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=qkv_bias)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=qkv_bias)
-        self.wo = nn.Linear(q_dim, config.dim, bias=output_bias)
+        self.wq = Linear(config.dim, q_dim, bias=qkv_bias)
+        self.wk = Linear(config.dim, kv_dim, bias=qkv_bias)
+        self.wv = Linear(config.dim, kv_dim, bias=qkv_bias)
+        self.wo = Linear(q_dim, config.dim, bias=output_bias)
         self.norm_each_head = config.qk_norm == "head"
         self.q_norm = self.k_norm = None
         if config.qk_norm != "none":

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from llama.activation import build_activation, gated_product
 from llama.config import ModelConfig
+from llama.linear import Linear
 
 
 class FeedForward(nn.Module):
@@ -17,9 +18,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, hidden_dim: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, hidden_dim, bias=config.ffn_bias)
-        self.w3 = nn.Linear(config.dim, hidden_dim, bias=config.ffn_bias) if config.gated else None
-        self.w2 = nn.Linear(hidden_dim, config.dim, bias=config.ffn_bias)
+        self.w1 = Linear(config.dim, hidden_dim, bias=config.ffn_bias)
+        self.w3 = Linear(config.dim, hidden_dim, bias=config.ffn_bias) if config.gated else None
+        self.w2 = Linear(hidden_dim, config.dim, bias=config.ffn_bias)
         self.activation = build_activation(config.activation, config.swish_beta)
 
     def forward(self, x: Tensor) -> Tensor:

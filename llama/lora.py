@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout
 
 from llama.counts import parameter_shapes
+from llama.linear import Linear, linear
 
 if TYPE_CHECKING:
     from llama.config import ModelConfig
@@ -58,7 +59,7 @@ class LoraConfig:
             raise ValueError(f"train.lora.targets={list(self.targets)} must be some of {', '.join(known)}, each once")
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(Linear):
     """A linear layer with an adapter beside its weight, which it takes over from `base`."""
 
     def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
@@ -130,11 +131,11 @@ def merge_lora(model: Transformer) -> Transformer:
     return model.requires_grad_()
 
 
-def _merged(layer: LoraLinear) -> nn.Linear:
+def _merged(layer: LoraLinear) -> Linear:
     wide = torch.promote_types(layer.weight.dtype, torch.float32)
     delta = layer.lora_b.to(wide) @ layer.lora_a.to(wide) * layer.scale
     layer.weight.copy_(layer.weight.to(wide) + delta)
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     plain.weight, plain.bias = layer.weight, layer.bias
     return plain.train(layer.training)
 

@@ -14,12 +14,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout
 
 from llama.attention import Attend, Attention, CausalAttend, LayerContext, ScoreBias
 from llama.config import ModelConfig
 from llama.feed_forward import FeedForward
 from llama.generate import generate, stream
+from llama.linear import Linear, linear
 from llama.losses import linear_cross_entropy_sum
 from llama.moe import MoE, RoutingRecord
 from llama.norm import build_norm, deepnorm
@@ -101,7 +102,7 @@ class Transformer(nn.Module):
         self.norm = None
         if config.norm_placement in ("pre", "sandwich"):
             self.norm = build_norm(config.norm, config.dim, config.norm_eps)
-        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, bias=False)
         self._attend = CausalAttend()
 
     def forward(

@@ -20,6 +20,7 @@ from llama.autocast import autocast_dtype, autocast_off
 from llama.config import ModelConfig, MoEConfig
 from llama.dispatch import Dispatch, LocalDispatch, count_by_expert
 from llama.feed_forward import FeedForward
+from llama.linear import Linear
 
 
 @dataclass
@@ -175,7 +176,7 @@ class MoE(nn.Module):
         self.router = Router(config.dim, moe)
         self.experts = Experts(config)
         self.shared = FeedForward(config, moe.shared_hidden_dim) if moe.shared_hidden_dim else None
-        self.shared_gate = nn.Linear(config.dim, 1, bias=False) if moe.shared_gate else None
+        self.shared_gate = Linear(config.dim, 1, bias=False) if moe.shared_gate else None
         self.dispatch: Dispatch = LocalDispatch(moe.num_experts)
 
     def forward(self, x_BLM: Tensor, routing: RoutingRecord | None = None) -> Tensor:

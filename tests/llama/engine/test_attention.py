@@ -145,3 +145,17 @@ def test_a_window_reads_only_what_it_sees():
     assert [group.slots_NS.shape[1] for group in groups[None]] == [99, 96]
     assert [group.slots_NS.shape[1] for group in groups[6]] == [6, 11]
     assert groups[6][0].visible_NLS is None and groups[200] is groups[None]
+
+
+def test_blocks_are_copied_in_every_layer():
+    step = random_step(random.Random(1), 4, 2)
+    cache = step.cache
+    cache.keys.normal_()
+    cache.values.normal_()
+    before = cache.keys.clone(), cache.values.clone()
+    cache.copy_blocks([])
+    cache.copy_blocks([(3, 9), (60, 0), (3, 4)])
+    origin = list(range(NUM_BLOCKS))
+    origin[9], origin[0], origin[4] = 3, 60, 3
+    for tensor, old in zip((cache.keys, cache.values), before, strict=True):
+        assert torch.equal(tensor.unflatten(1, (-1, BLOCK_SIZE)), old.unflatten(1, (-1, BLOCK_SIZE))[:, origin])
