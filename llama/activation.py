@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from llama.config import Activation
+from llama.kernels import cpu
 
 
 class Swish(nn.Module):
@@ -44,6 +45,9 @@ def gated_product(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     """activation(gate) ⊙ up, all of one type."""
     # A compiler fuses the plain product, and chooses itself what to keep.
     if isinstance(activation, nn.SiLU) and not torch.compiler.is_compiling():
+        native = cpu.silu_product(gate, up)
+        if native is not None:
+            return native
         product: Tensor = _SiluProduct.apply(gate, up)
         return product
     return activation(gate) * up

@@ -12,6 +12,7 @@ from torch.nn.functional import layer_norm, rms_norm
 
 from llama.autograd import first_order
 from llama.config import Norm
+from llama.kernels import cpu
 
 
 class _FullPrecisionRMSNorm(torch.autograd.Function):
@@ -57,6 +58,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` → `[..., dim]`, same type."""
+        native = cpu.rms_norm(x, self.weight, self.eps)
+        if native is not None:
+            return native
         shape = (x.shape[-1],)
         if x.dtype != self.weight.dtype or x.dtype in (torch.bfloat16, torch.float16):
             return (rms_norm(x, shape, None, self.eps).type_as(x) * self.weight).type_as(x)

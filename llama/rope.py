@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.config import RopeLayout, RopeScaling
+from llama.kernels import cpu
 
 
 def rotary_frequencies(
@@ -134,6 +135,9 @@ def apply_rotary(x_BLHD: Tensor, cos_BLP: Tensor, sin_BLP: Tensor, layout: RopeL
     Returns:
         `[B, L, H, D]`, the type of x.
     """
+    native = cpu.rotate(x_BLHD, cos_BLP, sin_BLP, half=layout == "half")
+    if native is not None:
+        return native
     x = x_BLHD.to(torch.promote_types(x_BLHD.dtype, torch.float32))
     cos_BL1P, sin_BL1P = cos_BLP.to(x.dtype).unsqueeze(-2), sin_BLP.to(x.dtype).unsqueeze(-2)
     if layout == "half" and torch.compiler.is_compiling():

@@ -15,14 +15,17 @@ its own (N = 1), and its R heads share the keys by a stride-0 expand, so that th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llama.attention import ScoreBias, Scoring, attend_visible, visible_keys
 from llama.config import ModelConfig
+from llama.kernels import cpu
 
 
 class PagedKVCache:
@@ -78,35 +81,48 @@ class _Group:
         return self.query_positions_NL.shape[1] == 1
 
 
-@dataclass(frozen=True)
 class AttentionPlan:
-    """Where a step's keys and values go, and who reads what."""
+    """What every layer of a step reads and writes: `tables_NW` and `spans_N3` as the kernel takes them
+    (llama/kernels/cpu.py), and for plain torch the slots and groups, made when first asked for.
 
-    slots_T: Tensor
-    groups: dict[int | None, tuple[_Group, ...]]
-    """By sliding window; None for the layers that see all keys."""
-
-
-def plan_attention(
-    spans: Sequence[SequenceSpan], block_size: int, device: torch.device, windows: Iterable[int | None] = (None,)
-) -> AttentionPlan:
-    """The plan of a step whose flat tokens are those of `spans`, one after the other.
-
-    Args:
-        windows: every layer's `Scoring.window`.
+    The block tables are copied: a request may lose its blocks while the step runs.
     """
-    longest = max(span.end for span in spans)
-    groups: dict[int | None, tuple[_Group, ...]] = {}
-    for window in windows:
-        binding = None if window is None or window >= longest else window
-        if binding not in groups:
-            groups[binding] = _plan_groups(spans, block_size, device, binding)
-        groups[window] = groups[binding]
-    slots_T = torch.empty(sum(span.end - span.start for span in spans), dtype=torch.int64, device=device)
-    for group in next(iter(groups.values())):
-        # A query sees itself, so its own slot is among those read, and padding repeats it.
-        slots_T[group.rows_T] = group.slots_NS[:, -group.query_positions_NL.shape[1] :].flatten()
-    return AttentionPlan(slots_T, groups)
+
+    def __init__(self, spans: Sequence[SequenceSpan], block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self._device = device
+        widths = [-(-span.end // block_size) for span in spans]
+        self.tables_NW = np.full((len(spans), max(widths)), -1, dtype=np.int32)
+        self.spans_N3 = np.empty((len(spans), 3), dtype=np.int32)
+        row = 0
+        for n, (span, width) in enumerate(zip(spans, widths, strict=True)):
+            self.tables_NW[n, :width] = span.block_ids[:width]
+            self.spans_N3[n] = row, span.start, span.end
+            row += span.end - span.start
+        self._groups: dict[int | None, tuple[_Group, ...]] = {}
+
+    def groups(self, window: int | None) -> tuple[_Group, ...]:
+        """Who reads what in the layers of a sliding window; None for those that see all keys."""
+        if window is not None and window >= self.spans_N3[:, 2].max():
+            window = None
+        if window not in self._groups:
+            spans = [
+                SequenceSpan(table, start, end)
+                for table, (_, start, end) in zip(self.tables_NW.tolist(), self.spans_N3.tolist(), strict=True)
+            ]
+            self._groups[window] = _plan_groups(spans, self.block_size, self._device, window)
+        return self._groups[window]
+
+    @cached_property
+    def slots_T(self) -> Tensor:
+        """Where the step's keys and values go."""
+        slots = []
+        for table, (_, start, end) in zip(self.tables_NW, self.spans_N3, strict=True):
+            positions = np.arange(start, end)
+            slots.append(
+                table[positions // self.block_size].astype(np.int64) * self.block_size + positions % self.block_size
+            )
+        return torch.from_numpy(np.concatenate(slots)).to(self._device)
 
 
 def _plan_groups(
@@ -184,11 +200,27 @@ class PagedAttend:
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, scoring: Scoring) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
+        if scoring.bias is None and scoring.dropout == 0:
+            native_THD = cpu.paged_attention(
+                keys,
+                values,
+                q_BLHD[0],
+                k_BLGD[0],
+                v_BLGD[0],
+                self._plan.tables_NW,
+                self._plan.spans_N3,
+                self._plan.block_size,
+                scale=scoring.scale,
+                softcap=scoring.softcap,
+                window=scoring.window,
+            )
+            if native_THD is not None:
+                return native_THD[None]
         keys.index_copy_(0, self._plan.slots_T, k_BLGD[0])
         values.index_copy_(0, self._plan.slots_T, v_BLGD[0])
         q_THD = q_BLHD[0]
         out_THD = torch.empty_like(q_THD)
-        groups = self._plan.groups[scoring.window]
+        groups = self._plan.groups(scoring.window)
         for group, bias_NHLS in zip(groups, self._group_biases(groups, scoring), strict=True):
             attend = _attend_decodes if group.decodes else _attend_prefill
             out_THD[group.rows_T] = attend(q_THD[group.rows_T], keys, values, group, scoring, bias_NHLS)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama.engine.attention import AttentionPlan, PagedAttend, PagedKVCache, SequenceSpan, plan_attention
+from llama.engine.attention import AttentionPlan, PagedAttend, PagedKVCache, SequenceSpan
 from llama.engine.params import SamplingParams
 from llama.engine.request import TokenLogprob
 from llama.engine.sampler import sample, token_logprobs
 from llama.engine.scheduler import ScheduledTokens
+from llama.kernels import cpu
 from llama.model import Transformer
 
 
@@ -47,7 +48,8 @@ class ModelRunner:
         self.cache = PagedKVCache(
             model.config, num_blocks=num_blocks, block_size=block_size, dtype=weight.dtype, device=weight.device
         )
-        self._windows = {model.config.window(layer) for layer in range(model.config.num_layers)}
+        if self.device.type == "cpu":
+            cpu.ready()  # compiled now, not in the first request's time
 
     def prepare(self, scheduled: Sequence[ScheduledTokens]) -> StepInputs:
         """The inputs of a step, with a random number for each request that will sample."""
@@ -65,7 +67,7 @@ class ModelRunner:
         return StepInputs(
             tokens_T=torch.tensor(token_ids, device=self.device),
             positions_T=torch.tensor(positions, device=self.device),
-            plan=plan_attention(spans, self.cache.block_size, self.device, self._windows),
+            plan=AttentionPlan(spans, self.cache.block_size, self.device),
             output_index_N=torch.tensor(output_index, dtype=torch.int64, device=self.device),
             params=tuple(request.params for request in sampling),
             uniforms=tuple(0.0 if request.params.greedy else request.uniform() for request in sampling),

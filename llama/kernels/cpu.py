@@ -8,16 +8,19 @@ same in plain torch, so nothing is ever refused. They read plain dense tensors b
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import c_int, c_long, c_void_p
+from ctypes import c_float, c_int, c_long, c_void_p
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from llama.kernels import native
+
+_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 class _Library:
@@ -26,9 +29,19 @@ class _Library:
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
         self.linear_bf16 = self._function("linear_bf16", [c_void_p] * 4 + [c_long] * 3 + [c_int])
+        attention = [c_void_p] * 7 + [c_long, c_void_p] + [c_long] * 5 + [c_float, c_float, c_long, c_int]
+        self.attention, self.rms_norm, self.rotate, self.silu_product = (
+            {dtype: self._function(f"{name}_{suffix}", arguments) for dtype, suffix in _SUFFIXES.items()}
+            for name, arguments in (
+                ("attention", attention),
+                ("rms_norm", [*[c_void_p] * 3, c_long, c_long, c_float]),
+                ("rotate", [*[c_void_p] * 4, c_long, c_long, c_long, c_int]),
+                ("silu_product", [*[c_void_p] * 3, c_long]),
+            )
+        )
         self.linear_max_rows: int = self._function("linear_max_rows", [], c_long)()
 
-    def _function(self, name: str, arguments: list[type], result: type | None = None) -> Callable:
+    def _function(self, name: str, arguments: Sequence[type], result: type | None = None) -> Callable:
         function = getattr(self._loaded, name)
         function.argtypes, function.restype = arguments, result
         return function
@@ -89,3 +102,95 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         x.data_ptr(), weight.data_ptr(), bias_address, out.data_ptr(), rows, columns, inner, torch.get_num_threads()
     )
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """`[..., dim]` → `[..., dim]`: llama.norm.RMSNorm."""
+    if (kernels := _kernels()) is None or x.dtype not in _SUFFIXES or not _plain(x, weight):
+        return None
+    dim, out = weight.numel(), torch.empty_like(x)
+    if dim:
+        kernels.rms_norm[x.dtype](x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, eps)
+    return out
+
+
+def rotate(x_BLHD: Tensor, cos_BLP: Tensor, sin_BLP: Tensor, half: bool) -> Tensor | None:
+    """`[B, L, H, D]` → the same: llama.rope.apply_rotary, with a table row for every token."""
+    if (kernels := _kernels()) is None or x_BLHD.dtype not in _SUFFIXES or not _plain(x_BLHD):
+        return None
+    batch, length, heads, dim = x_BLHD.shape
+    table_shape = (batch, length, dim // 2)
+    if cos_BLP.shape != table_shape or sin_BLP.shape != table_shape or cos_BLP.dtype != torch.float32:
+        return None
+    if not _plain(cos_BLP, sin_BLP):
+        return None
+    out = torch.empty_like(x_BLHD)
+    kernels.rotate[x_BLHD.dtype](
+        x_BLHD.data_ptr(),
+        cos_BLP.data_ptr(),
+        sin_BLP.data_ptr(),
+        out.data_ptr(),
+        batch * length,
+        heads,
+        dim // 2,
+        half,
+    )
+    return out
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor | None:
+    """silu(gate) ⊙ up, both of one shape."""
+    if (kernels := _kernels()) is None or gate.dtype not in _SUFFIXES or not _plain(gate, up):
+        return None
+    if gate.shape != up.shape:
+        return None
+    out = torch.empty_like(gate)
+    kernels.silu_product[gate.dtype](gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    return out
+
+
+def paged_attention(
+    keys_PGD: Tensor,
+    values_PGD: Tensor,
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    tables_NW: np.ndarray,
+    spans_N3: np.ndarray,
+    block_size: int,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor | None:
+    """Stores a step's keys and values in the cache and attends to them: `[T, H, D]`.
+
+    Args:
+        tables_NW: int32, each sequence's blocks; entries for positions that it does not see are not read.
+        spans_N3: int32, each sequence's first row of T, and its first and last + 1 position of the step.
+    """
+    if (kernels := _kernels()) is None or q_THD.dtype not in _SUFFIXES:
+        return None
+    if not _plain(keys_PGD, values_PGD, q_THD, k_TGD, v_TGD):
+        return None
+    out_THD = torch.empty_like(q_THD)
+    kernels.attention[q_THD.dtype](
+        keys_PGD.data_ptr(),
+        values_PGD.data_ptr(),
+        q_THD.data_ptr(),
+        k_TGD.data_ptr(),
+        v_TGD.data_ptr(),
+        out_THD.data_ptr(),
+        tables_NW.ctypes.data,
+        tables_NW.shape[1],
+        spans_N3.ctypes.data,
+        len(spans_N3),
+        block_size,
+        *q_THD.shape[1:2],
+        *k_TGD.shape[1:],
+        scale,
+        softcap or 0.0,
+        window or 0,
+        torch.get_num_threads(),
+    )
+    return out_THD

@@ -27,20 +27,13 @@ typedef bf16 Input;
 
 template <int rows, int columns>
 INLINE void multiply(const bf16* const* x, const bf16* const* w, long k, long count, vec* total) {
-    auto get = [&](const bf16* p) {
-        __mmask16 mask = count >= kPair ? 0xffff : (1u << count / 2) - 1;
-        __m512i v = _mm512_maskz_loadu_epi32(mask, p + k);
-        if (count < kPair && count % 2)
-            v = _mm512_mask_set1_epi32(v, 1u << count / 2, p[k + count - 1].bits);
-        return (__m512bh)v;
-    };
     __m512bh weights[columns];
-    UNROLL for (int n = 0; n < columns; n++) weights[n] = get(w[n]);
+    UNROLL for (int n = 0; n < columns; n++) weights[n] = load_dot(w[n] + k, count);
     UNROLL for (int m = 0; m < rows; m++) {
-        __m512bh row = get(x[m]);
+        __m512bh row = load_dot(x[m] + k, count);
         UNROLL for (int n = 0; n < columns; n++) {
-            vec& t = total[m * columns + n];
-            t = (vec)_mm512_dpbf16_ps((__m512)t, row, weights[n]);
+            vec& cell = total[m * columns + n];
+            cell = add_dot(cell, row, weights[n]);
         }
     }
 }

@@ -74,6 +74,18 @@ INLINE pair load_some(const T* p, long count) {
     return load_pair(padded);
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+INLINE __m512bh load_dot(const bf16* p, long count) {
+    if (count >= kPair) return (__m512bh)_mm512_loadu_si512(p);
+    return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, p);
+}
+INLINE vec add_dot(vec total, __m512bh x, __m512bh y) { return (vec)_mm512_dpbf16_ps((__m512)total, x, y); }
+#else
+INLINE pair load_dot(const bf16* p, long count) { return load_some(p, count); }
+#endif
+INLINE pair load_dot(const float* p, long count) { return load_some(p, count); }
+INLINE vec add_dot(vec total, pair x, pair y) { return total + x.a * y.a + x.b * y.b; }
+
 INLINE uvec narrowed(vec x) {  // bf16 in the upper half of each lane
     uvec bits = (uvec)x;
     uvec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);

@@ -1,4 +1,6 @@
 import random
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -7,9 +9,10 @@ from torch import Tensor
 
 from llama import ModelConfig
 from llama.attention import Scoring
-from llama.engine.attention import PagedAttend, PagedKVCache, SequenceSpan, plan_attention
+from llama.engine.attention import AttentionPlan, PagedAttend, PagedKVCache, SequenceSpan
+from llama.kernels import cpu
 
-BLOCK_SIZE, NUM_BLOCKS, HEAD_DIM = 4, 64, 8
+BLOCK_SIZE, HEAD_DIM = 4, 8
 PLAIN = Scoring(scale=HEAD_DIM**-0.5)
 
 
@@ -66,34 +69,60 @@ class Step:
 
 
 def random_step(
-    rng: random.Random, heads: int, kv_heads: int, *, dtype: torch.dtype = torch.float32, window: int | None = None
+    rng: random.Random,
+    heads: int,
+    kv_heads: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+    head_dim: int = HEAD_DIM,
+    longest: int = 23,
 ) -> Step:
+    num_blocks = 8 * (longest // BLOCK_SIZE + 3)
     config = ModelConfig(
-        vocab_size=8, dim=heads * HEAD_DIM, num_layers=2, num_heads=heads, num_kv_heads=kv_heads, max_seq_len=64
+        vocab_size=8,
+        dim=heads * HEAD_DIM,
+        num_layers=2,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        position="none",
+        max_seq_len=64,
     )
-    cache = PagedKVCache(config, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=dtype, device=torch.device("cpu"))
+    cache = PagedKVCache(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype, device=torch.device("cpu"))
     # Whoever reads a slot that is not its own finds out.
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
-    free_blocks = rng.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+    free_blocks = rng.sample(range(num_blocks), num_blocks)
     step = Step(cache, [], [], [], [])
     for _ in range(rng.randrange(1, 8)):
-        end = rng.randrange(1, 24)
+        end = rng.randrange(1, longest + 1)
         start = rng.choice([end - 1, end - 1, 0, rng.randrange(end)])
         block_ids = [free_blocks.pop() for _ in range(-(-end // BLOCK_SIZE) + rng.randrange(2))]
-        step.spans.append(SequenceSpan(block_ids, start, end))
-        step.queries.append(torch.randn(end - start, heads, HEAD_DIM, dtype=dtype))
-        step.keys.append(torch.randn(end, kv_heads, HEAD_DIM, dtype=dtype))
-        step.values.append(torch.randn(end, kv_heads, HEAD_DIM, dtype=dtype))
-        # Nothing may read what no token of the step sees: it stays NaN.
-        for position in range(max(0, start - window + 1) if window else 0, start):
+        step.queries.append(torch.randn(end - start, heads, head_dim, dtype=dtype))
+        step.keys.append(torch.randn(end, kv_heads, head_dim, dtype=dtype))
+        step.values.append(torch.randn(end, kv_heads, head_dim, dtype=dtype))
+        # Nothing may read what no token of the step sees: it stays NaN, or its block belongs to others.
+        first = max(0, start - window + 1) if window else 0
+        for position in range(first, start):
             slot = block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             cache.keys[1, slot], cache.values[1, slot] = step.keys[-1][position], step.values[-1][position]
+        block_ids[: first // BLOCK_SIZE] = [-1] * (first // BLOCK_SIZE)
+        step.spans.append(SequenceSpan(block_ids, start, end))
     return step
 
 
-def attend_to(step: Step, *windows: int | None) -> PagedAttend:
-    return PagedAttend(step.cache, plan_attention(step.spans, BLOCK_SIZE, torch.device("cpu"), windows))
+def attend_to(step: Step) -> PagedAttend:
+    return PagedAttend(step.cache, AttentionPlan(step.spans, BLOCK_SIZE, torch.device("cpu")))
+
+
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def implementation(request) -> Iterator[str]:
+    """Every test runs on both. The kernels take what needs no gradient, and give biases and float64 to torch."""
+    with torch.no_grad(), cpu.switched_off() if request.param == "torch" else nullcontext():
+        if request.param == "kernels" and not cpu.ready():
+            pytest.skip("needs a C++ compiler")
+        yield request.param
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
@@ -106,7 +135,7 @@ def test_mixed_batches_match_attention_one_query_at_a_time(heads, kv_heads, soft
     scoring = replace(PLAIN, scale=0.5, window=window, softcap=softcap, bias=PairBias(heads) if with_bias else None)
     for _ in range(12 if scoring.plain and window is None else 3):
         step = random_step(rng, heads, kv_heads, window=window)
-        out = step.compute(attend_to(step, None, window), scoring)
+        out = step.compute(attend_to(step), scoring)
         torch.testing.assert_close(out.double(), step.expected(scoring), atol=2e-6, rtol=1e-5)
         assert step.cache.keys[0].isnan().all(), "another layer was written"
 
@@ -119,15 +148,86 @@ def test_other_types_keep_their_precision(dtype):
         bias = PairBias(6, torch.float64 if dtype == torch.float64 else torch.float32)
         scoring = replace(PLAIN, window=5, softcap=softcap, bias=bias)
         step = random_step(rng, 6, 2, dtype=dtype, window=5)
-        out = step.compute(attend_to(step, 5), scoring)
+        out = step.compute(attend_to(step), scoring)
         assert out.dtype == dtype
         torch.testing.assert_close(out.double(), step.expected(scoring), atol=atol, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3, 70])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(4, 2, 32), (6, 1, 40), (3, 3, 128), (20, 1, 6), (16, 1, 64), (2, 1, 17), (7, 1, 2)],
+)
+def test_long_sequences_and_every_width_of_head(heads, kv_heads, head_dim, window, dtype):
+    """Several tiles of keys and of rows, whole and in part, masked and not."""
+    rng = random.Random(head_dim)
+    torch.manual_seed(head_dim)
+    scoring = replace(PLAIN, scale=0.3, window=window, softcap=rng.choice([None, 2.0]))
+    for _ in range(2):
+        step = random_step(rng, heads, kv_heads, dtype=dtype, window=window, head_dim=head_dim, longest=200)
+        out = step.compute(attend_to(step), scoring)
+        atol = 8e-6 if dtype == torch.float32 else 0.03
+        torch.testing.assert_close(out.double(), step.expected(scoring), atol=atol, rtol=1e-5)
+
+
+def test_threads_share_sequences_and_heads():
+    step = random_step(random.Random(2), 4, 2, longest=150)
+    alone = step.compute(attend_to(step), PLAIN)
+    try:
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(step.compute(attend_to(step), PLAIN), alone, atol=1e-6, rtol=1e-6)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_sequence_of_nan_leaves_the_others_alone(poison, dtype):
+    step = random_step(random.Random(8), 6, 2, dtype=dtype, longest=90)
+    assert len(step.spans) > 3
+    clean = step.compute(attend_to(step), PLAIN)
+    for sick in range(len(step.spans)):
+        before = step.keys[sick], step.values[sick]
+        step.keys[sick] = torch.full_like(before[0], poison)
+        step.values[sick] = torch.full_like(before[1], torch.nan)
+        out = step.compute(attend_to(step), PLAIN)
+        step.keys[sick], step.values[sick] = before
+        row = sum(span.end - span.start for span in step.spans[:sick])
+        own = slice(row, row + step.spans[sick].end - step.spans[sick].start)
+        assert out[own].isnan().all()
+        out[own] = clean[own]
+        assert torch.equal(out, clean)
+
+
+def test_the_kernel_does_the_work_where_it_can(implementation, monkeypatch):
+    """Else the tests above would compare torch with itself."""
+    plans = []
+    monkeypatch.setattr(AttentionPlan, "groups", lambda plan, window: plans.append(window) or ())
+    for dtype in (torch.float32, torch.bfloat16):
+        step = random_step(random.Random(4), 6, 2, dtype=dtype)
+        attend_to(step)
+        step.compute(attend_to(step), replace(PLAIN, window=5, softcap=1.0))
+        assert bool(plans) == (implementation == "torch")
+    step = random_step(random.Random(4), 6, 2, dtype=torch.float64)
+    step.compute(attend_to(step), PLAIN)
+    assert plans
+
+
+def test_a_request_may_lose_its_blocks_while_its_step_runs():
+    step = random_step(random.Random(6), 4, 2)
+    expected = step.compute(attend_to(step), PLAIN)
+    attend = attend_to(step)
+    for span in step.spans:
+        span.block_ids.clear()
+    assert torch.equal(step.compute(attend, PLAIN), expected)
+
+
 def test_layers_share_a_bias_and_windows_do_not():
     step = random_step(random.Random(5), 4, 2)
-    attend = attend_to(step, None, 5)
-    bias, groups = PairBias(4), len(attend._plan.groups[None])
+    attend = attend_to(step)
+    bias, groups = PairBias(4), len(attend._plan.groups(None))
     scoring = replace(PLAIN, bias=bias)
     first, second = step.compute(attend, scoring), step.compute(attend, scoring)
     assert bias.calls == groups and torch.equal(first, second)
@@ -141,10 +241,10 @@ def test_layers_share_a_bias_and_windows_do_not():
 
 def test_a_window_reads_only_what_it_sees():
     spans = [SequenceSpan(list(range(25)), 98, 99), SequenceSpan(list(range(25, 50)), 90, 96)]
-    groups = plan_attention(spans, BLOCK_SIZE, torch.device("cpu"), [None, 6, 200]).groups
-    assert [group.slots_NS.shape[1] for group in groups[None]] == [99, 96]
-    assert [group.slots_NS.shape[1] for group in groups[6]] == [6, 11]
-    assert groups[6][0].visible_NLS is None and groups[200] is groups[None]
+    plan = AttentionPlan(spans, BLOCK_SIZE, torch.device("cpu"))
+    assert [group.slots_NS.shape[1] for group in plan.groups(None)] == [99, 96]
+    assert [group.slots_NS.shape[1] for group in plan.groups(6)] == [6, 11]
+    assert plan.groups(6)[0].visible_NLS is None and plan.groups(200) is plan.groups(None)
 
 
 def test_blocks_are_copied_in_every_layer():
@@ -155,7 +255,7 @@ def test_blocks_are_copied_in_every_layer():
     before = cache.keys.clone(), cache.values.clone()
     cache.copy_blocks([])
     cache.copy_blocks([(3, 9), (60, 0), (3, 4)])
-    origin = list(range(NUM_BLOCKS))
+    origin = list(range(cache.keys.shape[1] // BLOCK_SIZE))
     origin[9], origin[0], origin[4] = 3, 60, 3
     for tensor, old in zip((cache.keys, cache.values), before, strict=True):
         assert torch.equal(tensor.unflatten(1, (-1, BLOCK_SIZE)), old.unflatten(1, (-1, BLOCK_SIZE))[:, origin])
