@@ -2,8 +2,19 @@
 
 Legend: N rows, V vocabulary. A setting is one number for all rows, or `[N, 1]`: one for each.
 
-The order is that of Hugging Face: repetition penalty, temperature, top-k, top-p on what is left, min-p, then the draw.
-What a filter removes becomes -inf. The functions work in the type of the logits; give them fp32 or wider.
+The order is that of transformers, with what only vLLM has where vLLM has it:
+
+    1  what a constraint or `min_tokens` forbids becomes -inf    vLLM: grammar bitmask, then `min_tokens`
+    2  logit bias                                                vLLM; transformers' `sequence_bias`
+    3  repetition penalty                                        both
+    4  frequency and presence penalty                            vLLM, by OpenAI's definition
+    5  temperature; greedy takes the largest logit here          both
+    6  top-k, then top-p on what is left                         both
+    7  min-p                                                     transformers; vLLM has it before top-k
+    8  the draw
+
+Log-probabilities that are reported are the model's own, before all of these. What a filter removes becomes -inf. The
+functions work in the type of the logits; give them fp32 or wider.
 
 A sampled token is the inverse of the cumulative distribution, in order of token id, at one uniform number of the row's
 own. So it depends on the row's logits, settings and number only; and since the order of summation is not the order of
@@ -19,6 +30,19 @@ _COLDEST = 1e-30
 """Below fp32's range a temperature would become 0, and the largest logit 0 / 0."""
 
 
+def allow_only(logits_NV: Tensor, mask_NW: Tensor) -> Tensor:
+    """Keeps the tokens whose bit is set: token t has bit t % 32 of word t // 32 of `mask_NW`, int32."""
+    bits = torch.arange(32, dtype=torch.int32, device=mask_NW.device)
+    allowed_NV = ((mask_NW[:, :, None] >> bits) & 1).bool().flatten(1)[:, : logits_NV.shape[1]]
+    return logits_NV.masked_fill(~allowed_NV, -torch.inf)
+
+
+def forbid(logits_NV: Tensor, forbidden_NV: Tensor) -> Tensor:
+    """Removes the tokens where `forbidden_NV` is True, in a row where another is left."""
+    left_NV = logits_NV.masked_fill(forbidden_NV, -torch.inf)
+    return torch.where(left_NV.amax(dim=-1, keepdim=True) == -torch.inf, logits_NV, left_NV)
+
+
 def penalize_repetition(logits_NV: Tensor, seen_NV: Tensor, penalty: float | Tensor) -> Tensor:
     """Logits of tokens that occurred before, divided by `penalty` where positive and multiplied by it where negative.
 
@@ -27,6 +51,17 @@ def penalize_repetition(logits_NV: Tensor, seen_NV: Tensor, penalty: float | Ten
     """
     penalized_NV = torch.where(logits_NV < 0, logits_NV * penalty, logits_NV / penalty)
     return torch.where(seen_NV, penalized_NV, logits_NV)
+
+
+def penalize_frequency(
+    logits_NV: Tensor, counts_NV: Tensor, presence: float | Tensor, frequency: float | Tensor
+) -> Tensor:
+    """OpenAI's penalties: logits less `frequency` times a token's count, and less `presence` if that is above 0.
+
+    Source: OpenAI's API reference, "Frequency and presence penalties". `counts_NV`: how often each token is in the
+    output so far, the prompt not included.
+    """
+    return logits_NV - frequency * counts_NV - presence * (counts_NV > 0)
 
 
 def apply_temperature(logits_NV: Tensor, temperature: float | Tensor) -> Tensor:

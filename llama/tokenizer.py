@@ -12,7 +12,7 @@ chat messages alike. Only a template's own text makes control tokens. How a toke
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from itertools import chain, pairwise
@@ -196,6 +196,32 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that form no character become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes | None]:
+        """By id, the bytes that a token adds to the text; None for control tokens and unused ids.
+
+        A decoder that drops the space before the first word of a text does so all the same.
+
+        Raises:
+            ValueError: the tokenizer decodes in another way than token by token into bytes.
+        """
+        steps = _steps(self.backend.decoder, "decoders")
+        kinds = {step["type"] for step in steps}
+        if "ByteLevel" in kinds:
+            spell: Callable[[str], bytes] = _spell_byte_level
+        elif kinds & {"ByteFallback", "Metaspace"}:
+            spell = _spell_byte_fallback
+        else:
+            raise ValueError(f"the tokenizer's decoder {sorted(kinds)} is neither byte-level nor byte-fallback")
+        table: list[bytes | None] = [None] * self.vocab_size
+        for token, token_id in self.backend.get_vocab(with_added_tokens=False).items():
+            table[token_id] = spell(token)
+        for token_id, added in self.backend.get_added_tokens_decoder().items():
+            table[token_id] = None if added.special else added.content.encode()
+        for token_id in self._control_ids | self.eos_ids:
+            table[token_id] = None
+        return table
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
@@ -429,6 +455,24 @@ def _steps(part: Any, inner: str) -> list[dict[str, Any]]:
     """The settings of a normalizer or pre-tokenizer, or of those that a sequence consists of; none of None."""
     state = None if part is None else json.loads(part.__getstate__())
     return [] if state is None else state.get(inner, [state])
+
+
+def _spell_byte_level(token: str) -> bytes:
+    """GPT-2's spelling, in which a character stands for each byte: itself, or one from U+0100 on in order of the bytes
+    that are not printable."""
+    return bytes(_BYTE_OF[character] for character in token)
+
+
+def _spell_byte_fallback(token: str) -> bytes:
+    """SentencePiece's, with "▁" for a space and `<0x0A>` for a byte."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes.fromhex(token[3:5])
+    return token.replace("▁", " ").encode()
+
+
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + at): byte for at, byte in enumerate(_UNPRINTABLE)}
 
 
 def _token_name(value: Any) -> str | None:

@@ -12,10 +12,11 @@ from itertools import count
 
 from llama.engine.blocks import BlockManager, BlockTable
 from llama.engine.config import EngineConfig, EngineStats
+from llama.engine.constraint import Constraint
 from llama.engine.output import ActiveRequest, Sink
 from llama.engine.params import SamplingParams
 from llama.engine.prefix import generation_root
-from llama.engine.request import Chunk, FinishReason, Request, Status, TokenLogprob
+from llama.engine.request import Chunk, ComputedTokens, FinishReason, Request, Status
 from llama.engine.scheduler import ScheduledTokens, Scheduler
 from llama.engine.text import OutputText, TextTokenizer
 
@@ -75,6 +76,7 @@ class EngineCore:
         priority: int,
         deadline: float,
         sink: Sink | None,
+        constraint: Constraint | None = None,
     ) -> list[ActiveRequest]:
         """The completions of a valid prompt, not queued yet; needs no lock."""
         if request_id is None:
@@ -96,6 +98,7 @@ class EngineCore:
                 deadline=deadline,
                 index=index,
                 first=active[0].request if active else None,
+                constraint=constraint.fork() if constraint is not None else None,
             )
             text = OutputText(self._tokenizer, params.stop) if self._tokenizer is not None else None
             active.append(ActiveRequest(request, text, sink))
@@ -153,6 +156,10 @@ class EngineCore:
     # Steps.
 
     @property
+    def eos_ids(self) -> frozenset[int]:
+        return self._tokenizer.eos_ids if self._tokenizer is not None else frozenset()
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
@@ -167,26 +174,23 @@ class EngineCore:
         return scheduled
 
     def commit(
-        self, scheduled: Sequence[ScheduledTokens], tokens: Sequence[tuple[int, TokenLogprob | None]]
+        self, scheduled: Sequence[ScheduledTokens], computed: Sequence[ComputedTokens]
     ) -> list[tuple[ActiveRequest, Chunk]]:
-        """Books what the step computed; `tokens` are those of the scheduled parts that sample, in order."""
-        eos_ids = self._tokenizer.eos_ids if self._tokenizer is not None else frozenset()
-        remaining = iter(tokens)
+        """Books what the step computed of each scheduled part."""
         outputs: list[tuple[ActiveRequest, Chunk]] = []
-        for item in scheduled:
-            token = next(remaining) if item.samples else None
+        for item, result in zip(scheduled, computed, strict=True):
             if item.request.status is not Status.RUNNING:
                 continue  # aborted while the model ran
             self.scheduler.commit(item)
-            if token is None:
+            item.request.prompt_logprobs += result.prompt_logprobs
+            if result.token_id is None:
                 continue
-            token_id, logprob = token
             active = self._active[item.request.request_id][item.request.index]
-            text, reason = active.accept(token_id, eos_ids)
-            self._generated_tokens += 1
+            token_ids, text, reason = active.accept(result.token_id, self.eos_ids)
+            self._generated_tokens += len(token_ids)
             if reason is not None:
                 self.scheduler.finish(item.request)
-            outputs.append((active, active.chunk([token_id], text, reason, logprob, 0)))
+            outputs.append((active, active.chunk(token_ids, text, reason, result.logprob, 0)))
         for _, chunk in outputs:
             chunk.event_seq = self.blocks.event_seq
         return outputs

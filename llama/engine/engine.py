@@ -28,10 +28,11 @@ from contextlib import suppress
 from torch import Tensor
 
 from llama.engine.config import EngineConfig, EngineStats, check_cacheable, half_context, widest_window
+from llama.engine.constraint import ConstraintCompiler
 from llama.engine.core import EngineCore
 from llama.engine.events import BlockEvent, CacheSnapshot
 from llama.engine.output import ActiveRequest, Collector, EngineFailed, Sink
-from llama.engine.params import SamplingParams
+from llama.engine.params import SamplingParams, check_params
 from llama.engine.progress import Progress
 from llama.engine.request import Chunk, Completion, PromptTooLong
 from llama.engine.runner import ModelRunner
@@ -92,6 +93,7 @@ class Engine:
             window=widest_window(model.config),
             half_context=half_context(model.config),
         )
+        self._constraints = ConstraintCompiler(tokenizer, model.config.vocab_size)
         self._swap: WeightSwap | None = None
         self._failure: BaseException | None = None
         self._closed = False
@@ -181,10 +183,8 @@ class Engine:
             )
         if params.n > self.config.max_waiting:
             raise ValueError(f"n={params.n} exceeds engine.max_waiting={self.config.max_waiting}; lower it")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer; use stop_token_ids")
-        if params.logprobs is not None and params.logprobs > vocab_size:
-            raise ValueError(f"logprobs={params.logprobs} exceeds the vocabulary of {vocab_size}")
+        check_params(params, vocab_size, self.tokenizer)
+        self._constraints.start(params)
         return checked
 
     def _submit(
@@ -203,7 +203,14 @@ class Engine:
             raise ValueError(f"timeout_s={timeout_s!r} is not a positive number of seconds")
         deadline = float("inf") if timeout_s is None else self._clock() + timeout_s
         active = self._core.prepare(
-            token_ids, params, request_id=request_id, salt=salt, priority=priority, deadline=deadline, sink=sink
+            token_ids,
+            params,
+            request_id=request_id,
+            salt=salt,
+            priority=priority,
+            deadline=deadline,
+            sink=sink,
+            constraint=self._constraints.start(params),
         )
         with self._lock:
             self._check_open()
@@ -271,15 +278,15 @@ class Engine:
             self._core.expire(self._clock())
             scheduled = self._core.schedule()
             copies = self._core.blocks.take_copies()
-            inputs = self._runner.prepare(scheduled) if scheduled else None
+            inputs = self._runner.prepare(scheduled, self._core.eos_ids) if scheduled else None
         if inputs is None:
             return
         self._runner.cache.copy_blocks(copies)
         self._interruptible = True
-        tokens = self._runner.run(inputs)
+        computed = self._runner.run(inputs)
         self._interruptible = False
         with self._lock:
-            outputs = self._core.commit(scheduled, [(token.token_id, token.logprob) for token in tokens])
+            outputs = self._core.commit(scheduled, computed)
             produced_events = self._core.blocks.event_seq != first_seq
         # Before the chunks: who reads a finish_reason may rely on the events of that request.
         if produced_events and self.on_events is not None:
@@ -366,6 +373,8 @@ class Engine:
         Raises:
             As `add_request`, at the first iteration; EngineFailed at any, when a step raises.
         """
+        if params.constraint is not None:
+            await asyncio.to_thread(self._constraints.start, params)  # compiled and kept; the loop goes on meanwhile
         token_ids = self._checked_prompt(self.encode(prompt), params)
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Chunk | EngineFailed] = asyncio.Queue()

@@ -30,31 +30,47 @@ class ActiveRequest:
     delivered: bool = False
     """Its last chunk has been handed out."""
 
-    def accept(self, token_id: int, eos_ids: frozenset[int]) -> tuple[str, FinishReason | None]:
-        """Appends a generated token; returns the new text and whether it ends the request."""
-        request, params = self.request, self.request.params
+    def accept(self, token_id: int, eos_ids: frozenset[int]) -> tuple[list[int], str, FinishReason | None]:
+        """Appends a generated token; returns what was appended, the new text and whether it ends the request.
+
+        Nothing is appended where the constraint admits no token: the request ends before it.
+        """
+        request, params, constraint = self.request, self.request.params, self.request.constraint
+        if constraint is not None and not constraint.advance(token_id):
+            return [], self.rest(), "stop" if constraint.complete else "length"
         request.token_ids.append(token_id)
+        ended = constraint is not None and constraint.ended
+        eos = token_id in eos_ids and not params.ignore_eos
+        stop_token = (eos and (self._armed or ended)) or (self._armed and token_id in params.stop_token_ids)
         text, stopped = "", False
-        stop_token = token_id in params.stop_token_ids or (token_id in eos_ids and not params.ignore_eos)
         if self.text is not None and not stop_token:
-            text, stopped = self.text.push(token_id)
+            text, stopped = self.text.push(token_id, self._armed)
         if stopped:
-            return text, "stop"
+            return [token_id], text, "stop"
         full = request.num_generated >= params.max_tokens or len(request.token_ids) >= request.max_total_tokens
-        if not stop_token and not full:
-            return text, None
-        rest, stopped = self.text.finish() if self.text is not None else ("", False)
-        return text + rest, "stop" if stop_token or stopped else "length"
+        if not stop_token and not ended and not full:
+            return [token_id], text, None
+        rest, stopped = self._finish()
+        return [token_id], text + rest, "stop" if stop_token or ended or stopped else "length"
 
     def rest(self) -> str:
         """Text held back so far, for a request that ends without another token."""
-        return self.text.finish()[0] if self.text is not None else ""
+        return self._finish()[0]
+
+    @property
+    def _armed(self) -> bool:
+        """Whether what is generated next, or completed by the newest token, may end the request."""
+        return self.request.num_generated >= self.request.params.min_tokens
+
+    def _finish(self) -> tuple[str, bool]:
+        return self.text.finish(self._armed) if self.text is not None else ("", False)
 
     def chunk(
         self, token_ids: list[int], text: str, reason: FinishReason | None, logprob: TokenLogprob | None, event_seq: int
     ) -> Chunk:
         request = self.request
         wanted = request.params.logprobs is not None
+        first = bool(token_ids) and request.num_generated == len(token_ids) and bool(request.prompt_logprobs)
         return Chunk(
             request_id=request.request_id,
             token_ids=token_ids,
@@ -63,9 +79,10 @@ class ActiveRequest:
             num_cached_tokens=request.num_cached_tokens or 0,
             prompt_tokens=request.num_prompt_tokens,
             completion_tokens=request.num_generated,
-            logprobs=([logprob] if logprob is not None else []) if wanted else None,
+            logprobs=([logprob] if logprob is not None and token_ids else []) if wanted else None,
             event_seq=event_seq,
             index=request.index,
+            prompt_logprobs=request.prompt_logprobs if first else None,
         )
 
 
@@ -82,6 +99,9 @@ class Collector:
     def __call__(self, item: Chunk | EngineFailed) -> None:
         if isinstance(item, EngineFailed):
             return  # `generate` learns it from its own next step
+        if item.prompt_logprobs is not None:
+            for completion in self.completions:
+                completion.prompt_logprobs = item.prompt_logprobs
         completion = self.completions[item.index]
         completion.token_ids += item.token_ids
         completion.text += item.text

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llama.engine.blocks import BlockTable
 from llama.engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from llama.engine.constraint import Constraint
 
 FinishReason = Literal["stop", "length", "abort", "timeout"]
 
@@ -43,6 +47,8 @@ class Completion:
     logprobs: list[TokenLogprob] | None
     index: int = 0
     """Which of the `SamplingParams.n` completions of its prompt it is."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """One for each prompt token, None for the first; None when not asked for."""
 
 
 @dataclass
@@ -64,6 +70,19 @@ class Chunk:
     """Sequence number of the last block event when the step ended: those up to it cover all this request computed."""
     index: int = 0
     """Which of the `SamplingParams.n` completions this belongs to."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """One for each prompt token, None for the first; in completion 0's first chunk with a token, when asked for."""
+
+
+@dataclass(frozen=True)
+class ComputedTokens:
+    """What a step computed for one `ScheduledTokens`."""
+
+    token_id: int | None
+    """Sampled; None where the part does not reach the request's last token."""
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: Sequence[TokenLogprob] = ()
+    """Of the next prompt tokens, where they are wanted."""
 
 
 class Status(Enum):
@@ -93,6 +112,8 @@ class Request:
     """Which of its prompt's completions this is."""
     first: Request | None = None
     """Completion 0 of the same prompt, which computes it for all; None is this one."""
+    constraint: Constraint | None = None
+    """Where the output stands in what constrains it; advanced with `token_ids`."""
     arrival: int = field(init=False, default=0)
     """Counts requests in order of arrival; `admission` likewise, None before the first."""
     admission: int | None = field(init=False, default=None)
@@ -106,11 +127,14 @@ class Request:
     status: Status = Status.WAITING
     random: random.Random = field(init=False)
     """One draw per sampled token: the samples depend on the seed and on nothing else in the batch."""
+    prompt_logprobs: list[TokenLogprob | None] = field(init=False)
+    """Of the first prompt tokens, as far as they are computed and wanted; kept when the request is preempted."""
     _draw: tuple[int, float] = (0, 0.0)
     """Where the last draw samples a token, and the draw."""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        self.prompt_logprobs = [] if self.params.prompt_logprobs is None or self.index else [None]
         seed = self.params.seed
         # Of a negative integer `random.Random` takes the absolute value: 0, -1, 1, -2, ... become 0, 1, 2, 3, ...
         natural = None if seed is None else 2 * seed if seed >= 0 else -2 * seed - 1
@@ -124,6 +148,17 @@ class Request:
             number = self.random.random()
             self._draw = (len(self.token_ids), number)
         return number
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of prompt tokens are still to be computed: no cached prefix has them."""
+        return 0 < len(self.prompt_logprobs) < self.num_prompt_tokens
+
+    def prompt_targets(self, start: int, end: int) -> range:
+        """The prompt tokens that computing the tokens `[start, end)` predicts and whose log-probabilities lack."""
+        if not self.scores_prompt:
+            return range(0)
+        return range(max(start + 1, len(self.prompt_logprobs)), min(end + 1, self.num_prompt_tokens))
 
     @property
     def num_missing(self) -> int:

@@ -233,10 +233,12 @@ class Scheduler:
         return first.status is Status.WAITING or first.num_computed < first.num_prompt_tokens
 
     def _matched(self, request: Request) -> list[int]:
-        return self.blocks.match(request.table, request.token_ids)
+        return [] if request.scores_prompt else self.blocks.match(request.table, request.token_ids)
 
     def _waits_for_prefix(self, request: Request, num_matched: int, computing: set[bytes]) -> bool:
         """Whether another one computes the block that this one misses; remembers the last such block."""
+        if request.scores_prompt:
+            return False  # no use to it
         position, last = num_matched, None
         hashes = request.table.hashes
         most = reusable_blocks(len(request.token_ids), self.blocks.block_size)

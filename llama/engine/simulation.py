@@ -27,7 +27,7 @@ from llama.engine.config import EngineConfig
 from llama.engine.core import EngineCore
 from llama.engine.output import EngineFailed
 from llama.engine.params import SamplingParams
-from llama.engine.request import Chunk, FinishReason, Request, Status
+from llama.engine.request import Chunk, ComputedTokens, FinishReason, Request, Status
 from llama.engine.scheduler import QueueFull, ScheduledTokens
 
 
@@ -190,10 +190,10 @@ class Simulation:
             return False
         self.steps += 1
         self.now += self._cost.seconds(scheduled)
-        tokens = [(self._compute(item), None) for item in scheduled]
-        sampled = [token for item, token in zip(scheduled, tokens, strict=True) if item.samples]
+        tokens = [(self._compute(item), item.samples) for item in scheduled]
+        computed = [ComputedTokens(token_id if samples else None) for token_id, samples in tokens]
         self._run_events()  # what comes while the model runs: the books do not know its tokens yet
-        core.hand_out(core.commit(scheduled, sampled))
+        core.hand_out(core.commit(scheduled, computed))
         if self.on_step is not None:
             self.on_step(scheduled)
         if self._verify:

@@ -20,6 +20,15 @@ class TextTokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+class BytesTokenizer(TextTokenizer, Protocol):
+    """What a constrained output needs besides: which bytes each token adds to the text."""
+
+    @property
+    def token_bytes(self) -> Sequence[bytes | None]:
+        """By token id; None for control tokens and unused ids, which no text is made of."""
+        ...
+
+
 class IncrementalDecoder:
     """Decodes token by token; the pieces joined are `decode` of all tokens.
 
@@ -82,10 +91,16 @@ class StopMatcher:
         self._stop = tuple(stop)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Returns the text to hand out and whether a stop string was completed; it ends before that string then."""
+    def push(self, text: str, armed: bool = True) -> tuple[str, bool]:
+        """Returns the text to hand out and whether a stop string was completed; it ends before that string then.
+
+        One that is completed by a piece with `armed=False` does not count, though it may begin in one.
+        """
+        known = len(self._held)
         text = self._held + text
-        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        # What ended in an earlier piece did not count.
+        starts = [(text.find(stop, max(0, known + 1 - len(stop))), stop) for stop in self._stop if armed]
+        found = [(start + len(stop), start) for start, stop in starts if start >= 0]
         if found:
             self._held = ""
             return text[: min(found)[1]], True
@@ -114,11 +129,11 @@ class OutputText:
         self._decoder = IncrementalDecoder(tokenizer)
         self._matcher = StopMatcher(stop)
 
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """Returns the new text and whether a stop string ends it."""
-        return self._matcher.push(self._decoder.push(token_id))
+    def push(self, token_id: int, armed: bool = True) -> tuple[str, bool]:
+        """Returns the new text and whether a stop string ends it; none does unless `armed`."""
+        return self._matcher.push(self._decoder.push(token_id), armed)
 
-    def finish(self) -> tuple[str, bool]:
+    def finish(self, armed: bool = True) -> tuple[str, bool]:
         """The rest of the text when generation ends for another reason; it may complete a stop string too."""
-        text, stopped = self._matcher.push(self._decoder.finish())
+        text, stopped = self._matcher.push(self._decoder.finish(), armed)
         return (text, True) if stopped else (text + self._matcher.finish(), False)

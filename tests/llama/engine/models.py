@@ -88,6 +88,7 @@ class ByteTokenizer:
     """Token id = byte; 256 is the end of text."""
 
     eos_ids = frozenset((256,))
+    token_bytes = (*(bytes([byte]) for byte in range(256)), None)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from llama.engine.params import SamplingParams
-from llama.engine.sampler import sample, token_logprobs
+from llama.engine.sampler import SampleInputs, token_logprobs
+from llama.engine.sampler import sample as sample_rows
+
+
+def sample(logits_NV: torch.Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
+    rows = [SampleInputs(param, uniform) for param, uniform in zip(params, uniforms, strict=True)]
+    return sample_rows(logits_NV, rows).tolist()
 
 
 def reference_distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -93,7 +99,7 @@ def test_extreme_inputs_stay_inside_the_support():
 def test_logprobs_are_the_models_own():
     logits_NV = torch.randn(3, 30, generator=torch.Generator().manual_seed(5)) * 4
     params = [SamplingParams(temperature=0.1, logprobs=4), SamplingParams(), SamplingParams(top_k=1, logprobs=0)]
-    first, none, last = token_logprobs(logits_NV, [3, 4, 5], params)
+    first, none, last = token_logprobs(logits_NV, torch.tensor([3, 4, 5]), [param.logprobs for param in params])
     assert none is None and first is not None and last is not None
     exact = logits_NV.double().log_softmax(dim=-1)
     assert first.token_id == 3 and first.logprob == pytest.approx(exact[0, 3].item(), abs=1e-5)
