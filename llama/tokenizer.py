@@ -459,7 +459,9 @@ def _steps(part: Any, inner: str) -> list[dict[str, Any]]:
 
 def _spell_byte_level(token: str) -> bytes:
     """GPT-2's spelling, in which a character stands for each byte: itself, or one from U+0100 on in order of the bytes
-    that are not printable."""
+    that are not printable. Where one stands for none, the text is as it is."""
+    if any(character not in _BYTE_OF for character in token):
+        return token.encode()
     return bytes(_BYTE_OF[character] for character in token)
 
 

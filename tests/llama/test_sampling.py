@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from llama.sampling import apply_temperature, draw, keep_min_p, keep_top, penalize_repetition
+from llama.sampling import (
+    allow_only,
+    apply_temperature,
+    draw,
+    forbid,
+    keep_min_p,
+    keep_top,
+    penalize_frequency,
+    penalize_repetition,
+)
 
 
 def random_logits(rows: int = 7, vocab: int = 40, seed: int = 0) -> torch.Tensor:
@@ -73,6 +82,36 @@ def test_repetition_penalty_makes_what_was_seen_less_likely():
     seen_NV = torch.tensor([[True, True, False, False], [False, False, False, True]])
     assert penalize_repetition(logits_NV, seen_NV, 1.5).tolist() == [[2.0, -4.5, 2.0, -2.0], [3.0, -3.0, 2.0, -3.0]]
     assert torch.equal(penalize_repetition(logits_NV, seen_NV, 1.0), logits_NV)
+
+
+def test_frequency_and_presence_penalties_are_openais():
+    logits_NV, counts_NV = random_logits(2, 5, seed=2), torch.tensor([[0.0, 1, 2, 0, 7], [0, 0, 0, 0, 0]])
+    found_NV = penalize_frequency(logits_NV, counts_NV, torch.tensor([[0.5], [2.0]]), torch.tensor([[-1.5], [2.0]]))
+    for row, (found, counts) in enumerate(zip(found_NV, counts_NV.tolist(), strict=True)):
+        presence, frequency = [(0.5, -1.5), (2.0, 2.0)][row]
+        expected = [
+            logit - count * frequency - float(count > 0) * presence
+            for logit, count in zip(logits_NV[row].tolist(), counts, strict=True)
+        ]
+        assert found.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 70])
+def test_a_mask_keeps_the_tokens_of_its_bits(vocab):
+    logits_NV = random_logits(4, vocab)
+    allowed = [{0}, set(range(vocab)), set(range(0, vocab, 3)), {vocab - 1}]
+    bits = [sum(1 << token for token in tokens) | 1 << vocab for tokens in allowed]
+    words = [[(row >> 32 * word) & 0xFFFFFFFF for word in range(vocab // 32 + 1)] for row in bits]
+    mask_NW = torch.tensor(np.array(words, dtype=np.uint32).view(np.int32))
+    found_NV = allow_only(logits_NV, mask_NW)
+    assert kept(found_NV) == allowed
+    assert torch.equal(found_NV[found_NV.isfinite()], logits_NV[found_NV.isfinite()])
+
+
+def test_forbidden_tokens_go_unless_nothing_else_is_left():
+    logits_NV = torch.tensor([[1.0, 2.0, 3.0], [1.0, -torch.inf, 3.0]])
+    forbidden_NV = torch.tensor([[False, False, True], [True, True, True]])
+    assert kept(forbid(logits_NV, forbidden_NV)) == [{0, 1}, {0, 2}]
 
 
 def test_temperature_scales_and_no_temperature_overflows():

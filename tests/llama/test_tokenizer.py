@@ -323,3 +323,17 @@ def test_conversations_are_encoded_in_stretches(tokenizer: Tokenizer, monkeypatc
     expected = [(each.encode_chat(chat), each.apply_chat_template(chat)) for each in both]
     monkeypatch.setattr("llama.tokenizer._STRETCH_CHARS", 60)
     assert [(each.encode_chat(chat), each.apply_chat_template(chat)) for each in both] == expected
+
+
+def test_the_bytes_of_the_tokens_are_those_of_the_text(own: Tokenizer, foreign: Tokenizer) -> None:
+    ids = own.encode(TEXT)
+    assert b"".join(own.token_bytes[token_id] or b"" for token_id in ids) == TEXT.encode()
+    assert len(own.token_bytes) == own.vocab_size
+    assert all(own.token_bytes[token_id] is None for token_id in (own.bos_id, own.eos_id, own.pad_id))
+    if isinstance(foreign.backend.model, tokenizers.models.WordPiece):
+        with pytest.raises(ValueError, match="decoder.*WordPiece"):
+            _ = foreign.token_bytes
+        return
+    table, ids = foreign.token_bytes, foreign.encode("Größer Zahl")
+    assert b"".join(table[token_id] or b"" for token_id in ids).strip() == foreign.decode(ids).encode()
+    assert table[foreign.eos_id] is None

@@ -193,3 +193,28 @@ def test_held_text_comes_out_at_the_end():
     text = OutputText(ByteTokenizer(), ["END"])
     assert "".join(text.push(byte)[0] for byte in b"abEN") == "ab"
     assert text.finish() == ("EN", False)
+
+
+def test_a_stop_string_does_not_count_before_its_time():
+    """By brute force: the first one that ends in an armed piece, wherever it begins; nothing of it is handed out."""
+    rng = random.Random(3)
+    for _ in range(400):
+        stop = ["".join(rng.choices("ab", k=rng.randrange(1, 4))) for _ in range(rng.randrange(1, 3))]
+        pieces = ["".join(rng.choices("ab", k=rng.randrange(0, 3))) for _ in range(8)]
+        first = rng.randrange(9)
+        text, early = "".join(pieces), len("".join(pieces[:first]))
+        ends = [
+            (start + len(word), start)
+            for word in stop
+            for start in range(len(text))
+            if text.startswith(word, start) and start + len(word) > early
+        ]
+        matcher, out, stopped = StopMatcher(stop), [], False
+        for index, piece in enumerate(pieces):
+            new, stopped = matcher.push(piece, armed=index >= first)
+            out.append(new)
+            if stopped:
+                break
+        if not stopped:
+            out.append(matcher.finish())
+        assert ("".join(out), stopped) == ((text[: min(ends)[1]], True) if ends else (text, False))

@@ -1,0 +1,62 @@
+"""Log-probabilities of prompts, against the plain model."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llama.engine import Engine, EngineConfig, SamplingParams
+from tests.llama.engine.models import VOCAB_SIZE, random_model
+from tests.llama.engine.test_engine import GREEDY, finish
+
+PROMPT = [random.Random(5).randrange(VOCAB_SIZE) for _ in range(30)]
+
+
+@torch.inference_mode()
+def check_logprobs(model, prompt, logprobs, count):
+    exact_LV = model(torch.tensor([prompt]))[0].double().log_softmax(dim=-1)
+    assert len(logprobs) == len(prompt) and logprobs[0] is None
+    for position in range(1, len(prompt)):
+        entry, exact_V = logprobs[position], exact_LV[position - 1]
+        assert entry.token_id == prompt[position]
+        assert entry.logprob == pytest.approx(exact_V[prompt[position]].item(), abs=1e-3)
+        assert list(entry.top) == exact_V.topk(count).indices.tolist()
+
+
+@pytest.mark.parametrize("budget", [1, 7, 512])
+def test_prompt_logprobs_are_those_of_the_plain_model_whatever_the_chunks(budget):
+    model = random_model()
+    engine = Engine(model, config=EngineConfig(num_blocks=32, block_size=4, max_batched_tokens=budget))
+    params = replace(GREEDY, prompt_logprobs=3)
+    for prompt in (PROMPT, PROMPT[:1], PROMPT[:2]):
+        completion = engine.generate([prompt], params)[0]
+        check_logprobs(model, prompt, completion.prompt_logprobs, 3)
+        assert completion.token_ids == engine.generate([prompt], GREEDY)[0].token_ids
+    assert engine.generate([PROMPT], GREEDY)[0].prompt_logprobs is None
+    assert engine.generate([PROMPT], replace(params, prompt_logprobs=0))[0].prompt_logprobs[1].top == {}
+
+
+def test_prompt_logprobs_are_complete_beside_cached_prefixes_and_after_preemption():
+    model = random_model()
+    engine = Engine(model, config=EngineConfig(num_blocks=22, block_size=4, max_batched_tokens=9))
+    engine.generate([PROMPT], GREEDY)
+    params = SamplingParams(temperature=1.0, max_tokens=30, prompt_logprobs=2, seed=1)
+    names = {engine.add_request(PROMPT[:length], params): PROMPT[:length] for length in (30, 30, 21, 25)}
+    reports = {name: [] for name in names}
+    for chunk in finish(engine):
+        assert chunk.prompt_logprobs is None or chunk.completion_tokens == 1
+        reports[chunk.request_id] += [chunk.prompt_logprobs] if chunk.prompt_logprobs else []
+    assert engine.stats().preemptions > 0
+    for name, (report,) in reports.items():
+        check_logprobs(model, names[name], report, 2)
+    engine.check_integrity()
+
+
+def test_a_request_aborted_within_its_prompt_reports_nothing_of_it():
+    engine = Engine(random_model(), config=EngineConfig(max_batched_tokens=4))
+    name = engine.add_request(PROMPT, replace(GREEDY, prompt_logprobs=1))
+    engine.step()
+    engine.abort(name)
+    (chunk,) = engine.step()
+    assert (chunk.finish_reason, chunk.prompt_logprobs, chunk.token_ids) == ("abort", None, [])
