@@ -50,6 +50,27 @@ def test_top_k_then_top_p_keep_what_they_should(top_k, top_p):
 
 def test_of_equal_logits_exactly_k_stay():
     assert kept(keep_top(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]), top_k=2)) == [{1, 2}]
+    assert kept(keep_top(torch.zeros(1, 1000), top_k=7, top_p=0.5)) == [set(range(4))]
+    assert kept(keep_top(torch.zeros(1, 1000), top_p=0.5)) == [set(range(500))]
+
+
+def test_a_large_vocabulary_is_cut_where_a_small_one_is():
+    """Where a short list of the likeliest tells the cut, where it does not, and rows of both kinds side by side."""
+    generator = torch.Generator().manual_seed(4)
+    scale_N1 = torch.tensor([[0.0], [0.3], [1.0], [2.0], [6.0], [0.1], [3.0], [1.5]])
+    # Rounded as bf16 logits are: many are equal.
+    logits_NV = (torch.randn(8, 3000, generator=generator) * scale_N1).bfloat16().float()
+    logits_NV[4, 5:] = -torch.inf
+    top_k = torch.tensor([0, 0, 0, 50, 0, 300, 256, 257])[:, None]
+    top_p = torch.tensor([0.9, 0.5, 0.99, 0.7, 0.9, 0.95, 1.0, 1.0])[:, None]
+    found = kept(keep_top(logits_NV, top_k=top_k, top_p=top_p))
+    for row, tokens, k, p in zip(logits_NV.double(), found, top_k.tolist(), top_p.tolist(), strict=True):
+        values, order = row.sort(descending=True, stable=True)
+        weights = values.softmax(dim=-1)[: k[0] or None]
+        before = weights.cumsum(dim=-1) - weights
+        count = int((before < p[0] * weights.sum()).sum())
+        assert tokens == set(order[:count].tolist()) & set(row.isfinite().nonzero().flatten().tolist())
+    assert max(map(len, found)) > 2000 > 256 > min(map(len, found))
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 0.3, 1.0])
