@@ -3,14 +3,16 @@
 Every row is computed by itself, from its logits, its settings and its random number. Only rows that use a feature pay
 for it, and a greedy row without any costs an argmax. What is copied to the device goes there without waiting.
 
-Legend: N requests, S of them sampled or changed (not plainly greedy), R of these that use a feature, V vocabulary,
-W words of a mask.
+Legend: N requests, S of them sampled or changed (not plainly greedy), R of these that use a feature, P single logits of
+theirs, V vocabulary, W words of a mask.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -124,36 +126,47 @@ def _where(
 
 
 def _constrain(logits_RV: Tensor, rows: Sequence[SampleInputs]) -> Tensor:
-    pinned = logits_RV.device.type == "cuda"
-    masks_RW = torch.empty(len(rows), mask_words(logits_RV.shape[1]), dtype=torch.int32, pin_memory=pinned)
+    masks_RW = torch.empty(len(rows), mask_words(logits_RV.shape[1]), dtype=torch.int32)
     for row, mask_W in zip(rows, masks_RW, strict=True):
         assert row.constraint is not None
         if not row.constraint.fill(mask_W):
             mask_W.fill_(-1)
-    return allow_only(logits_RV, masks_RW.to(logits_RV.device, non_blocking=True))
+    return allow_only(logits_RV, _to(masks_RW, logits_RV.device))
 
 
 def _forbid(logits_RV: Tensor, rows: Sequence[SampleInputs]) -> Tensor:
     forbidden_RV = torch.zeros_like(logits_RV, dtype=torch.bool)
-    forbidden_RV.view(-1).index_fill_(0, _flat([row.forbidden_ids for row in rows], logits_RV), True)
+    _, places_P = _places([row.forbidden_ids for row in rows], logits_RV)
+    forbidden_RV.view(-1).index_fill_(0, places_P, True)
     return forbid(logits_RV, forbidden_RV)
 
 
 def _add_bias(logits_RV: Tensor, rows: Sequence[SampleInputs]) -> Tensor:
-    places = _flat([list(row.params.logit_bias) for row in rows], logits_RV)
+    _, places_P = _places([list(row.params.logit_bias) for row in rows], logits_RV)
     values = [value for row in rows for value in row.params.logit_bias.values()]
-    return (
-        logits_RV.flatten().index_add(0, places, _tensor(values, logits_RV.dtype, logits_RV.device)).view_as(logits_RV)
-    )
+    logits_RV.view(-1).index_add_(0, places_P, _tensor(values, logits_RV.dtype, logits_RV.device))
+    return logits_RV
 
 
 def _penalize(logits_RV: Tensor, rows: Sequence[SampleInputs]) -> Tensor:
-    counts_RV = _counts([row.output_ids for row in rows], logits_RV)
-    if any(row.params.repetition_penalty != 1 for row in rows):
-        seen_RV = (counts_RV > 0) | (_counts([row.prompt_ids for row in rows], logits_RV) > 0)
-        logits_RV = penalize_repetition(logits_RV, seen_RV, _setting("repetition_penalty", rows, logits_RV))
-    presence_R1 = _setting("presence_penalty", rows, logits_RV)
-    return penalize_frequency(logits_RV, counts_RV, presence_R1, _setting("frequency_penalty", rows, logits_RV))
+    """Changes the P logits of tokens that are in the rows' texts, which are few beside the vocabulary."""
+    outputs = [Counter(row.output_ids) for row in rows]
+    prompts = [set(row.prompt_ids) - output.keys() for row, output in zip(rows, outputs, strict=True)]
+    tokens = [[*output, *prompt] for output, prompt in zip(outputs, prompts, strict=True)]
+    counts: list[int] = []
+    for output, prompt in zip(outputs, prompts, strict=True):
+        counts += [*output.values(), *(0,) * len(prompt)]
+    counts_P = _tensor(counts, logits_RV.dtype, logits_RV.device)
+    row_P, places_P = _places(tokens, logits_RV)
+    repetition_P, presence_P, frequency_P = (
+        _setting(name, rows, logits_RV).squeeze(1)[row_P]
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    )
+    flat = logits_RV.view(-1)
+    logits_P = flat[places_P]
+    logits_P = penalize_repetition(logits_P, torch.ones_like(logits_P, dtype=torch.bool), repetition_P)
+    flat[places_P] = penalize_frequency(logits_P, counts_P, presence_P, frequency_P)
+    return logits_RV
 
 
 def _draw(logits_RV: Tensor, rows: Sequence[SampleInputs]) -> Tensor:
@@ -178,24 +191,21 @@ def _setting(name: str, rows: Sequence[SampleInputs], logits_RV: Tensor) -> Tens
     return _tensor([[getattr(row.params, name)] for row in rows], logits_RV.dtype, logits_RV.device)
 
 
-def _counts(token_ids: Sequence[Sequence[int]], logits_RV: Tensor) -> Tensor:
-    """How often each row has each token."""
-    places = _flat(token_ids, logits_RV)
-    counts_RV = torch.zeros_like(logits_RV)
-    counts_RV.view(-1).index_add_(0, places, torch.ones_like(places, dtype=counts_RV.dtype))
-    return counts_RV
-
-
-def _flat(token_ids: Sequence[Sequence[int]], logits_RV: Tensor) -> Tensor:
-    """Places of each row's tokens in `logits_RV.flatten()`, one row after the other."""
-    vocab_size = logits_RV.shape[1]
-    places = [row * vocab_size + token_id for row, ids in enumerate(token_ids) for token_id in ids]
-    return _tensor(places, torch.int64, logits_RV.device)
+def _places(token_ids: Sequence[Sequence[int]], logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of each token, one row after the other, and its place in `logits_RV.flatten()`."""
+    lengths_R = torch.tensor([len(ids) for ids in token_ids])
+    row_P = torch.repeat_interleave(torch.arange(len(token_ids)), lengths_R)
+    places_P = row_P * logits_RV.shape[1] + torch.tensor([*chain(*token_ids)], dtype=torch.int64)
+    return _to(row_P, logits_RV.device), _to(places_P, logits_RV.device)
 
 
 def _tensor(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _to(torch.tensor(values, dtype=dtype), device)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device, without waiting for what runs there."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def token_logprobs(logits_NV: Tensor, token_ids_N: Tensor, counts: Sequence[int | None]) -> list[TokenLogprob | None]:

@@ -55,7 +55,6 @@ def test_of_equal_logits_exactly_k_stay():
 
 
 def test_a_large_vocabulary_is_cut_where_a_small_one_is():
-    """Where a short list of the likeliest tells the cut, where it does not, and rows of both kinds side by side."""
     generator = torch.Generator().manual_seed(4)
     scale_N1 = torch.tensor([[0.0], [0.3], [1.0], [2.0], [6.0], [0.1], [3.0], [1.5]])
     # Rounded as bf16 logits are: many are equal.

@@ -252,6 +252,14 @@ def test_constrained_requests_notice_neither_preemption_nor_a_step_done_again(en
         assert tokens[name] == engine.generate(["go"], params)[0].token_ids
 
 
+def test_each_of_n_completions_has_a_constraint_of_its_own(engine):
+    params = replace(MANY, regex=r"[a-z]{3,9}\.", n=5)
+    completions = engine.generate(["x", "go"], params)
+    assert all(re.fullmatch(params.regex, completion.text) for completion in completions)
+    assert len({completion.text for completion in completions}) > 8
+    assert completions[0].text == engine.generate(["x"], replace(params, n=1))[0].text
+
+
 def test_logprobs_of_constrained_tokens_are_the_models_own(engine):
     free = engine.generate(["go"], replace(MANY, temperature=0, max_tokens=1, logprobs=3))[0].logprobs[0]
     bound = engine.generate(["go"], replace(MANY, temperature=0, max_tokens=1, logprobs=3, regex="z+"))[0].logprobs[0]

@@ -53,6 +53,16 @@ def test_prompt_logprobs_are_complete_beside_cached_prefixes_and_after_preemptio
     engine.check_integrity()
 
 
+def test_all_completions_of_a_prompt_share_its_logprobs():
+    model = random_model()
+    engine = Engine(model, config=EngineConfig(num_blocks=64, block_size=4, max_batched_tokens=8))
+    for _ in range(2):
+        completions = engine.generate([PROMPT], SamplingParams(max_tokens=9, n=3, seed=1, prompt_logprobs=1))
+        for completion in completions:
+            check_logprobs(model, PROMPT, completion.prompt_logprobs, 1)
+    assert engine.stats().block_copies > 0
+
+
 def test_a_request_aborted_within_its_prompt_reports_nothing_of_it():
     engine = Engine(random_model(), config=EngineConfig(max_batched_tokens=4))
     name = engine.add_request(PROMPT, replace(GREEDY, prompt_logprobs=1))
