@@ -30,8 +30,9 @@ MAX_CHARACTERS = 1 << 16
 """Of a constraint's text; compiling it takes 2 seconds at most."""
 _STACK_BYTES = 256 << 20
 """llguidance follows references recursively: 64 kB of them overflow the usual 8 MB, which ends the process."""
-_MAX_LEXER_STATES = 20_000
-"""Up to 2 kB each, for each constraint that is kept."""
+_MAX_LEXER_STATES = 100_000
+"""Up to 2 kB each, for each constraint that is kept; the requests that share it share them. A string of up to a
+thousand characters takes a thousand."""
 # Tokens are the model's choice: else llguidance asks the tokenizer for those of a text that has to come, and allows no
 # others.
 _OPTIONS = '%llguidance {"no_forcing": true}'
@@ -50,8 +51,10 @@ T = TypeVar("T")
 class Constraint:
     """Where one request's output stands in what constrains it."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, on_failure: Callable[[], None]) -> None:
         self._matcher = matcher
+        self._on_failure = on_failure
+        """Called where the matcher gave up."""
 
     def fill(self, mask_W: Tensor) -> bool:
         """Sets the bits of the tokens that may come next, `llama.sampling.allow_only`'s; False if there are none.
@@ -70,6 +73,8 @@ class Constraint:
         if not self.complete:
             reason = _one_line(self._matcher.get_error()) or "no token of the vocabulary goes on with it"
             logger.warning("a constrained output is cut off: %s", reason)
+        if self._matcher.is_error():
+            self._on_failure()
         return False
 
     @property
@@ -84,7 +89,7 @@ class Constraint:
 
     def fork(self) -> Constraint:
         """An independent copy at the same place."""
-        return Constraint(self._matcher.deep_copy())
+        return Constraint(self._matcher.deep_copy(), self._on_failure)
 
 
 class ConstraintCompiler:
@@ -125,7 +130,13 @@ class ConstraintCompiler:
                 self._compiled[key] = matcher
                 if len(self._compiled) > self._capacity:
                     self._compiled.popitem(last=False)
-        return Constraint(matcher.deep_copy())
+        # Copies share a lexer, whose states only grow: where there are too many, the next request begins anew.
+        return Constraint(matcher.deep_copy(), lambda: self._forget(key, matcher))
+
+    def _forget(self, key: tuple[ConstraintKind, str], matcher: LLMatcher) -> None:
+        with self._lock:
+            if self._compiled.get(key) is matcher:
+                del self._compiled[key]
 
     def _compile(self, kind: ConstraintKind, text: str) -> LLMatcher:
         named = f"{kind}={reprlib.repr(text)}"
@@ -142,10 +153,11 @@ class ConstraintCompiler:
             return matcher, probe.compute_bitmask(), probe.get_error()
 
         matcher, first_mask, error = _on_deep_stack(compile)
-        if matcher.is_error():
-            raise ValueError(f"{named} does not compile: {_one_line(matcher.get_error())}")
+        nothing = error.startswith("NoExtension")
+        if error and not nothing:
+            raise ValueError(f"{named} does not compile: {_one_line(error)}")
         # The bit behind the vocabulary is no token of the model.
-        if error or not int.from_bytes(first_mask, "little") & ((1 << self.vocab_size) - 1):
+        if nothing or not int.from_bytes(first_mask, "little") & ((1 << self.vocab_size) - 1):
             raise ValueError(f"{named} is impossible: no output of this vocabulary satisfies it")
         return matcher
 

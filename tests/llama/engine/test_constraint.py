@@ -1,6 +1,7 @@
 """Constrained output against `jsonschema`, `re` and Python's own parser."""
 
 import ast
+import asyncio
 import json
 import random
 import re
@@ -301,6 +302,34 @@ def test_without_an_end_token_the_output_ends_where_nothing_may_follow():
     with pytest.raises(ValueError, match="^regex='a' is impossible"):
         engine.add_request([1], SamplingParams(regex="a"))
     assert engine.stats().free_blocks == engine.stats().num_blocks
+
+
+def test_a_request_that_is_too_complex_spoils_no_later_one(monkeypatch):
+    """An automaton of 2¹⁰ states, of which few are allowed; those that one output has seen are kept for the next."""
+    monkeypatch.setattr("llama.engine.constraint._MAX_LEXER_STATES", 150)
+    engine = Engine(random_model(BYTES), ByteTokenizer())
+    params = SamplingParams(regex="(a|b)*a(a|b){9}c", max_tokens=40, logit_bias={99: -5.0})
+    lengths = [len(engine.generate(["x"], replace(params, seed=seed))[0].token_ids) for seed in range(8)]
+    assert 10 < min(lengths) < 40, "none was cut, or one for what others had seen"
+    assert len(engine.generate(["x"], SamplingParams(regex="a{30}", max_tokens=40))[0].token_ids) == 30
+    with pytest.raises(ValueError, match="^regex=.*does not compile: .*too many states"):
+        monkeypatch.setattr("llama.engine.constraint._MAX_LEXER_STATES", 5)
+        engine.add_request([1], SamplingParams(regex="(a|b)*a(a|b){8}c"))
+
+
+def test_a_constrained_stream():
+    async def collect(engine, params):
+        return [chunk async for chunk in engine.stream("x", params)]
+
+    engine = Engine(random_model(BYTES), ByteTokenizer())
+    try:
+        chunks = asyncio.run(collect(engine, SamplingParams(regex="[ab]{4}-é", max_tokens=40)))
+        assert re.fullmatch("[ab]{4}-é", "".join(chunk.text for chunk in chunks))
+        assert chunks[-1].finish_reason == "stop"
+        with pytest.raises(ValueError, match="^json_schema=.* is not JSON"):
+            asyncio.run(collect(engine, SamplingParams(json_schema="nonsense")))
+    finally:
+        engine.close()
 
 
 def test_a_fork_goes_its_own_way():
