@@ -8,7 +8,8 @@ from llama.engine.config import EngineConfig, EngineStats
 from llama.engine.events import BlockEvent, BlocksRemoved, BlocksStored, CacheCleared, CacheSnapshot
 from llama.engine.params import SamplingParams
 from llama.engine.prefix import generation_root, hash_blocks, reusable_blocks
-from llama.engine.request import Chunk, Completion, FinishReason, PromptTooLong, TokenLogprob
+from llama.engine.prompt import PromptTooLong
+from llama.engine.request import Chunk, Completion, FinishReason, TokenLogprob
 from llama.engine.scheduler import QueueFull
 
 if TYPE_CHECKING:

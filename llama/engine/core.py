@@ -60,7 +60,7 @@ class EngineCore:
         """A heap; finished requests stay in it until their deadline or until they are most of it."""
         self._ties = count()
         self._names = count()
-        self._generated_tokens = 0
+        self.generated_tokens = 0
         self._timeouts = 0
         self._swaps = 0
 
@@ -187,7 +187,7 @@ class EngineCore:
                 continue
             active = self._active[item.request.request_id][item.request.index]
             token_ids, text, reason = active.accept(result.token_id, self.eos_ids)
-            self._generated_tokens += len(token_ids)
+            self.generated_tokens += len(token_ids)
             if reason is not None:
                 self.scheduler.finish(item.request)
             outputs.append((active, active.chunk(token_ids, text, reason, result.logprob, 0)))
@@ -250,7 +250,7 @@ class EngineCore:
             pending_prefill_tokens=sum(request.num_missing for request in waiting)
             + sum(request.num_missing for request in running if not request.decoding),
             decode_context_tokens=sum(len(request.token_ids) for request in running if request.decoding),
-            generated_tokens=self._generated_tokens,
+            generated_tokens=self.generated_tokens,
             prompt_tokens=self.scheduler.num_prompt_tokens,
             cached_tokens=self.scheduler.num_cached_tokens,
             preemptions=self.scheduler.num_preemptions,

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import operator
 import threading
 import time
 from collections import deque
@@ -34,7 +33,8 @@ from llama.engine.events import BlockEvent, CacheSnapshot
 from llama.engine.output import ActiveRequest, Collector, EngineFailed, Sink
 from llama.engine.params import SamplingParams, check_params
 from llama.engine.progress import Progress
-from llama.engine.request import Chunk, Completion, PromptTooLong
+from llama.engine.prompt import check_prompt
+from llama.engine.request import Chunk, Completion
 from llama.engine.runner import ModelRunner
 from llama.engine.scheduler import QueueFull
 from llama.engine.swap import WeightSwap
@@ -157,30 +157,10 @@ class Engine:
         return active[0].request.request_id
 
     def _checked_prompt(self, token_ids: Sequence[int], params: SamplingParams) -> list[int]:
-        checked: list[int] = []
         vocab_size = self._model_config.vocab_size
-        for position, token_id in enumerate(token_ids):
-            try:
-                value = operator.index(token_id)
-            except TypeError:
-                value = -1
-            if not 0 <= value < vocab_size:
-                raise ValueError(f"prompt[{position}]={token_id!r} is not a token id in [0, {vocab_size})")
-            checked.append(value)
-        if not checked:
-            raise ValueError("prompt is empty; give at least one token")
-        longest = self._model_config.max_seq_len
-        if len(checked) + 1 > longest:
-            raise PromptTooLong(
-                f"the prompt has {len(checked)} tokens; with at least 1 generated it exceeds the model's context of "
-                f"{longest} tokens, shorten it"
-            )
-        if len(checked) + 1 > self.max_total_tokens:
-            raise PromptTooLong(
-                f"the prompt has {len(checked)} tokens; with at least 1 generated it exceeds the cache of "
-                f"engine.num_blocks={self._core.blocks.num_blocks} × engine.block_size={self.config.block_size} "
-                "tokens, shorten it or enlarge the cache"
-            )
+        checked = check_prompt(
+            token_ids, vocab_size=vocab_size, max_seq_len=self._model_config.max_seq_len, blocks=self._core.blocks
+        )
         if params.n > self.config.max_waiting:
             raise ValueError(f"n={params.n} exceeds engine.max_waiting={self.config.max_waiting}; lower it")
         check_params(params, vocab_size, self.tokenizer)
@@ -350,7 +330,7 @@ class Engine:
                             pending.popleft()
                     self._step()
                     running = [entry for entry in running if entry[1].unfinished]
-                    bar.update(len(prompts) - len(pending) - len(running), self._core.stats().generated_tokens)
+                    bar.update(len(prompts) - len(pending) - len(running), self._core.generated_tokens)
             finally:
                 for active, _ in running:
                     self.abort(active.request.request_id)

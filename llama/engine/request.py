@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "abort", "timeout"]
 
 
-class PromptTooLong(ValueError):
-    """The prompt leaves no room for a single generated token, in the model's context or in the cache."""
-
-
 @dataclass(frozen=True)
 class TokenLogprob:
     """Natural logarithms of the model's own probabilities, before temperature and filters."""
