@@ -170,7 +170,10 @@ def test_an_impossible_constraint_is_named_before_it_is_queued(engine, fields):
         with pytest.raises(ValueError, match=rf"^{field}=") as caught:
             engine.add_request([1], SamplingParams(**fields))
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    assert engine.stats().waiting == 0 and not engine.has_work
+    generated = engine.stats().generated_tokens
+    with pytest.raises(ValueError, match=rf"^{field}="):
+        engine.generate([[1], [2]], [SamplingParams(), SamplingParams(**fields)])
+    assert engine.stats().generated_tokens == generated and not engine.has_work
 
 
 def test_long_chains_of_references_do_not_end_the_process(engine):
@@ -301,6 +304,12 @@ def test_without_an_end_token_the_output_ends_where_nothing_may_follow():
         assert completion.text == bytes(token_ids).decode() and len(completion.logprobs) == len(token_ids)
     with pytest.raises(ValueError, match="^regex='a' is impossible"):
         engine.add_request([1], SamplingParams(regex="a"))
+
+    class Lines(ByteTokenizer):
+        eos_ids = frozenset((10,))
+
+    ended = Engine(random_model(DENSE), Lines()).generate([[1]], SamplingParams(regex="12(a|b)?", min_tokens=9))[0]
+    assert (ended.token_ids, ended.text, ended.finish_reason) == ([49, 50, 10], "12", "stop")
     assert engine.stats().free_blocks == engine.stats().num_blocks
 
 
@@ -333,8 +342,9 @@ def test_a_constrained_stream():
 
 
 def test_a_fork_goes_its_own_way():
-    start = ConstraintCompiler(ByteTokenizer(), 257).start(SamplingParams(regex="a[bc]d"))
-    assert start is not None and start.advance(97)
+    compiler, params = ConstraintCompiler(ByteTokenizer(), 257), SamplingParams(regex="a[bc]d")
+    start, other = compiler.start(params), compiler.start(params)
+    assert start is not None and start.advance(97) and not other.advance(98)
     fork = start.fork()
     assert fork.advance(98) and fork.advance(100) and fork.ended
     assert not start.ended and not start.advance(100) and start.advance(99) and not start.complete

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts, against the plain model."""
+"""What reaches the sampler, and log-probabilities of prompts, against the plain model."""
 
 import random
 from dataclasses import replace
@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from llama.engine import Engine, EngineConfig, SamplingParams
+from llama.engine.sampler import SampleInputs
 from tests.llama.engine.models import VOCAB_SIZE, random_model
 from tests.llama.engine.test_engine import GREEDY, finish
+from tests.llama.engine.test_sampler import reference_distribution
 
 PROMPT = [random.Random(5).randrange(VOCAB_SIZE) for _ in range(30)]
 
@@ -53,6 +55,18 @@ def test_prompt_logprobs_are_complete_beside_cached_prefixes_and_after_preemptio
     engine.check_integrity()
 
 
+def test_what_was_reported_before_a_preemption_is_not_reported_again():
+    model = random_model()
+    engine = Engine(model, config=EngineConfig(num_blocks=32, block_size=4, max_batched_tokens=7))
+    engine.add_request(PROMPT, replace(GREEDY, prompt_logprobs=2))
+    for _ in range(2):
+        engine.step()
+    scheduler = engine._core.scheduler
+    scheduler._preempt(scheduler.running[0])
+    (report,) = [chunk.prompt_logprobs for chunk in finish(engine) if chunk.prompt_logprobs]
+    check_logprobs(model, PROMPT, report, 2)
+
+
 def test_all_completions_of_a_prompt_share_its_logprobs():
     model = random_model()
     engine = Engine(model, config=EngineConfig(num_blocks=64, block_size=4, max_batched_tokens=8))
@@ -70,3 +84,33 @@ def test_a_request_aborted_within_its_prompt_reports_nothing_of_it():
     engine.abort(name)
     (chunk,) = engine.step()
     assert (chunk.finish_reason, chunk.prompt_logprobs, chunk.token_ids) == ("abort", None, [])
+
+
+def test_penalties_know_prompt_from_output_and_survive_preemption():
+    model = random_model()
+    engine = Engine(model, config=EngineConfig(num_blocks=20, block_size=4, max_batched_tokens=9))
+    settings = [
+        {"repetition_penalty": 1.8},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 1.1, "logit_bias": {3: 4.0}},
+        {"repetition_penalty": 0.8, "presence_penalty": -1.0, "frequency_penalty": 2.0},
+    ]
+    params = {}
+    for place, fields in enumerate(settings):
+        name = engine.add_request(PROMPT[: 10 + place], replace(GREEDY, max_tokens=20, **fields))
+        params[name] = (PROMPT[: 10 + place], replace(GREEDY, **fields))
+    outputs = {name: [] for name in params}
+    for chunk in finish(engine):
+        outputs[chunk.request_id] += chunk.token_ids
+    assert engine.stats().preemptions > 0
+    changed = 0
+    for name, (prompt, own) in params.items():
+        output: list[int] = []
+        for _ in range(20):
+            with torch.inference_mode():
+                logits_V = model(torch.tensor([prompt + output]))[0, -1].numpy()
+            row = SampleInputs(own, prompt_ids=prompt, output_ids=output)
+            changed += reference_distribution(logits_V, row).argmax() != logits_V.argmax()
+            output.append(int(reference_distribution(logits_V, row).argmax()))
+        assert outputs[name] == output
+    assert changed > 10, "the penalties change too little to test anything"
