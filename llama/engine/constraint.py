@@ -51,8 +51,9 @@ T = TypeVar("T")
 class Constraint:
     """Where one request's output stands in what constrains it."""
 
-    def __init__(self, matcher: LLMatcher, on_failure: Callable[[], None]) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, on_failure: Callable[[], None]) -> None:
         self._matcher = matcher
+        self._vocab_size = vocab_size
         self._on_failure = on_failure
         """Called where the matcher gave up."""
 
@@ -64,6 +65,7 @@ class Constraint:
         mask_W.zero_()
         if not self._matcher.is_stopped():
             self._matcher.unsafe_compute_mask_ptr(mask_W.data_ptr(), mask_W.numel() * 4)
+            mask_W[-1] &= (1 << self._vocab_size % 32) - 1  # without the end that is no token of the model
         return not self._matcher.is_error() and bool(mask_W.any())
 
     def advance(self, token_id: int) -> bool:
@@ -89,7 +91,7 @@ class Constraint:
 
     def fork(self) -> Constraint:
         """An independent copy at the same place."""
-        return Constraint(self._matcher.deep_copy(), self._on_failure)
+        return Constraint(self._matcher.deep_copy(), self._vocab_size, self._on_failure)
 
 
 class ConstraintCompiler:
@@ -131,7 +133,7 @@ class ConstraintCompiler:
                 if len(self._compiled) > self._capacity:
                     self._compiled.popitem(last=False)
         # Copies share a lexer, whose states only grow: where there are too many, the next request begins anew.
-        return Constraint(matcher.deep_copy(), lambda: self._forget(key, matcher))
+        return Constraint(matcher.deep_copy(), self.vocab_size, lambda: self._forget(key, matcher))
 
     def _forget(self, key: tuple[ConstraintKind, str], matcher: LLMatcher) -> None:
         with self._lock:

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import jsonschema
 import pytest
+import torch
 
 from llama.engine import Engine, EngineConfig, SamplingParams
-from llama.engine.constraint import MAX_CHARACTERS, ConstraintCompiler
+from llama.engine.constraint import MAX_CHARACTERS, ConstraintCompiler, mask_words
 from llama.tokenizer import Tokenizer
 from llama.tokenizer_training import train_tokenizer
 from tests.llama.engine.models import DENSE, ByteTokenizer, random_model
@@ -342,6 +343,28 @@ def test_a_constrained_stream():
             asyncio.run(collect(engine, SamplingParams(json_schema="nonsense")))
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("vocab_size", [64, 65, 95, 97, 257, 300])
+def test_a_mask_has_the_bits_of_the_tokens_that_may_come(vocab_size):
+    """Not that of an end without a token; the bytes that the model has no token for are missing."""
+    constraint = ConstraintCompiler(ByteTokenizer(), vocab_size).start(SamplingParams(regex="0[1-9A-za-z]?"))
+    assert constraint is not None
+    end = [256] if vocab_size > 256 else []
+    for token_id, expected in [
+        (48, b"0"),
+        (49, b"123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz"),
+    ]:
+        mask_W = torch.empty(mask_words(vocab_size), dtype=torch.int32)
+        allowed = [byte for byte in expected if byte < vocab_size] + (end if token_id == 49 else [])
+        assert constraint.fill(mask_W)
+        words = [word & 0xFFFFFFFF for word in mask_W.tolist()]
+        assert [token for token in range(32 * len(words)) if words[token // 32] >> token % 32 & 1] == allowed
+        assert constraint.advance(token_id)
+    assert constraint.ended and not constraint.fill(mask_W)
+    lacking = ConstraintCompiler(ByteTokenizer(), 50).start(SamplingParams(regex="0a?"))
+    assert lacking is not None and lacking.advance(48) and not lacking.ended
+    assert not lacking.fill(torch.empty(mask_words(50), dtype=torch.int32)) and lacking.complete
 
 
 def test_a_fork_goes_its_own_way():
