@@ -13,8 +13,8 @@ from llama.engine.request import Chunk, Completion, FinishReason, TokenLogprob
 from llama.engine.scheduler import QueueFull
 
 if TYPE_CHECKING:
-    from llama.engine.engine import Engine, EngineClosed
-    from llama.engine.output import EngineFailed
+    from llama.engine.engine import Engine
+    from llama.engine.output import EngineClosed, EngineFailed
 
 __all__ = [
     "BlockEvent",
@@ -40,7 +40,7 @@ __all__ = [
     "reusable_blocks",
 ]
 
-_NEED_TORCH = {"Engine": "engine", "EngineClosed": "engine", "EngineFailed": "output"}
+_NEED_TORCH = {"Engine": "engine", "EngineClosed": "output", "EngineFailed": "output"}
 
 
 def __getattr__(name: str) -> object:

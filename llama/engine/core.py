@@ -80,7 +80,8 @@ class EngineCore:
     ) -> list[ActiveRequest]:
         """The completions of a valid prompt, not queued yet; needs no lock."""
         if request_id is None:
-            request_id = f"request-{next(self._names)}"
+            made = (f"request-{number}" for number in self._names)
+            request_id = next(name for name in made if name not in self._active)  # a caller may have chosen such a name
         active: list[ActiveRequest] = []
         for index in range(params.n):
             table = BlockTable(generation_root(self.weights_id, "", salt))

@@ -30,10 +30,10 @@ from llama.engine.config import EngineConfig, EngineStats, check_cacheable, half
 from llama.engine.constraint import ConstraintCompiler
 from llama.engine.core import EngineCore
 from llama.engine.events import BlockEvent, CacheSnapshot
-from llama.engine.output import ActiveRequest, Collector, EngineFailed, Sink
+from llama.engine.output import ActiveRequest, Collector, EngineClosed, EngineFailed, Sink
 from llama.engine.params import SamplingParams, check_params
 from llama.engine.progress import Progress
-from llama.engine.prompt import check_prompt
+from llama.engine.prompt import check_name, check_order, check_prompt, with_params
 from llama.engine.request import Chunk, Completion
 from llama.engine.runner import ModelRunner
 from llama.engine.scheduler import QueueFull
@@ -42,10 +42,6 @@ from llama.engine.text import TextTokenizer
 from llama.model import Transformer
 
 logger = logging.getLogger(__name__)
-
-
-class EngineClosed(RuntimeError):
-    """`close` was called."""
 
 
 class Engine:
@@ -75,11 +71,12 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_cacheable(model.config)
+        check_name("weights_id", weights_id)
         self.config = config or EngineConfig()
         self.tokenizer = tokenizer
         self.on_events: Callable[[], None] | None = None
         """Called after a step or a flush that produced block events, before any chunk of that step is handed out,
-        on the thread that made them and without a lock held."""
+        on the thread that made them and without the lock of the books; it must not step."""
         self._model_config = model.config
         self._clock = clock
         num_blocks = self.config.blocks(model.config, next(model.parameters()).element_size())
@@ -177,10 +174,7 @@ class Engine:
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> list[ActiveRequest]:
-        if not isinstance(priority, int):
-            raise ValueError(f"priority={priority!r} is not an integer")
-        if timeout_s is not None and not timeout_s > 0:
-            raise ValueError(f"timeout_s={timeout_s!r} is not a positive number of seconds")
+        check_order(request_id, salt, priority, timeout_s)
         deadline = float("inf") if timeout_s is None else self._clock() + timeout_s
         active = self._core.prepare(
             token_ids,
@@ -215,7 +209,7 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has something to compute, to load or to return."""
         with self._lock:
-            return self._failure is None and (self._must_step or bool(self._core.outbox))
+            return self._failure is None and not self._closed and (self._must_step or bool(self._core.outbox))
 
     @property
     def _must_step(self) -> bool:
@@ -308,14 +302,8 @@ class Engine:
             ValueError: as `add_request`, before anything is computed.
             EngineFailed: a step raised in another thread.
         """
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts={prompts!r} is one string; give a list of prompts")
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"params holds {len(each)} settings for {len(prompts)} prompts; give one, or one for each")
-        checked = [
-            (self._checked_prompt(self.encode(prompt), own), own) for prompt, own in zip(prompts, each, strict=True)
-        ]
+        pairs = with_params(prompts, params)
+        checked = [(self._checked_prompt(self.encode(prompt), own), own) for prompt, own in pairs]
         collectors = [Collector(token_ids, own) for token_ids, own in checked]
         pending = deque(zip(checked, collectors, strict=True))
         running: list[tuple[ActiveRequest, Collector]] = []
@@ -334,6 +322,7 @@ class Engine:
             finally:
                 for active, _ in running:
                     self.abort(active.request.request_id)
+        self._swap_if_idle()  # those who wait for it need not step themselves
         return [completion for collector in collectors for completion in collector.completions]
 
     # One request at a time, under asyncio.
@@ -383,8 +372,9 @@ class Engine:
     def _ensure_thread(self) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
+                thread.start()  # raises where the system gives no thread: then the next stream tries again
+                self._thread = thread
 
     def _run(self) -> None:
         while True:
@@ -413,12 +403,13 @@ class Engine:
 
         Returns:
             Done when they are in place: by then, or by the step that does it, which the step thread or the caller of
-            `step` computes. Failed with what a step raised, or with EngineClosed.
+            `step` or `generate` computes. Failed with what a step raised, or with EngineClosed. It cannot be cancelled.
 
         Raises:
             ValueError: names or shapes are not the model's, the name is the present one, or another swap is under way.
             EngineFailed, EngineClosed: it computes nothing any more.
         """
+        check_name("weights_id", weights_id)
         swap = WeightSwap(self._runner.model, weights, weights_id)
         with self._lock:
             self._check_open()
@@ -429,14 +420,19 @@ class Engine:
             self._swap = swap
             self._core.hold_new()
             self._work.notify_all()
-            idle = self._core.may_swap
-        # With nothing under way nobody may be stepping.
+        self._swap_if_idle()
+        return swap.done
+
+    def _swap_if_idle(self) -> None:
+        """With nothing under way nobody may be stepping any more."""
+        with self._lock:
+            idle = self._swap is not None and self._core.may_swap
+        # Who holds the lock steps, and comes here in the end or is told by `has_work` to go on.
         if idle and self._step_lock.acquire(blocking=False):
             try:
                 self._guard(self._apply_swap)
             finally:
                 self._step_lock.release()
-        return swap.done
 
     def _apply_swap(self) -> None:
         """Loads the weights that wait, if nothing runs with the old ones; by the holder of `_step_lock`."""
@@ -446,11 +442,15 @@ class Engine:
                 return
         swap.apply()
         with self._lock:
+            if self._swap is None:
+                return  # closed meanwhile
             self._core.swap(swap.weights_id)
             self._swap = None
-        if self.on_events is not None:
-            self.on_events()
-        swap.done.set_result(None)
+        try:
+            if self.on_events is not None:
+                self.on_events()
+        finally:
+            swap.done.set_result(None)
 
     # The cache and its events.
 

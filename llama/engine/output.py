@@ -14,6 +14,10 @@ class EngineFailed(RuntimeError):
     """A step raised; the engine computes nothing any more. `__cause__` is what it raised."""
 
 
+class EngineClosed(RuntimeError):
+    """`close` was called."""
+
+
 Sink = Callable[[Chunk | EngineFailed], None]
 """Takes a request's chunks; called with the engine's lock held, so it must only hand them on."""
 
