@@ -59,9 +59,48 @@ def test_idleness_saves_up_no_credit_and_debt_is_not_forgotten_by_leaving():
     queue.charge("idler", prompt_tokens=400)
     queue.charge("worker", prompt_tokens=450)
     assert order(queue) == "idler w1 w2 debtor"
+    for request in list(queue):
+        queue.remove(request)
     queue.forget_service()
     queue.charge("worker", prompt_tokens=1)
+    fill(queue, make("idler", "idler"), make("w1", "worker"), make("debtor", "debtor"), make("w2", "worker"))
     assert order(queue) == "idler debtor w1 w2"
+
+
+def test_an_empty_queue_lifts_to_who_left_it_last():
+    """A worker whose requests are all admitted at once has nobody waiting, and yet an idler must not catch up."""
+    queue = WaitingQueue()
+    for name in ("w1", "w2"):
+        worker = make(name, "worker")
+        fill(queue, worker)
+        queue.remove(worker)
+        queue.charge("worker", prompt_tokens=1000)
+    fill(queue, make("i1", "idler"), make("w3", "worker"))
+    queue.charge("idler", prompt_tokens=1)
+    assert order(queue) == "w3 i1"
+
+
+def test_the_order_follows_every_change():
+    """Against a sort of everything, as often as anything happens."""
+    rng = random.Random(3)
+    queue, waiting = WaitingQueue(), []
+    for step in range(3000):
+        salt = rng.choice("abcdef")
+        if rng.random() < 0.4 and len(waiting) < 30:
+            waiting.append(make(str(step), salt, priority=rng.randrange(2)))
+            fill(queue, waiting[-1])
+        elif rng.random() < 0.5 and waiting:
+            queue.remove(waiting.pop(rng.randrange(len(waiting))))
+        else:
+            queue.charge(salt, prompt_tokens=rng.randrange(4))
+        first = {
+            (request.priority, request.salt): request.arrival for request in sorted(waiting, key=lambda r: -r.arrival)
+        }
+        assert list(queue) == sorted(
+            waiting,
+            key=lambda r: (r.priority, queue._served.get(r.salt, 0.0), first[r.priority, r.salt], r.arrival),
+        )
+        assert list(queue.before(1)) == [request for request in queue if request.priority < 1]
 
 
 def test_backlogged_tenants_get_the_same_service_within_one_request():
@@ -83,10 +122,28 @@ def test_backlogged_tenants_get_the_same_service_within_one_request():
 
 
 def test_forgotten_tenants_are_those_served_least(monkeypatch):
-    monkeypatch.setattr(queue_module, "MAX_COUNTERS", 3)
+    monkeypatch.setattr(queue_module, "MAX_COUNTERS", 4)
     queue = WaitingQueue()
     fill(queue, make("x", "waits"))
     queue.charge("waits", prompt_tokens=1)
-    for salt, tokens in (("heavy", 90), ("light", 5), ("middle", 40)):
+    for salt, tokens in (("heavy", 90), ("light", 5), ("middle", 40), ("least", 2)):
         queue.charge(salt, prompt_tokens=tokens)
-    assert set(queue._served) == {"waits", "heavy", "middle"}
+    assert set(queue._served) == {"waits", "heavy"}
+
+
+def test_tenants_beyond_the_limit_cost_no_more_than_others(monkeypatch):
+    """Were one forgotten at a time, the next charge of a running one would again sort them all."""
+    monkeypatch.setattr(queue_module, "MAX_COUNTERS", 100)
+    forget, times = WaitingQueue._forget_half, []
+    monkeypatch.setattr(WaitingQueue, "_forget_half", lambda self: (times.append(1), forget(self)))
+    queue = WaitingQueue()
+    for number in range(101):
+        queue.charge(f"old-{number}", prompt_tokens=100)
+    for _ in range(20):
+        for number in range(40):
+            queue.charge(f"new-{number}", generated_tokens=1)
+    assert len(times) == 1
+    fill(queue, *(make("x", f"waits-{number}") for number in range(1000)))
+    for number in range(1000):
+        queue.charge(f"waits-{number}", prompt_tokens=1)
+    assert len(times) < 8
