@@ -163,24 +163,42 @@ class BlockManager:
         """
         if matched is None:
             matched = self.match(table, token_ids)
+        if not self.fits(len(token_ids), matched, headroom=headroom):
+            return None
         start = len(matched) * self.block_size
         first = self._first_visible(start)
         held = matched[first:]
-        taken = self.blocks_for(len(token_ids)) - len(matched)
-        needed = self.peak_blocks(len(token_ids) - first * self.block_size) - len(held)
-        if self.window is not None:
-            taken = min(taken, self.blocks_for(self.max_chunk))
-        idle_held = sum(1 for block_id in held if self._blocks[block_id].references == 0)
-        if max(taken, needed) > self.num_free - idle_held - headroom:
-            return None
         for block_id in held:
             self._reference(block_id)
-        table.block_ids = [NO_BLOCK] * first + [*held, *self._take(taken)]
+        table.block_ids = [NO_BLOCK] * first + [*held, *self._take(self._taken(len(token_ids), len(matched)))]
         table.num_trimmed = first
         table.num_indexed = len(matched)
         # A table whose prefix is unindexed starts anew: what it computes from here has an indexed parent.
         table.indexable = True
         return start
+
+    def fits(
+        self, num_tokens: int, matched: Sequence[int], *, headroom: int = 0, without: Iterable[BlockTable] = ()
+    ) -> bool:
+        """Whether `reserve` finds enough free blocks for a request that begins with the cached blocks `matched`.
+
+        Args:
+            without: as if these tables were released before.
+        """
+        first = self._first_visible(len(matched) * self.block_size)
+        held = matched[first:]
+        needed = self.peak_blocks(num_tokens - first * self.block_size) - len(held)
+        released = Counter(block_id for table in without for block_id in table.block_ids[table.num_trimmed :])
+        freed = {block_id for block_id, count in released.items() if count == self._blocks[block_id].references}
+        # Nobody's until it is held: no longer free then.
+        idle_held = sum(self._blocks[block_id].references == 0 or block_id in freed for block_id in held)
+        free = self.num_free + len(freed) - idle_held
+        return max(self._taken(num_tokens, len(matched)), needed) + headroom <= free
+
+    def _taken(self, num_tokens: int, num_matched: int) -> int:
+        """Blocks that `reserve` takes at once."""
+        taken = self.blocks_for(num_tokens) - num_matched
+        return taken if self.window is None else min(taken, self.blocks_for(self.max_chunk))
 
     def fork(self, source: BlockTable, table: BlockTable, num_tokens: int) -> bool:
         """Gives an empty table the blocks of the first `num_tokens` tokens of `source`, which has computed them.

@@ -6,14 +6,16 @@ as long as the cache has room for their whole prompt. The order of the running i
 one needs a block and none is free, the last of them gives its blocks back and is computed again later (most of it often
 from the cache); a waiting request makes room for itself in the same way, but only among those of lower priority.
 
-A prompt whose next missing block is being computed for another request waits for it: equal prefixes are computed once.
+A prompt whose next missing block is being computed for another request of no lower priority waits for it: equal
+prefixes are computed once.
 
 Attention to many keys costs, so a token deep in a long prompt takes more of the budget than one at its beginning, and
 its chunk is shorter: a step takes about as long as any other, and the tokens of the others come as steadily.
 
 Why nothing starves: the first of the running is preempted by nobody but a higher priority, who waits for another's
-blocks waits only while that one runs, and a request that cannot fit into the empty cache is refused at the door. A
-lower priority waits as long as there is work of a higher one. Pure Python: no tensors, no clock, no locks.
+blocks waits only while that one runs and is not behind it, and a request that cannot fit into the empty cache is
+refused at the door. A lower priority waits as long as there is work of a higher one. Pure Python: no tensors, no clock,
+no locks.
 """
 
 from __future__ import annotations
@@ -180,21 +182,21 @@ class Scheduler:
         beyond = max(0, start - self.max_batched_tokens)
         return 1 + beyond / (self.half_context + self.max_batched_tokens)
 
-    def _computing(self) -> set[bytes]:
-        """Hashes of the blocks that running prefills will have computed."""
-        hashes: set[bytes] = set()
+    def _computing(self) -> dict[bytes, int]:
+        """Hashes of the blocks that running prefills will have computed, and the first priority of these prefills."""
+        computing: dict[bytes, int] = {}
         if self.waiting:
-            for request in self.running:
-                self._add_missing(hashes, request)
-        return hashes
+            for request in reversed(self.running):
+                self._add_missing(computing, request)
+        return computing
 
     @staticmethod
-    def _add_missing(hashes: set[bytes], request: Request) -> None:
+    def _add_missing(computing: dict[bytes, int], request: Request) -> None:
         if not request.decoding and request.table.indexable:
-            hashes.update(request.table.hashes[request.table.num_indexed :])
+            computing.update(dict.fromkeys(request.table.hashes[request.table.num_indexed :], request.priority))
 
     def _admit_all(
-        self, scheduled: list[ScheduledTokens], budget: float, computing: set[bytes], before: int | None = None
+        self, scheduled: list[ScheduledTokens], budget: float, computing: dict[bytes, int], before: int | None = None
     ) -> float:
         """Starts waiting requests, of a priority before `before` only, while there is budget; returns what is left."""
         while budget >= 1 and (request := self._admit(computing, before)) is not None:
@@ -202,25 +204,29 @@ class Scheduler:
             budget = self._schedule_chunk(scheduled, request, budget)
         return budget
 
-    def _admit(self, computing: set[bytes], before: int | None) -> Request | None:
+    def _admit(self, computing: dict[bytes, int], before: int | None) -> Request | None:
         """Starts the first waiting request that need not wait for a prefix, if it fits."""
         if len(self.running) >= self.max_running:
             return None
-        for request in self.waiting:
-            if before is not None and request.priority >= before:
-                return None
-            if self._must_wait(request) or request.awaited in computing:
+        found = self._next(computing, before)
+        if found is None:
+            return None
+        request, matched = found
+        # A block for each running request's growth: without it, admitting means preempting a few steps later, and
+        # whoever was just preempted would come back at once.
+        cached = self._reserve(request, matched, headroom=len(self.running))
+        if cached is not None:
+            self._start(request, cached)
+        return request if cached is not None else None
+
+    def _next(self, computing: dict[bytes, int], before: int | None) -> tuple[Request, list[int]] | None:
+        """The first waiting request that waits for nothing but room, and the cached blocks that it begins with."""
+        for request in self.waiting.before(before):
+            if self._must_wait(request) or self._will_get(request, request.awaited, computing):
                 continue
             matched = self._matched(request)
-            if self._waits_for_prefix(request, len(matched), computing):
-                continue
-            # A block for each running request's growth: without it, admitting means preempting a few steps later, and
-            # whoever was just preempted would come back at once.
-            cached = self._reserve(request, matched, headroom=len(self.running))
-            if cached is None:
-                return None
-            self._start(request, cached)
-            return request
+            if not self._waits_for_prefix(request, len(matched), computing):
+                return request, matched
         return None
 
     def _must_wait(self, request: Request) -> bool:
@@ -235,14 +241,19 @@ class Scheduler:
     def _matched(self, request: Request) -> list[int]:
         return [] if request.scores_prompt else self.blocks.match(request.table, request.token_ids)
 
-    def _waits_for_prefix(self, request: Request, num_matched: int, computing: set[bytes]) -> bool:
+    @staticmethod
+    def _will_get(request: Request, block_hash: bytes | None, computing: dict[bytes, int]) -> bool:
+        """Whether another one computes the block. Not one of a lower priority, which may not come to it for long."""
+        return block_hash is not None and computing.get(block_hash, math.inf) <= request.priority
+
+    def _waits_for_prefix(self, request: Request, num_matched: int, computing: dict[bytes, int]) -> bool:
         """Whether another one computes the block that this one misses; remembers the last such block."""
         if request.scores_prompt:
             return False  # no use to it
         position, last = num_matched, None
         hashes = request.table.hashes
         most = reusable_blocks(len(request.token_ids), self.blocks.block_size)
-        while position < most and hashes[position] in computing:
+        while position < most and self._will_get(request, hashes[position], computing):
             last = hashes[position]
             position += 1
         if last is not None and request.awaited is None:
@@ -278,18 +289,21 @@ class Scheduler:
 
     def _make_way(self) -> None:
         """Preempts from behind until the first waiting request fits, if those of lower priority can make it fit."""
-        request = next((request for request in self.waiting if not self._must_wait(request)), None)
-        if request is None:
+        if not self.running:
             return
+        found = self._next(self._computing(), before=self.running[-1].priority)
+        if found is None:
+            return
+        request, matched = found
         lower = [other for other in self.running if other.priority > request.priority]
-        if not lower:
-            return
-        need = self.blocks.peak_blocks(len(request.token_ids)) - len(self._matched(request))
         remaining = len(self.running) - len(lower)
-        room = self.blocks.num_free + sum(len(other.table.block_ids) for other in lower)
-        if remaining >= self.max_running or need + remaining > room:
+        if remaining >= self.max_running or not self.blocks.fits(
+            len(request.token_ids), matched, headroom=remaining, without=[other.table for other in lower]
+        ):
             return
-        while lower and not (len(self.running) < self.max_running and need + len(self.running) <= self.blocks.num_free):
+        while len(self.running) >= self.max_running or not self.blocks.fits(
+            len(request.token_ids), matched, headroom=len(self.running)
+        ):
             self._preempt(lower.pop())
 
     def _preempt(self, request: Request) -> None:

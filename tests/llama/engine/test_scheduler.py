@@ -173,3 +173,66 @@ def run_random_load(seed: int) -> tuple[int, int, int]:
 def test_invariants_under_random_load():
     counts = [run_random_load(seed) for seed in range(30)]
     assert all(sum(column) > 50 for column in zip(*counts, strict=True)), counts
+
+
+def run_until_admitted(scheduler: Scheduler, request: Request) -> int:
+    for steps in range(200):
+        run_step(scheduler)
+        if request.status is Status.RUNNING:
+            return steps
+    raise AssertionError("it was never admitted")
+
+
+def ordered(name: str, token_ids: list[int], priority: int) -> Request:
+    request = make_request(name, token_ids)
+    request.priority = priority
+    return request
+
+
+def test_nobody_waits_for_a_prefix_that_a_lower_priority_computes():
+    """The lower one may not come to it as long as there is work between the two."""
+    scheduler = make_scheduler(num_blocks=200, budget=8)
+    prefix = list(range(40))
+    scheduler.add([ordered("low", [*prefix, 1], 5)])
+    run_step(scheduler)
+    for number in range(4):
+        scheduler.add([ordered(f"between-{number}", [50 + number] * 40, 1)])
+    run_step(scheduler)
+    high = ordered("high", [*prefix, 2], 0)
+    as_high = ordered("as high", [*prefix, 3], 0)
+    scheduler.add([high, as_high])
+    assert run_until_admitted(scheduler, high) == 0
+    run_until_admitted(scheduler, as_high)
+    assert as_high.num_cached_tokens == 40, "it waited for one of its own priority"
+
+
+def test_a_priority_makes_room_though_its_prefix_takes_up_the_free_blocks():
+    """Idle blocks of its own prefix count as free, but not as room for the rest of it."""
+    scheduler = make_scheduler(num_blocks=8, block_size=4, budget=64)
+    prefix = list(range(16))
+    scheduler.add([make_request("before", [*prefix, 1])])
+    run_step(scheduler)
+    scheduler.finish(scheduler.running[0])
+    scheduler.add([ordered("low", [90] * 9, 1)])
+    run_step(scheduler)
+    high = ordered("high", [*prefix, 2], 0)
+    scheduler.add([high])
+    assert run_until_admitted(scheduler, high) == 0
+    assert high.num_cached_tokens == 16 and scheduler.num_preemptions == 1
+
+
+def test_nobody_gives_way_in_vain():
+    """Blocks that several of the lower ones share are freed once."""
+    for length, preempted in ((44, 0), (40, 2)):
+        scheduler = make_scheduler(num_blocks=16, block_size=4, budget=64)
+        prefix = list(range(16))
+        for name in "ab":
+            scheduler.add([ordered(name, [*prefix, ord(name)], 5)])
+            run_step(scheduler)
+        scheduler.add([ordered("other", [60] * 19, 0)])
+        run_step(scheduler)
+        assert scheduler.blocks.num_free == 5
+        # The two hold 6 blocks between them, and one is left to the other to grow.
+        scheduler.add([ordered("high", [70] * length, 0)])
+        run_step(scheduler)
+        assert scheduler.num_preemptions == preempted, length
