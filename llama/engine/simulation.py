@@ -194,6 +194,9 @@ class Simulation:
         computed = [ComputedTokens(token_id if samples else None) for token_id, samples in tokens]
         self._run_events()  # what comes while the model runs: the books do not know its tokens yet
         core.hand_out(core.commit(scheduled, computed))
+        for item in scheduled:
+            if item.request.status is Status.FINISHED:
+                del self._digests[item.request]
         if self.on_step is not None:
             self.on_step(scheduled)
         if self._verify:
@@ -219,8 +222,6 @@ class Simulation:
                 block_id = block_ids[position // size]
                 if block_id == NO_BLOCK or self._slots[block_id * size + position % size] != digests[position]:
                     raise SimulationFailed(f"{request.request_id} reads another's token at position {position}")
-        if item.end == len(request.token_ids) and request.status is Status.FINISHED:
-            del self._digests[request]
         return hash((digests[item.end - 1], request.index)) % self._vocab_size
 
 
@@ -237,8 +238,8 @@ def run_random_load(seed: int, num_prompts: int = 60) -> Counter[str]:
     block_size = rng.choice([1, 2, 4, 8])
     config = EngineConfig(
         block_size=block_size,
-        max_batched_tokens=rng.randrange(3, 24),
-        max_running=rng.randrange(2, 9),
+        max_batched_tokens=rng.choice([1, 2, *range(3, 24)]),
+        max_running=rng.randrange(1, 9),
         max_waiting=rng.randrange(4, 40),
     )
     num_blocks = rng.randrange(48 // block_size, 96 // block_size)
@@ -259,14 +260,14 @@ def run_random_load(seed: int, num_prompts: int = 60) -> Counter[str]:
     def submit() -> None:
         family = rng.choice(families)
         prompt = (family[: rng.randrange(longest)] + [rng.randrange(9) for _ in range(rng.randrange(1, 5))])[:longest]
-        params = SamplingParams(max_tokens=rng.randrange(1, 30), n=rng.choice([1, 1, 1, rng.randrange(2, 4)]))
+        params = SamplingParams(max_tokens=rng.randrange(1, 30), n=rng.choice([1, 1, 1, rng.randrange(2, 5)]))
         try:
             names.append(
                 simulation.submit(
                     prompt,
                     params,
                     salt=rng.choice(["", "", "tenant"]),
-                    priority=rng.choice([0, 0, 1, -1]),
+                    priority=rng.choice([0, 0, 0, 1, -1, 5]),
                     timeout_s=rng.choice([math.inf, math.inf, rng.uniform(0.01, 0.5)]),
                 )
             )
