@@ -19,7 +19,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from llama.autocast import autocast_off
 from llama.config import ModelConfig
-from llama.linear import Linear
+from llama.linear import Linear, linears
 from llama.norm import RMSNorm
 from llama.rope import apply_rotary
 
@@ -198,9 +198,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BLM: Tensor, context: LayerContext) -> Tensor:
         """`[batch, seq, dim]` → `[batch, seq, dim]`."""
-        q_BLHD = self._heads(self.wq(x_BLM), self.q_norm, context)
-        k_BLGD = self._heads(self.wk(x_BLM), self.k_norm, context)
-        v_BLGD = self.wv(x_BLM).unflatten(-1, (-1, self.head_dim))
+        q_BLN, k_BLN, v_BLN = linears(x_BLM, self.wq, self.wk, self.wv)
+        q_BLHD = self._heads(q_BLN, self.q_norm, context)
+        k_BLGD = self._heads(k_BLN, self.k_norm, context)
+        v_BLGD = v_BLN.unflatten(-1, (-1, self.head_dim))
         scoring = self.scoring
         if context.bias is not None or (self.dropout and self.training):
             scoring = replace(scoring, bias=context.bias, dropout=self.dropout if self.training else 0.0)

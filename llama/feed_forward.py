@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from llama.activation import build_activation, gated_product
 from llama.config import ModelConfig
-from llama.linear import Linear
+from llama.linear import Linear, linears
 
 
 class FeedForward(nn.Module):
@@ -27,4 +27,4 @@ class FeedForward(nn.Module):
         """`[..., dim]` → `[..., dim]`."""
         if self.w3 is None:
             return self.w2(self.activation(self.w1(x)))
-        return self.w2(gated_product(self.activation, self.w1(x), self.w3(x)))
+        return self.w2(gated_product(self.activation, *linears(x, self.w1, self.w3)))

@@ -15,8 +15,8 @@ from llama.kernels import cpu
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x·Wᵀ + b`: `[..., in]` and `[out, in]` → `[..., out]`."""
-    out = cpu.linear(x, weight, bias)
-    return functional.linear(x, weight, bias) if out is None else out
+    native = cpu.linear(x, (weight, bias))
+    return functional.linear(x, weight, bias) if native is None else native[0]
 
 
 class Linear(nn.Linear):
@@ -25,3 +25,12 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in]` → `[..., out]`."""
         return linear(input, self.weight, self.bias)
+
+
+def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each of the layers makes of x; plain ones in one go, which saves the time of calling them."""
+    if all(type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers):
+        native = cpu.linear(x, *((layer.weight, layer.bias) for layer in layers))  # type: ignore[arg-type]  # mypy forgets what they are
+        if native is not None:
+            return native
+    return [layer(x) for layer in layers]

@@ -74,58 +74,62 @@ def ready() -> bool:
 
 def _kernels() -> _Library | None:
     """The kernels, if this thread wants nothing of torch but the numbers."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _switched_off:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or _switched_off:
         return None
     return _library()
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """Whether they are dense, contiguous, on the CPU and of one type; no subclass, as sharded or traced ones are."""
-    dtype = tensors[0].dtype
-    return all(
-        type(tensor) in (Tensor, Parameter) and tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous()
-        for tensor in tensors
-    )
+def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it is dense, contiguous and on the CPU; no subclass, as sharded and traced ones are."""
+    kind = type(tensor)
+    return (kind is Tensor or kind is Parameter) and tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """`[..., in]` → `[..., out]` in bf16, of few enough rows; summed in fp32."""
-    if x.dtype != torch.bfloat16 or (kernels := _kernels()) is None:
+def linear(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> list[Tensor] | None:
+    """`[..., in]` → `[..., out]` of every layer, by its weight and bias; bf16 and few enough rows, summed in fp32."""
+    bf16 = torch.bfloat16
+    if x.dtype != bf16 or (kernels := _kernels()) is None or not _plain(x, bf16):
         return None
-    columns, inner = weight.shape
+    for weight, bias in layers:
+        if not _plain(weight, bf16) or (bias is not None and not _plain(bias, bf16)):
+            return None
+    *batch, inner = x.shape
     rows = x.numel() // inner if inner else 0
-    if not 1 <= rows <= kernels.linear_max_rows or not _plain(x, weight, *(() if bias is None else (bias,))):
+    if not 1 <= rows <= kernels.linear_max_rows:
         return None
-    out = x.new_empty(*x.shape[:-1], columns)
-    bias_address = None if bias is None else bias.data_ptr()
-    kernels.linear_bf16(
-        x.data_ptr(), weight.data_ptr(), bias_address, out.data_ptr(), rows, columns, inner, torch.get_num_threads()
-    )
-    return out
+    address, threads, results = x.data_ptr(), torch.get_num_threads(), []
+    for weight, bias in layers:
+        columns = weight.shape[0]
+        out = x.new_empty(*batch, columns)
+        bias_address = None if bias is None else bias.data_ptr()
+        kernels.linear_bf16(address, weight.data_ptr(), bias_address, out.data_ptr(), rows, columns, inner, threads)
+        results.append(out)
+    return results
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """`[..., dim]` → `[..., dim]`: llama.norm.RMSNorm."""
-    if (kernels := _kernels()) is None or x.dtype not in _SUFFIXES or not _plain(x, weight):
+    dtype = x.dtype
+    if dtype not in _SUFFIXES or (kernels := _kernels()) is None or not (_plain(x, dtype) and _plain(weight, dtype)):
         return None
     dim, out = weight.numel(), torch.empty_like(x)
     if dim:
-        kernels.rms_norm[x.dtype](x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, eps)
+        kernels.rms_norm[dtype](x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, eps)
     return out
 
 
 def rotate(x_BLHD: Tensor, cos_BLP: Tensor, sin_BLP: Tensor, half: bool) -> Tensor | None:
     """`[B, L, H, D]` → the same: llama.rope.apply_rotary, with a table row for every token."""
-    if (kernels := _kernels()) is None or x_BLHD.dtype not in _SUFFIXES or not _plain(x_BLHD):
+    dtype = x_BLHD.dtype
+    if dtype not in _SUFFIXES or (kernels := _kernels()) is None or not _plain(x_BLHD, dtype):
         return None
     batch, length, heads, dim = x_BLHD.shape
-    table_shape = (batch, length, dim // 2)
-    if cos_BLP.shape != table_shape or sin_BLP.shape != table_shape or cos_BLP.dtype != torch.float32:
+    if cos_BLP.shape != (batch, length, dim // 2) or cos_BLP.shape != sin_BLP.shape:
         return None
-    if not _plain(cos_BLP, sin_BLP):
+    if not (_plain(cos_BLP, torch.float32) and _plain(sin_BLP, torch.float32)):
         return None
     out = torch.empty_like(x_BLHD)
-    kernels.rotate[x_BLHD.dtype](
+    kernels.rotate[dtype](
         x_BLHD.data_ptr(),
         cos_BLP.data_ptr(),
         sin_BLP.data_ptr(),
@@ -140,12 +144,13 @@ def rotate(x_BLHD: Tensor, cos_BLP: Tensor, sin_BLP: Tensor, half: bool) -> Tens
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor | None:
     """silu(gate) ⊙ up, both of one shape."""
-    if (kernels := _kernels()) is None or gate.dtype not in _SUFFIXES or not _plain(gate, up):
+    dtype = gate.dtype
+    if dtype not in _SUFFIXES or (kernels := _kernels()) is None or not (_plain(gate, dtype) and _plain(up, dtype)):
         return None
     if gate.shape != up.shape:
         return None
     out = torch.empty_like(gate)
-    kernels.silu_product[gate.dtype](gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    kernels.silu_product[dtype](gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
     return out
 
 
@@ -169,12 +174,13 @@ def paged_attention(
         tables_NW: int32, each sequence's blocks; entries for positions that it does not see are not read.
         spans_N3: int32, each sequence's first row of T, and its first and last + 1 position of the step.
     """
-    if (kernels := _kernels()) is None or q_THD.dtype not in _SUFFIXES:
+    dtype = q_THD.dtype
+    if dtype not in _SUFFIXES or (kernels := _kernels()) is None:
         return None
-    if not _plain(keys_PGD, values_PGD, q_THD, k_TGD, v_TGD):
+    if not all(_plain(tensor, dtype) for tensor in (keys_PGD, values_PGD, q_THD, k_TGD, v_TGD)):
         return None
     out_THD = torch.empty_like(q_THD)
-    kernels.attention[q_THD.dtype](
+    kernels.attention[dtype](
         keys_PGD.data_ptr(),
         values_PGD.data_ptr(),
         q_THD.data_ptr(),

@@ -3,6 +3,7 @@
 // Roundings to bf16 are where the torch twins have them.
 
 #include <cmath>
+#include <vector>
 
 #include "vector.h"
 
@@ -30,16 +31,39 @@ void rms_norm(const T* x, const T* weight, T* y, long rows, long dim, float eps)
     }
 }
 
-// llama/rope.py; a pair is (a, b), `apart` elements from each other.
+// llama/rope.py: dimensions i and i + pairs turn together, or 2i and 2i + 1.
 template <class T>
-void rotate(const T* x, const float* cos, const float* sin, T* y, long tokens, long heads, long pairs, bool half) {
-    const long step = half ? 1 : 2, apart = half ? pairs : 1;
+void rotate_halves(const T* x, const float* cos, const float* sin, T* y, long tokens, long heads, long pairs) {
+    // The tables in the order of `load_pair`.
+    const long padded = (pairs + kPair - 1) / kPair * kPair;
+    std::vector<float> tables(2 * padded);
+    float *c = tables.data(), *s = c + padded;
+    for (long t = 0; t < tokens; t++, cos += pairs, sin += pairs) {
+        for (long p = 0; p < pairs; p++) {
+            const long lane = p % kPair;
+            const long place = sizeof(T) == 2 ? p - lane + lane % 2 * kLanes + lane / 2 : p;
+            c[place] = cos[p];
+            s[place] = sin[p];
+        }
+        for (long h = 0; h < heads; h++, x += 2 * pairs, y += 2 * pairs)
+            for (long p = 0; p < pairs; p += kPair) {
+                const long count = pairs - p;
+                const pair a = load_some(x + p, count), b = load_some(x + pairs + p, count);
+                const pair u = load_pair(c + p), v = load_pair(s + p);
+                store_some(y + p, {a.a * u.a - b.a * v.a, a.b * u.b - b.b * v.b}, count);
+                store_some(y + pairs + p, {b.a * u.a + a.a * v.a, b.b * u.b + a.b * v.b}, count);
+            }
+    }
+}
+
+template <class T>
+void rotate_neighbours(const T* x, const float* cos, const float* sin, T* y, long tokens, long heads, long pairs) {
     for (long t = 0; t < tokens; t++, cos += pairs, sin += pairs)
         for (long h = 0; h < heads; h++, x += 2 * pairs, y += 2 * pairs)
             for (long p = 0; p < pairs; p++) {
-                const float a = widen(x[p * step]), b = widen(x[p * step + apart]);
-                narrow(a * cos[p] - b * sin[p], &y[p * step]);
-                narrow(b * cos[p] + a * sin[p], &y[p * step + apart]);
+                const float a = widen(x[2 * p]), b = widen(x[2 * p + 1]);
+                narrow(a * cos[p] - b * sin[p], &y[2 * p]);
+                narrow(b * cos[p] + a * sin[p], &y[2 * p + 1]);
             }
 }
 
@@ -67,10 +91,7 @@ extern "C" {
     }                                                                                                                  \
     void rotate_##suffix(const T* x, const float* cos, const float* sin, T* y, long tokens, long heads, long pairs,    \
                          int half) {                                                                                   \
-        if (half)                                                                                                      \
-            rotate(x, cos, sin, y, tokens, heads, pairs, true);                                                        \
-        else                                                                                                           \
-            rotate(x, cos, sin, y, tokens, heads, pairs, false);                                                       \
+        (half ? rotate_halves<T> : rotate_neighbours<T>)(x, cos, sin, y, tokens, heads, pairs);                        \
     }                                                                                                                  \
     void silu_product_##suffix(const T* gate, const T* up, T* y, long count) { silu_product(gate, up, y, count); }
 ELEMENTWISE(bf16, bf16)

@@ -66,6 +66,18 @@ INLINE pair load_pair(const bf16* p) {
 }
 
 // The first `count` of a pair, zeros behind.
+#if defined(__AVX512BW__)
+INLINE uint32_t first(long count) { return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0; }
+INLINE pair load_some(const bf16* p, long count) {
+    if (count >= kPair) return load_pair(p);
+    uvec both = (uvec)_mm512_maskz_loadu_epi16(first(count), p);
+    return {(vec)(both << 16), (vec)(both & 0xffff0000u)};
+}
+INLINE pair load_some(const float* p, long count) {
+    if (count >= kPair) return load_pair(p);
+    return {(vec)_mm512_maskz_loadu_ps(first(count), p), (vec)_mm512_maskz_loadu_ps(first(count) >> 16, p + kLanes)};
+}
+#else
 template <class T>
 INLINE pair load_some(const T* p, long count) {
     if (count >= kPair) return load_pair(p);
@@ -73,11 +85,12 @@ INLINE pair load_some(const T* p, long count) {
     for (long i = 0; i < count; i++) padded[i] = p[i];
     return load_pair(padded);
 }
+#endif
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 INLINE __m512bh load_dot(const bf16* p, long count) {
     if (count >= kPair) return (__m512bh)_mm512_loadu_si512(p);
-    return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, p);
+    return (__m512bh)_mm512_maskz_loadu_epi16(first(count), p);
 }
 INLINE vec add_dot(vec total, __m512bh x, __m512bh y) { return (vec)_mm512_dpbf16_ps((__m512)total, x, y); }
 #else
@@ -99,6 +112,15 @@ INLINE void store_pair(float* p, pair x) {
 }
 INLINE void store_pair(bf16* p, pair x) { *reinterpret_cast<uvec_any*>(p) = narrowed(x.b) | (narrowed(x.a) >> 16); }
 
+#if defined(__AVX512BW__)
+INLINE void store_some(bf16* p, pair x, long count) {
+    _mm512_mask_storeu_epi16(p, first(count), (__m512i)(narrowed(x.b) | (narrowed(x.a) >> 16)));
+}
+INLINE void store_some(float* p, pair x, long count) {
+    _mm512_mask_storeu_ps(p, first(count), (__m512)x.a);
+    _mm512_mask_storeu_ps(p + kLanes, first(count) >> 16, (__m512)x.b);
+}
+#else
 template <class T>
 INLINE void store_some(T* p, pair x, long count) {
     if (count >= kPair) {
@@ -109,6 +131,7 @@ INLINE void store_some(T* p, pair x, long count) {
         for (long i = 0; i < count; i++) p[i] = padded[i];
     }
 }
+#endif
 
 INLINE float sum(vec x) {
     float total = 0;

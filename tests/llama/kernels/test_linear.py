@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from llama.kernels import cpu
-from llama.linear import Linear, linear
+from llama.linear import Linear, linear, linears
 
 needs_kernels = pytest.mark.skipif(not cpu.ready(), reason="needs a C++ compiler")
 
@@ -25,10 +25,11 @@ def test_products_are_those_of_float64(columns, inner):
     for rows in range(1, 34):
         x, weight, bias = example(rows, columns, inner)
         for added in (None, bias):
-            out = cpu.linear(x, weight, added)
-            if out is None:
+            native = cpu.linear(x, (weight, added))
+            if native is None:
                 assert rows > cpu._library().linear_max_rows
                 continue
+            (out,) = native
             exact = functional.linear(x.double(), weight.double(), None if added is None else added.double())
             # One rounding to bf16, and that of fp32 sums where terms cancel.
             torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-5)
@@ -41,9 +42,9 @@ def test_threads_share_the_columns():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = cpu.linear(x, weight, bias)
+        (alone,) = cpu.linear(x, (weight, bias))
         torch.set_num_threads(3)
-        assert torch.equal(cpu.linear(x, weight, bias), alone)
+        assert torch.equal(cpu.linear(x, (weight, bias))[0], alone)
     finally:
         torch.set_num_threads(threads)
 
@@ -52,9 +53,9 @@ def test_threads_share_the_columns():
 @torch.inference_mode()
 def test_a_row_of_nan_leaves_the_others_alone():
     x, weight, _ = example(7, 33, 40)
-    clean = cpu.linear(x, weight, None)
+    (clean,) = cpu.linear(x, (weight, None))
     x[2, 3], x[5, 0] = torch.nan, torch.inf
-    out = cpu.linear(x, weight, None)
+    (out,) = cpu.linear(x, (weight, None))
     others = [0, 1, 3, 4, 6]
     assert torch.equal(out[others], clean[others])
     assert out[2].isnan().all() and not out[5].isfinite().any()
@@ -91,7 +92,7 @@ def test_it_is_nn_linear_to_whoever_trains_saves_or_inspects():
 @torch.no_grad()
 def test_what_the_kernel_does_not_take_goes_to_torch():
     x, weight, bias = example(4, 6, 32)
-    assert cpu.linear(x, weight, bias) is not None
+    assert cpu.linear(x, (weight, bias)) is not None
     declined = {
         "fp32": (x.float(), weight.float(), bias.float()),
         "mixed types": (x, weight, bias.float()),
@@ -102,15 +103,36 @@ def test_what_the_kernel_does_not_take_goes_to_torch():
         "meta": (x.to("meta"), weight.to("meta"), bias.to("meta")),
         "subclass": (x, torch.nn.Buffer(weight).as_subclass(Special), bias),
     }
-    for name, arguments in declined.items():
-        assert cpu.linear(*arguments) is None, name
+    for name, (rows, *layer) in declined.items():
+        assert cpu.linear(rows, tuple(layer)) is None, name
+        assert cpu.linear(rows, (weight, bias), tuple(layer)) is None, name
     assert linear(x[:0], weight, bias).shape == (0, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert cpu.linear(x, weight, bias) is None
+        assert cpu.linear(x, (weight, bias)) is None
     with torch.enable_grad():
-        assert cpu.linear(x, weight, bias) is None
+        assert cpu.linear(x, (weight, bias)) is None
     with cpu.switched_off():
-        assert cpu.linear(x, weight, bias) is None and not cpu.ready()
+        assert cpu.linear(x, (weight, bias)) is None and not cpu.ready()
+
+
+@torch.no_grad()
+def test_several_layers_at_once_are_each_one_alone():
+    torch.manual_seed(1)
+    layers = [Linear(24, size, bias=size == 7).bfloat16() for size in (7, 9, 1)]
+    x = torch.randn(2, 3, 24, dtype=torch.bfloat16)
+
+    def check() -> None:
+        outs = linears(x, *layers)
+        assert all(torch.equal(out, layer(x)) for out, layer in zip(outs, layers, strict=True))
+
+    check()
+    seen = []
+    hook = layers[1].register_forward_hook(lambda layer, inputs, out: seen.append(out))
+    check()
+    assert len(seen) == 2, "a hook must not be passed over"
+    hook.remove()
+    layers[2] = torch.nn.Linear(24, 5).bfloat16()
+    check()
 
 
 class Special(torch.Tensor):
