@@ -47,9 +47,11 @@ INLINE vec capped(vec score, float softcap) {  // c * tanh(score / c)
 
 // Where the keys of positions [begin, begin + count) lie, in elements; behind them the last again, up to kTile.
 INLINE void offsets(const Shape& s, const int32_t* table, long begin, long count, long* out) {
-    for (long j = 0; j < count; j++) {
-        long position = begin + j;
-        out[j] = (table[position / s.block_size] * s.block_size + position % s.block_size) * s.G * s.D;
+    const long size = s.G * s.D;
+    for (long j = 0; j < count;) {
+        const long position = begin + j, place = position % s.block_size;
+        long slot = table[position / s.block_size] * s.block_size + place;
+        for (long end = j + s.block_size - place; j < end && j < count; j++) out[j] = slot++ * size;
     }
     for (long j = count; j < kTile; j++) out[j] = out[count - 1];
 }
@@ -58,7 +60,7 @@ template <class T>
 INLINE void prefetch(const T* rows, const long* offset, long begin, long end, long bytes) {
     for (long j = begin; j < end; j++) {
         const char* p = reinterpret_cast<const char*>(rows + offset[j]);
-        for (long b = 0; b < bytes; b += 64) __builtin_prefetch(p + b, 0, 2);
+        for (long b = 0; b < bytes; b += 64) __builtin_prefetch(p + b);
     }
 }
 
@@ -89,11 +91,11 @@ INLINE void add_values(const T* values, const long* offset, long count, long D, 
     }
 }
 
-// One query against every key it sees, for the key/value heads [g0, g1).
-template <class T>
+// One query against every key it sees, for the key/value heads [g0, g1). `dim` is D, or 0 for any.
+template <long dim, class T>
 void decode(const Shape& s, const T* keys, const T* values, const int32_t* table, const T* q, T* out, long position,
             long g0, long g1) {
-    const long R = s.R(), padded = s.padded(), heads = (g1 - g0) * R, end = position + 1;
+    const long R = s.R(), padded = s.padded(), heads = (g1 - g0) * R, end = position + 1, D = dim ? dim : s.D;
     static thread_local std::vector<float> buffer;
     buffer.assign(heads * (padded + 2) + R * (kTile + 1), 0.0f);
     float *sum = buffer.data(), *m = sum + heads * padded, *l = m + heads, *weights = l + heads,
@@ -109,20 +111,20 @@ void decode(const Shape& s, const T* keys, const T* values, const int32_t* table
         for (long g = g0; g < g1; g++) {
             if (coming > 0) {
                 long from = coming * (g - g0) / (g1 - g0), to = coming * (g - g0 + 1) / (g1 - g0);
-                prefetch(keys + g0 * s.D, next, from, to, (g1 - g0) * s.D * sizeof(T));
-                prefetch(values + g0 * s.D, next, from, to, (g1 - g0) * s.D * sizeof(T));
+                prefetch(keys + g0 * D, next, from, to, (g1 - g0) * D * sizeof(T));
+                prefetch(values + g0 * D, next, from, to, (g1 - g0) * D * sizeof(T));
             }
             for (long r = 0; r < R; r++) {
-                const T* query = q + (g * R + r) * s.D;
+                const T* query = q + (g * R + r) * D;
                 float* score = weights + r * kTile;
                 const long h = (g - g0) * R + r;
                 vec best = splat(kNone);
                 for (long j = 0; j < count; j += kLanes) {
                     vec total[kLanes] = {};
-                    for (long d = 0; d < s.D; d += kPair) {
-                        auto x = load_dot(query + d, s.D - d);
+                    for (long d = 0; d < D; d += kPair) {
+                        auto x = load_dot(query + d, D - d);
                         UNROLL for (int i = 0; i < kLanes; i++)
-                            total[i] = add_dot(total[i], x, load_dot(keys + here[j + i] + g * s.D + d, s.D - d));
+                            total[i] = add_dot(total[i], x, load_dot(keys + here[j + i] + g * D + d, D - d));
                     }
                     sums<kLanes>(total, score + j);
                     vec scores = capped(load(score + j) * s.scale, s.softcap);
@@ -130,7 +132,7 @@ void decode(const Shape& s, const T* keys, const T* values, const int32_t* table
                     for (long i = count - j; i < kLanes; i++) score[j + i] = kNone;
                     best = larger(load(score + j), best);
                 }
-                float top = largest(best) > m[h] ? largest(best) : m[h];
+                const float most = largest(best), top = most > m[h] ? most : m[h];
                 vec total = {};
                 for (long j = 0; j < count; j += kLanes) {
                     vec weight = exponential(load(score + j) - top);
@@ -142,17 +144,17 @@ void decode(const Shape& s, const T* keys, const T* values, const int32_t* table
                 l[h] = l[h] * shrink[r] + ::sum(total);
                 m[h] = top;
             }
-            const T* own = values + g * s.D;
+            const T* own = values + g * D;
             for (long r = 0; r < R;) {
                 float *weight = weights + r * kTile, *place = sum + ((g - g0) * R + r) * padded;
                 if (R - r >= 4) {
-                    add_values<4, 1>(own, here, count, s.D, weight, shrink + r, place, padded);
+                    add_values<4, 1>(own, here, count, D, weight, shrink + r, place, padded);
                     r += 4;
                 } else if (R - r >= 2) {
-                    add_values<2, 2>(own, here, count, s.D, weight, shrink + r, place, padded);
+                    add_values<2, 2>(own, here, count, D, weight, shrink + r, place, padded);
                     r += 2;
                 } else {
-                    add_values<1, 4>(own, here, count, s.D, weight, shrink + r, place, padded);
+                    add_values<1, 4>(own, here, count, D, weight, shrink + r, place, padded);
                     r += 1;
                 }
             }
@@ -161,9 +163,9 @@ void decode(const Shape& s, const T* keys, const T* values, const int32_t* table
         count = coming;
     }
     for (long h = 0; h < heads; h++)
-        for (long d = 0; d < s.D; d += kPair) {
+        for (long d = 0; d < D; d += kPair) {
             const float* place = sum + h * padded + d;
-            store_some(out + (g0 * R + h) * s.D + d, {load(place) / l[h], load(place + kLanes) / l[h]}, s.D - d);
+            store_some(out + (g0 * R + h) * D + d, {load(place) / l[h], load(place + kLanes) / l[h]}, D - d);
         }
 }
 
@@ -320,8 +322,11 @@ void attention(T* keys, T* values, const T* q, const T* k, const T* v, T* out, c
         const int32_t* table = tables + item.n * width;
         const Span span = spans[item.n];
         if (item.first < 0)
-            decode(s, keys, values, table, q + span.row * s.H * s.D, out + span.row * s.H * s.D, span.start, item.g0,
-                   item.g1);
+            (s.D == 32    ? decode<32, T>
+             : s.D == 64  ? decode<64, T>
+             : s.D == 128 ? decode<128, T>
+                          : decode<0, T>)(s, keys, values, table, q + span.row * s.H * s.D, out + span.row * s.H * s.D,
+                                          span.start, item.g0, item.g1);
         else if (item.vectors == 1)
             chunk<1>(s, keys, values, table, q, out, span, item.g0, item.first);
         else if (item.vectors == 2)

@@ -133,19 +133,23 @@ INLINE void store_some(T* p, pair x, long count) {
 }
 #endif
 
+INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
+
+#if defined(__AVX512F__)
+INLINE float sum(vec x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE float largest(vec x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
 INLINE float sum(vec x) {
     float total = 0;
     for (int i = 0; i < kLanes; i++) total += x[i];
     return total;
 }
-
-INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
-
 INLINE float largest(vec x) {
     float best = x[0];
     for (int i = 1; i < kLanes; i++) best = x[i] > best ? x[i] : best;
     return best;
 }
+#endif
 
 // out[i] = sum(x[i]) for `count` vectors.
 template <int count>
