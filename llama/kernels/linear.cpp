@@ -80,6 +80,11 @@ void panel(const Input* x, long stride, const bf16* w, const bf16* bias, bf16* y
     for (int i = 0; i < columns; i++) weights[i] = w + (n + i) * K;
     for (long m = 0; m < M; m += kRows) {
         int rows = M - m < kRows ? M - m : kRows;
+        if (M > kRows) {  // the next rows of W come while these are multiplied
+            const char* ahead = reinterpret_cast<const char*>(w + (n + columns) * K);
+            const long bytes = columns * K * sizeof(bf16);
+            for (long b = bytes * m / M; b < bytes * (m + rows) / M; b += 64) __builtin_prefetch(ahead + b,0,2);
+        }
         const Input* inputs[kRows];
         bf16* outputs[kRows];
         for (int i = 0; i < kRows; i++) {  // a row too few: the last one again, not stored
