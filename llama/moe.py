@@ -13,14 +13,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import grouped_mm, linear
+from torch.nn.functional import grouped_mm
 
 from llama.activation import build_activation, gated_product
 from llama.autocast import autocast_dtype, autocast_off
 from llama.config import ModelConfig, MoEConfig
 from llama.dispatch import Dispatch, LocalDispatch, count_by_expert
 from llama.feed_forward import FeedForward
-from llama.linear import Linear
+from llama.linear import Linear, linear
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Experts(nn.Module):
             # grouped_mm is not on autocast's list: cast as autocast would.
             x_RM, w1, w2 = x_RM.to(dtype), w1.to(dtype), w2.to(dtype)
             w3 = None if w3 is None else w3.to(dtype)
-        multiply = _grouped if _aligned(w1) else _looped
+        multiply = _looped if _kernel_rows(x_RM) or not _aligned(w1) else _grouped
         ends_E = counts_E.cumsum(0)
         gate_RH = multiply(x_RM, w1, ends_E)
         if w3 is not None:
@@ -145,6 +145,13 @@ def _aligned(weight: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return rows_fit and weight.dtype == torch.bfloat16
     return rows_fit and weight.dtype != torch.float64
+
+
+def _kernel_rows(x_RM: Tensor) -> bool:
+    """Whether they are for the CPU's own kernel (llama/linear.py): expert by expert it beats grouped_mm."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return x_RM.is_cpu and x_RM.dtype == torch.bfloat16
 
 
 def _grouped(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

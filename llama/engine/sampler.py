@@ -85,7 +85,7 @@ def sample(logits_NV: Tensor, rows: Sequence[SampleInputs]) -> Tensor:
 
     A row whose constraint has no token to go on with gets any; `Constraint.advance` refuses it.
     """
-    token_ids_N = logits_NV.argmax(dim=-1)
+    token_ids_N = logits_NV.max(dim=-1).indices  # on a CPU several times as fast as argmax
     chosen = [place for place, row in enumerate(rows) if not row.plain]
     if not chosen:
         return token_ids_N

@@ -206,3 +206,16 @@ def test_a_dense_config_is_refused():
     for build_part in (lambda config: MoE(config, layer=0), Experts):
         with pytest.raises(ValueError, match="model.moe is absent"):
             build_part(ModelConfig(dim=DIM, num_heads=2))
+
+
+def test_without_gradients_bf16_experts_compute_the_same():
+    """Then a CPU's own kernel multiplies, expert by expert; one of them is idle."""
+    torch.manual_seed(0)
+    config = ModelConfig(dim=DIM, num_heads=2, moe=MoEConfig(num_experts=EXPERTS, expert_hidden_dim=24))
+    experts = Experts(config).bfloat16()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x_RM, counts_E = torch.randn(9, DIM, dtype=torch.bfloat16), torch.tensor([4, 0, 1, 4])
+    with_gradients = experts(x_RM, counts_E)
+    with torch.inference_mode():
+        torch.testing.assert_close(experts(x_RM, counts_E), with_gradients.detach(), rtol=2**-5, atol=0.5)

@@ -1,5 +1,6 @@
 """Every kind of model that can be cached, computed in pieces and from the cache, gives what the plain model gives."""
 
+import copy
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -128,6 +129,22 @@ def test_greedy_output_is_that_of_the_plain_model(config, monkeypatch):
     prompt, output = max(requests, key=lambda request: len(request[0]) + len(request[1]))
     assert output == plain_greedy(model, prompt, len(output))
     assert len({token for _, output in requests for token in output}) > 12, "the model is too dull to test anything"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["interleaved", "mqa", "window6", "window8", "softcap", "qk_norm-head", "bias-qkvo", "sandwich", "moe-sigmoid"],
+)
+def test_the_kernels_choose_the_tokens_that_float64_would(name, monkeypatch):
+    """In fp32, where the CPU's kernels compute; two tokens equally good to within fp32's noise are both right."""
+    model = random_model((POSITIONS | ATTENTION | BLOCKS)[name])
+    exact = copy.deepcopy(model).double().eval()
+    requests, _ = generate_in_pieces(model, random.Random(7), monkeypatch)
+    for prompt, output in requests:
+        with torch.inference_mode():
+            logits_LV = exact(torch.tensor([[*prompt, *output]]))[0, len(prompt) - 1 : -1]
+        chosen_L = logits_LV.gather(1, torch.tensor(output)[:, None])[:, 0]
+        torch.testing.assert_close(chosen_L, logits_LV.amax(dim=1), atol=1e-3, rtol=0)
 
 
 def test_learned_positions_reach_to_the_end_of_the_context():
