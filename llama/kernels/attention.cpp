@@ -5,7 +5,7 @@
 // tables[n][p / block_size] * block_size + p % block_size. A sequence reads its own slots only, and of its table only
 // the entries from the first key it sees to the last: no NaN of another's gets into it.
 //
-// Keys are taken kTile at a time by an online softmax (Milakov and Gimelshein, arXiv:1805.02867; the tiling is
+// Keys are taken a tile at a time by an online softmax (Milakov and Gimelshein, arXiv:1805.02867; the tiling is
 // FlashAttention's, arXiv:2205.14135): m is the largest score so far, l the sum of exp(score - m), and `out` the sum of
 // the values so weighted; a new largest score scales both down. All arithmetic is fp32.
 //
@@ -21,7 +21,8 @@
 
 namespace {
 
-constexpr int kTile = 64;
+constexpr int kTile = 64;        // keys of a tile for a chunk
+constexpr int kDecodeTile = 32;  // and for decoding, where two tiles share the first-level cache
 constexpr int kRowVectors = kLanes == 8 ? 2 : 4;  // AVX has 16 registers, the others 32
 constexpr float kNone = -INFINITY;
 
@@ -45,24 +46,35 @@ INLINE vec capped(vec score, float softcap) {  // c * tanh(score / c)
     return softcap - 2 * softcap / (exponential(twice) + 1.0f);
 }
 
-// Where the keys of positions [begin, begin + count) lie, in elements; behind them the last again, up to kTile.
+// Where the keys of positions [begin, begin + count) lie, in elements; behind them the last again, up to `size`.
+template <int size>
 INLINE void offsets(const Shape& s, const int32_t* table, long begin, long count, long* out) {
-    const long size = s.G * s.D;
+    const long row = s.G * s.D;
     for (long j = 0; j < count;) {
         const long position = begin + j, place = position % s.block_size;
         long slot = table[position / s.block_size] * s.block_size + place;
-        for (long end = j + s.block_size - place; j < end && j < count; j++) out[j] = slot++ * size;
+        for (long end = j + s.block_size - place; j < end && j < count; j++) out[j] = slot++ * row;
     }
-    for (long j = count; j < kTile; j++) out[j] = out[count - 1];
+    for (long j = count; j < size; j++) out[j] = out[count - 1];
 }
 
+// Fetches the rows of the next tile, a few cache lines at a time: all at once, the processor would wait for them.
 template <class T>
-INLINE void prefetch(const T* rows, const long* offset, long begin, long end, long bytes) {
-    for (long j = begin; j < end; j++) {
-        const char* p = reinterpret_cast<const char*>(rows + offset[j]);
-        for (long b = 0; b < bytes; b += 64) __builtin_prefetch(p + b);
+struct Ahead {
+    const T *keys, *values;
+    const long* offset;
+    long count, bytes;  // rows, and what is read of each
+    long row = 0, byte = 0;
+
+    INLINE_MEMBER void fetch(long lines) {
+        for (; lines > 0 && row < count; lines--) {
+            __builtin_prefetch(reinterpret_cast<const char*>(keys + offset[row]) + byte, 0, 2);
+            __builtin_prefetch(reinterpret_cast<const char*>(values + offset[row]) + byte, 0, 2);
+            byte += 64;
+            if (byte >= bytes) byte = 0, row++;
+        }
     }
-}
+};
 
 // out[r] = out[r] * shrink[r] + sum over keys of weights[r][j] * values[j], for `rows` rows; keys `split` at a time, so
 // that enough sums are under way at once.
@@ -75,7 +87,7 @@ INLINE void add_values(const T* values, const long* offset, long count, long D, 
             UNROLL for (int i = 0; i < split; i++) {
                 pair value = load_some(values + offset[j + i] + d, D - d);
                 UNROLL for (int r = 0; r < rows; r++) {
-                    vec weight = splat(weights[r * kTile + j + i]);
+                    vec weight = splat(weights[r * kDecodeTile + j + i]);
                     total[r][i][0] += weight * value.a;
                     total[r][i][1] += weight * value.b;
                 }
@@ -97,29 +109,28 @@ void decode(const Shape& s, const T* keys, const T* values, const int32_t* table
             long g0, long g1) {
     const long R = s.R(), padded = s.padded(), heads = (g1 - g0) * R, end = position + 1, D = dim ? dim : s.D;
     static thread_local std::vector<float> buffer;
-    buffer.assign(heads * (padded + 2) + R * (kTile + 1), 0.0f);
+    buffer.assign(heads * (padded + 2) + R * (kDecodeTile + 1), 0.0f);
     float *sum = buffer.data(), *m = sum + heads * padded, *l = m + heads, *weights = l + heads,
-          *shrink = weights + R * kTile;
+          *shrink = weights + R * kDecodeTile;
     for (long h = 0; h < heads; h++) m[h] = kNone;
-    long here[kTile], next[kTile];
-    long begin = s.first_visible(position), count = end - begin < kTile ? end - begin : kTile;
-    offsets(s, table, begin, count, next);
+    long here[kDecodeTile], next[kDecodeTile];
+    long begin = s.first_visible(position), count = end - begin < kDecodeTile ? end - begin : kDecodeTile;
+    offsets<kDecodeTile>(s, table, begin, count, next);
     while (begin < end) {
         memcpy(here, next, sizeof here);
-        long following = begin + count, coming = end - following < kTile ? end - following : kTile;
-        if (coming > 0) offsets(s, table, following, coming, next);
+        long following = begin + count, coming = end - following < kDecodeTile ? end - following : kDecodeTile;
+        if (coming > 0) offsets<kDecodeTile>(s, table, following, coming, next);
+        const long bytes = (g1 - g0) * D * sizeof(T);
+        Ahead<T> ahead{keys + g0 * D, values + g0 * D, next, coming, bytes};
+        const long lines = (coming * ((bytes + 63) / 64) * kLanes + heads * count - 1) / (heads * count);
         for (long g = g0; g < g1; g++) {
-            if (coming > 0) {
-                long from = coming * (g - g0) / (g1 - g0), to = coming * (g - g0 + 1) / (g1 - g0);
-                prefetch(keys + g0 * D, next, from, to, (g1 - g0) * D * sizeof(T));
-                prefetch(values + g0 * D, next, from, to, (g1 - g0) * D * sizeof(T));
-            }
             for (long r = 0; r < R; r++) {
                 const T* query = q + (g * R + r) * D;
-                float* score = weights + r * kTile;
+                float* score = weights + r * kDecodeTile;
                 const long h = (g - g0) * R + r;
                 vec best = splat(kNone);
                 for (long j = 0; j < count; j += kLanes) {
+                    ahead.fetch(lines);
                     vec total[kLanes] = {};
                     for (long d = 0; d < D; d += kPair) {
                         auto x = load_dot(query + d, D - d);
@@ -139,14 +150,14 @@ void decode(const Shape& s, const T* keys, const T* values, const int32_t* table
                     store(score + j, weight);
                     total += weight;
                 }
-                for (long j = (count + kLanes - 1) / kLanes * kLanes; j < kTile; j++) score[j] = 0;
+                for (long j = (count + kLanes - 1) / kLanes * kLanes; j < kDecodeTile; j++) score[j] = 0;
                 shrink[r] = m[h] == top ? 1.0f : expf(m[h] - top);
                 l[h] = l[h] * shrink[r] + ::sum(total);
                 m[h] = top;
             }
             const T* own = values + g * D;
             for (long r = 0; r < R;) {
-                float *weight = weights + r * kTile, *place = sum + ((g - g0) * R + r) * padded;
+                float *weight = weights + r * kDecodeTile, *place = sum + ((g - g0) * R + r) * padded;
                 if (R - r >= 4) {
                     add_values<4, 1>(own, here, count, D, weight, shrink + r, place, padded);
                     r += 4;
@@ -200,7 +211,7 @@ void chunk(const Shape& s, const T* keys, const T* values, const int32_t* table,
     for (long tile = begin; tile < end; tile += kTile) {
         const long count = end - tile < kTile ? end - tile : kTile;
         long offset[kTile];
-        offsets(s, table, tile, count, offset);
+        offsets<kTile>(s, table, tile, count, offset);
         for (long j = 0; j < count; j++)
             for (long d = 0; d < s.D; d += kPair) {
                 pair k = load_some(keys + offset[j] + g * s.D + d, s.D - d);

@@ -58,7 +58,8 @@ INLINE void multiply(const float* const* x, const bf16* const* w, long k, long c
 #endif
 
 template <int rows, int columns>
-INLINE void tile(const Input* const* x, const bf16* const* w, const bf16* bias, long K, long n0, bf16* const* y, int m1) {
+INLINE void tile(const Input* const* x, const bf16* const* w, const bf16* bias, long K, long n0, bf16* const* y,
+                 int stored) {
     vec total[rows * columns] = {};
     long k = 0;
     for (; k + kPair <= K; k += kPair) multiply<rows, columns>(x, w, k, kPair, total);
@@ -70,7 +71,7 @@ INLINE void tile(const Input* const* x, const bf16* const* w, const bf16* bias, 
         for (int i = 0; i < rows * columns; i++) out[i] += widen(bias[n0 + i % columns]);
     uint32_t bits[padded];
     UNROLL for (int i = 0; i < padded; i += kLanes) store(bits + i, narrowed(load(out + i)) >> 16);
-    for (int m = 0; m < m1; m++)
+    for (int m = 0; m < stored; m++)
         for (int n = 0; n < columns; n++) y[m][n0 + n].bits = bits[m * columns + n];
 }
 
