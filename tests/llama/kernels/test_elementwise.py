@@ -23,7 +23,7 @@ def compare(function, native) -> None:
     if ours.dtype == torch.float32:
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-6)
     else:
-        # A last bit may differ where two fp32 roundings (with a fused multiply-add or without) straddle the middle between two numbers of bf16.
+        # A last bit may differ: fp32 with and without a fused multiply-add may straddle the middle between two of bf16.
         torch.testing.assert_close(ours, theirs, atol=1e-30, rtol=2**-7)
         assert ((ours - theirs).abs() > 1e-30).float().mean() < 0.05
 
