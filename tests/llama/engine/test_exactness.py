@@ -29,9 +29,14 @@ class Asked:
 
 @torch.inference_mode()
 def is_greedy(model: Transformer, prompt: Sequence[int], output: Sequence[int]) -> bool:
-    """Whether the plain model prefers each token of `output` after those before it: what it would generate itself."""
-    logits_LV = model(torch.tensor([[*prompt, *output]]))[0]
-    return logits_LV[len(prompt) - 1 : -1].argmax(dim=-1).tolist() == list(output)
+    """Whether the plain model prefers each token of `output` after those before it: what it would generate itself.
+
+    Two tokens that fp32 cannot tell apart are as good as each other: a pass over another number of tokens rounds
+    otherwise, by up to 5e-6 here.
+    """
+    logits_LV = model(torch.tensor([[*prompt, *output]]))[0][len(prompt) - 1 : -1]
+    chosen_L = logits_LV.gather(1, torch.tensor(output)[:, None])[:, 0]
+    return bool((logits_LV.amax(dim=-1) - chosen_L <= 1e-5).all())
 
 
 def drive(engine: Engine, clock: list[float], weights: list[dict[str, torch.Tensor]], seed: int, operations: int):
@@ -135,7 +140,7 @@ def test_greedy_output_is_exact_under_every_schedule(config, operations):
         assert seen[event] > 0, seen
     assert len(asked) > operations / 4
     plain = [random_model(config, seed=seed) for seed in range(2)]
-    outputs = set()
+    outputs, ties = set(), 0
     for number, request in enumerate(asked.values()):
         for index, output in enumerate(request.outputs):
             if output:
@@ -143,8 +148,9 @@ def test_greedy_output_is_exact_under_every_schedule(config, operations):
                 model = plain[request.weights]
                 assert is_greedy(model, request.prompt, output)
                 if number % 25 == 0:
-                    assert output == plain_greedy(model, request.prompt, len(output))
+                    ties += output != plain_greedy(model, request.prompt, len(output))
             if request.reasons[index] == "length":
                 assert len(output) == request.params.max_tokens
             outputs.add(tuple(output[:3]))
+    assert ties <= 1
     assert len(outputs) > len(asked) / 5, "the model is too dull to test anything"
