@@ -248,7 +248,8 @@ class EngineCore:
             waiting=len(waiting),
             num_blocks=self.blocks.num_blocks,
             free_blocks=self.blocks.num_free,
-            pending_prefill_tokens=sum(request.num_missing for request in waiting)
+            # Of the completions of a prompt the first one computes it for all.
+            pending_prefill_tokens=sum(request.num_missing if request.first is None else 1 for request in waiting)
             + sum(request.num_missing for request in running if not request.decoding),
             decode_context_tokens=sum(len(request.token_ids) for request in running if request.decoding),
             generated_tokens=self.generated_tokens,

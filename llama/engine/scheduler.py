@@ -30,6 +30,9 @@ from llama.engine.prefix import reusable_blocks
 from llama.engine.queue import WaitingQueue
 from llama.engine.request import Request, Status
 
+LEAST_CHUNK_SHARE = 32
+"""A chunk is at least this part of a whole budget, as far as there is that much left."""
+
 
 class QueueFull(RuntimeError):
     """`max_waiting` requests wait already; try again later."""
@@ -172,10 +175,12 @@ class Scheduler:
         if budget < 1:
             return 0.0
         cost = self._token_cost(request.num_computed)
-        count = min(max(1, int(budget / cost)), request.num_missing)
+        # A small rest of a budget would be almost nothing here, and the prompt would take for ever.
+        least = min(int(budget), max(1, self.max_batched_tokens // LEAST_CHUNK_SHARE))
+        count = min(max(least, int(budget / cost)), request.num_missing)
         if not self._append(scheduled, request, count):
             return budget
-        return budget - cost * count
+        return max(0.0, budget - cost * count)
 
     def _token_cost(self, start: int) -> float:
         """Of a token of a chunk that begins at `start`, in tokens of the first chunk of a prompt."""
