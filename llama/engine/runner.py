@@ -18,6 +18,7 @@ from llama.engine.sampler import SampleInputs, sample, token_logprobs
 from llama.engine.scheduler import ScheduledTokens
 from llama.kernels import cpu
 from llama.model import Transformer
+from llama.upload import upload
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ class ModelRunner:
             prompt_counts.append((request.params.prompt_logprobs or 0,) * len(targets))
         vocab_size = self.model.config.vocab_size
         return StepInputs(
-            tokens_T=torch.tensor(token_ids, device=self.device),
-            positions_T=torch.tensor(positions, device=self.device),
+            tokens_T=upload(torch.tensor(token_ids), self.device),
+            positions_T=upload(torch.tensor(positions), self.device),
             plan=AttentionPlan(spans, self.cache.block_size, self.device),
-            output_index=torch.tensor(output_index + prompt_index, dtype=torch.int64, device=self.device),
+            output_index=upload(torch.tensor(output_index + prompt_index, dtype=torch.int64), self.device),
             sampling=tuple(
                 SampleInputs.of(item.request, eos_ids, vocab_size) if item.samples else None for item in scheduled
             ),
-            prompt_targets_P=torch.tensor(prompt_targets, dtype=torch.int64, device=self.device),
+            prompt_targets_P=upload(torch.tensor(prompt_targets, dtype=torch.int64), self.device),
             prompt_counts=tuple(prompt_counts),
         )
 

@@ -30,6 +30,7 @@ from llama.sampling import (
     penalize_frequency,
     penalize_repetition,
 )
+from llama.upload import upload
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _constrain(logits_RV: Tensor, rows: Sequence[SampleInputs]) -> Tensor:
         assert row.constraint is not None
         if not row.constraint.fill(mask_W):
             mask_W.fill_(-1)
-    return allow_only(logits_RV, _to(masks_RW, logits_RV.device))
+    return allow_only(logits_RV, upload(masks_RW, logits_RV.device))
 
 
 def _forbid(logits_RV: Tensor, rows: Sequence[SampleInputs]) -> Tensor:
@@ -196,16 +197,11 @@ def _places(token_ids: Sequence[Sequence[int]], logits_RV: Tensor) -> tuple[Tens
     lengths_R = torch.tensor([len(ids) for ids in token_ids])
     row_P = torch.repeat_interleave(torch.arange(len(token_ids)), lengths_R)
     places_P = row_P * logits_RV.shape[1] + torch.tensor([*chain(*token_ids)], dtype=torch.int64)
-    return _to(row_P, logits_RV.device), _to(places_P, logits_RV.device)
+    return upload(row_P, logits_RV.device), upload(places_P, logits_RV.device)
 
 
 def _tensor(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _to(torch.tensor(values, dtype=dtype), device)
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for what runs there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return upload(torch.tensor(values, dtype=dtype), device)
 
 
 def token_logprobs(logits_NV: Tensor, token_ids_N: Tensor, counts: Sequence[int | None]) -> list[TokenLogprob | None]:
