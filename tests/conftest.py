@@ -4,10 +4,16 @@ import os
 import socket
 from pathlib import Path
 
+import torch
+
 pytest_plugins = ("tests.swift",)
 
 # Matplotlib keeps its font cache in the home folder unless told otherwise.
 os.environ.setdefault("MPLCONFIGDIR", str(Path(__file__).parent.parent / ".cache" / "matplotlib"))
+
+if not torch.cuda.is_available():
+    # Triton decides when it is imported; without it installed this means nothing.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def find_free_port() -> int:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from llama.attention import ScoreBias, Scoring, attend_visible, visible_keys
 from llama.config import ModelConfig
-from llama.kernels import cpu
+from llama.kernels import cpu, paged
+from llama.upload import upload
 
 
 class PagedKVCache:
@@ -43,7 +44,7 @@ class PagedKVCache:
         """Copies blocks `(source, destination)` in every layer; sources are read before any destination is written."""
         if not pairs:
             return
-        source_P, destination_P = torch.tensor(pairs, device=self.keys.device).T
+        source_P, destination_P = upload(torch.tensor(pairs), self.keys.device).T
         for cache in (self.keys, self.values):
             blocks = cache.unflatten(1, (-1, self.block_size))
             blocks[:, destination_P] = blocks[:, source_P]
@@ -82,8 +83,8 @@ class _Group:
 
 
 class AttentionPlan:
-    """What every layer of a step reads and writes: `tables_NW` and `spans_N3` as the kernel takes them
-    (llama/kernels/cpu.py), and for plain torch the slots and groups, made when first asked for.
+    """What every layer of a step reads and writes: `tables_NW` and `spans_N3` as the CPU's kernel takes them
+    (llama/kernels/cpu.py), and for the GPU's and for plain torch what these need, made when first asked for.
 
     The block tables are copied: a request may lose its blocks while the step runs.
     """
@@ -116,13 +117,15 @@ class AttentionPlan:
     @cached_property
     def slots_T(self) -> Tensor:
         """Where the step's keys and values go."""
-        slots = []
-        for table, (_, start, end) in zip(self.tables_NW, self.spans_N3, strict=True):
-            positions = np.arange(start, end)
-            slots.append(
-                table[positions // self.block_size].astype(np.int64) * self.block_size + positions % self.block_size
-            )
-        return torch.from_numpy(np.concatenate(slots)).to(self._device)
+        row_N, start_N, end_N = self.spans_N3.T
+        sequence_T = np.repeat(np.arange(len(row_N)), end_N - start_N)
+        position_T = np.arange(len(sequence_T)) + (start_N - row_N)[sequence_T]
+        blocks_T = self.tables_NW[sequence_T, position_T // self.block_size].astype(np.int64)
+        return upload(torch.from_numpy(blocks_T * self.block_size + position_T % self.block_size), self._device)
+
+    @cached_property
+    def on_gpu(self) -> paged.StepTables:
+        return paged.StepTables(self.tables_NW, self.spans_N3, self.block_size, self._device)
 
 
 def _plan_groups(
@@ -167,9 +170,9 @@ def _plan_group(
         if visible_NLS.all():
             visible_NLS = None
     return _Group(
-        rows_T.to(device),
-        _slots(spans, firsts, key_positions_NS, block_size).to(device),
-        None if visible_NLS is None else visible_NLS.to(device),
+        upload(rows_T, device),
+        upload(_slots(spans, firsts, key_positions_NS, block_size), device),
+        None if visible_NLS is None else upload(visible_NLS, device),
         query_positions_NL,
         key_positions_NS,
     )
@@ -219,6 +222,9 @@ class PagedAttend:
         keys.index_copy_(0, self._plan.slots_T, k_BLGD[0])
         values.index_copy_(0, self._plan.slots_T, v_BLGD[0])
         q_THD = q_BLHD[0]
+        if scoring.bias is None and scoring.dropout == 0 and paged.available(q_THD):
+            step, scale, softcap, window = self._plan.on_gpu, scoring.scale, scoring.softcap, scoring.window
+            return paged.attend(q_THD, keys, values, step, scale=scale, softcap=softcap, window=window)[None]
         out_THD = torch.empty_like(q_THD)
         groups = self._plan.groups(scoring.window)
         for group, bias_NHLS in zip(groups, self._group_biases(groups, scoring), strict=True):

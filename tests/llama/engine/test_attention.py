@@ -1,5 +1,5 @@
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -68,6 +68,12 @@ class Step:
         return attend(1, torch.cat(self.queries)[None], self.new(self.keys), self.new(self.values), scoring)[0]
 
 
+def random_spans(rng: random.Random, longest: int) -> Iterator[tuple[int, int]]:
+    for _ in range(rng.randrange(1, 8)):
+        end = rng.randrange(1, longest + 1)
+        yield rng.choice([end - 1, end - 1, 0, rng.randrange(end)]), end
+
+
 def random_step(
     rng: random.Random,
     heads: int,
@@ -77,8 +83,11 @@ def random_step(
     window: int | None = None,
     head_dim: int = HEAD_DIM,
     longest: int = 23,
+    block_size: int = BLOCK_SIZE,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> Step:
-    num_blocks = 8 * (longest // BLOCK_SIZE + 3)
+    """Of the given `spans`, at most 8, none beyond `longest`, or of random ones."""
+    num_blocks = 8 * (longest // block_size + 3)
     config = ModelConfig(
         vocab_size=8,
         dim=heads * HEAD_DIM,
@@ -89,25 +98,23 @@ def random_step(
         position="none",
         max_seq_len=64,
     )
-    cache = PagedKVCache(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype, device=torch.device("cpu"))
+    cache = PagedKVCache(config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=torch.device("cpu"))
     # Whoever reads a slot that is not its own finds out.
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
     free_blocks = rng.sample(range(num_blocks), num_blocks)
     step = Step(cache, [], [], [], [])
-    for _ in range(rng.randrange(1, 8)):
-        end = rng.randrange(1, longest + 1)
-        start = rng.choice([end - 1, end - 1, 0, rng.randrange(end)])
-        block_ids = [free_blocks.pop() for _ in range(-(-end // BLOCK_SIZE) + rng.randrange(2))]
+    for start, end in spans or random_spans(rng, longest):
+        block_ids = [free_blocks.pop() for _ in range(-(-end // block_size) + rng.randrange(2))]
         step.queries.append(torch.randn(end - start, heads, head_dim, dtype=dtype))
         step.keys.append(torch.randn(end, kv_heads, head_dim, dtype=dtype))
         step.values.append(torch.randn(end, kv_heads, head_dim, dtype=dtype))
         # Nothing may read what no token of the step sees: it stays NaN, or its block belongs to others.
         first = max(0, start - window + 1) if window else 0
         for position in range(first, start):
-            slot = block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            slot = block_ids[position // block_size] * block_size + position % block_size
             cache.keys[1, slot], cache.values[1, slot] = step.keys[-1][position], step.values[-1][position]
-        block_ids[: first // BLOCK_SIZE] = [-1] * (first // BLOCK_SIZE)
+        block_ids[: first // block_size] = [-1] * (first // block_size)
         step.spans.append(SequenceSpan(block_ids, start, end))
     return step
 
