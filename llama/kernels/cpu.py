@@ -34,9 +34,9 @@ class _Library:
             {dtype: self._function(f"{name}_{suffix}", arguments) for dtype, suffix in _SUFFIXES.items()}
             for name, arguments in (
                 ("attention", attention),
-                ("rms_norm", [*[c_void_p] * 3, c_long, c_long, c_float]),
-                ("rotate", [*[c_void_p] * 4, c_long, c_long, c_long, c_int]),
-                ("silu_product", [*[c_void_p] * 3, c_long]),
+                ("rms_norm", [*[c_void_p] * 3, c_long, c_long, c_float, c_int]),
+                ("rotate", [*[c_void_p] * 4, c_long, c_long, c_long, c_int, c_int]),
+                ("silu_product", [*[c_void_p] * 3, c_long, c_int]),
             )
         )
         self.linear_max_rows: int = self._function("linear_max_rows", [], c_long)()
@@ -85,6 +85,11 @@ def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     return (kind is Tensor or kind is Parameter) and tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous()
 
 
+def _threads(operations: int) -> int:
+    """As many as torch would use, but none for less than takes it some microseconds."""
+    return min(torch.get_num_threads(), 1 + operations // 100_000)
+
+
 def linear(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> list[Tensor] | None:
     """`[..., in]` → `[..., out]` of every layer, by its weight and bias; bf16 and few enough rows, summed in fp32."""
     bf16 = torch.bfloat16
@@ -97,9 +102,10 @@ def linear(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> list[Tensor] | N
     rows = x.numel() // inner if inner else 0
     if not 1 <= rows <= kernels.linear_max_rows:
         return None
-    address, threads, results = x.data_ptr(), torch.get_num_threads(), []
+    address, results = x.data_ptr(), []
     for weight, bias in layers:
         columns = weight.shape[0]
+        threads = _threads(rows * inner * columns)
         out = x.new_empty(*batch, columns)
         bias_address = None if bias is None else bias.data_ptr()
         kernels.linear_bf16(address, weight.data_ptr(), bias_address, out.data_ptr(), rows, columns, inner, threads)
@@ -114,7 +120,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
         return None
     dim, out = weight.numel(), torch.empty_like(x)
     if dim:
-        kernels.rms_norm[dtype](x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, eps)
+        threads = _threads(4 * x.numel())
+        kernels.rms_norm[dtype](x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, eps, threads)
     return out
 
 
@@ -138,6 +145,7 @@ def rotate(x_BLHD: Tensor, cos_BLP: Tensor, sin_BLP: Tensor, half: bool) -> Tens
         heads,
         dim // 2,
         half,
+        _threads(4 * x_BLHD.numel()),
     )
     return out
 
@@ -150,7 +158,9 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor | None:
     if gate.shape != up.shape:
         return None
     out = torch.empty_like(gate)
-    kernels.silu_product[dtype](gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    kernels.silu_product[dtype](
+        gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), _threads(10 * gate.numel())
+    )
     return out
 
 
@@ -197,6 +207,6 @@ def paged_attention(
         scale,
         softcap or 0.0,
         window or 0,
-        torch.get_num_threads(),
+        _threads(q_THD.numel() * tables_NW.shape[1] * block_size),
     )
     return out_THD

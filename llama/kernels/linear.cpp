@@ -125,6 +125,7 @@ void linear_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* y, long M
     const long stride = (K + kPair - 1) / kPair * kPair;
     if (widened.size() < static_cast<size_t>(M * stride)) widened.resize(M * stride);
     float* inputs = widened.data();
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long m = 0; m < M; m++)
         for (long k = 0; k < K; k += kPair) store_pair(inputs + m * stride + k, load_some(x + m * K + k, K - k));
 #endif

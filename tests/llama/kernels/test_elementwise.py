@@ -23,7 +23,8 @@ def compare(function, native) -> None:
     if ours.dtype == torch.float32:
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-6)
     else:
-        # A last bit may differ: fp32 with and without a fused multiply-add may straddle the middle between two of bf16.
+        # A last bit may differ where two fp32 results, with a fused multiply-add and without, straddle the middle
+        # between two numbers of bf16.
         torch.testing.assert_close(ours, theirs, atol=1e-30, rtol=2**-7)
         assert ((ours - theirs).abs() > 1e-30).float().mean() < 0.05
 
@@ -82,3 +83,25 @@ def test_gradients_go_by_torch():
     norm(x).sum().backward()
     assert x.grad is not None and norm.weight.grad is not None
     assert cpu.rms_norm(x, norm.weight, 1e-5) is None and cpu.silu_product(x, x) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_share_the_rows(dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 301, 4, 64).to(dtype), torch.randn(64).to(dtype)
+    cos, sin = rotary_cos_sin(torch.arange(301)[None], rotary_frequencies(64, 1e4)[0])
+    functions = [
+        lambda: cpu.rms_norm(x, weight, 1e-5),
+        lambda: cpu.rotate(x, cos, sin, True),
+        lambda: cpu.rotate(x, cos, sin, False),
+        lambda: cpu.silu_product(x, x),
+    ]
+    threads = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            torch.set_num_threads(1)
+            alone = [function() for function in functions]
+            torch.set_num_threads(3)
+            assert all(torch.equal(function(), result) for function, result in zip(functions, alone, strict=True))
+    finally:
+        torch.set_num_threads(threads)

@@ -38,7 +38,7 @@ def test_products_are_those_of_float64(columns, inner):
 @needs_kernels
 @torch.inference_mode()
 def test_threads_share_the_columns():
-    x, weight, bias = example(5, 203, 96)
+    x, weight, bias = example(5, 203, 960)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
