@@ -22,7 +22,7 @@ def example(rows: int, columns: int, inner: int) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.parametrize("columns", [1, 5, 6, 7, 12, 65])
 @torch.inference_mode()
 def test_products_are_those_of_float64(columns, inner):
-    for rows in range(1, 34):
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 32, 33):
         x, weight, bias = example(rows, columns, inner)
         for added in (None, bias):
             native = cpu.linear(x, (weight, added))
