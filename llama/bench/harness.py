@@ -7,6 +7,7 @@ turns from round to round, and only ratios within a round are compared.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 from llama.training.memory import peak_bytes
 
@@ -83,22 +85,40 @@ class Contestant:
 
     The process answers every line on its standard input with a line of JSON (`serve`), the first one unasked when it is
     ready. To be used as a context manager, which ends it.
+
+    Args:
+        program: takes the arguments in place of `python -m MODULE`.
+        environment: variables it has beside those of this process.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], module: str = "llama.bench") -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        module: str = "llama.bench",
+        *,
+        program: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
-        self._command = [sys.executable, "-m", module, *arguments]
+        self._command = [*(program or (sys.executable, "-m", module)), *arguments]
+        self._environment = {**os.environ, **(environment or {})}
 
     def __enter__(self) -> Contestant:
         self._errors = tempfile.TemporaryFile(mode="w+")
-        self._ready: dict[str, float] | None = None
+        self._ready: dict[str, Any] | None = None
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=self._environment,
         )
         return self
 
     @property
-    def ready(self) -> dict[str, float]:
+    def ready(self) -> dict[str, Any]:
         """What it says when it is ready; waits for that, so that several may get ready at once.
 
         Raises:
@@ -113,19 +133,19 @@ class Contestant:
         self._process.communicate()
         self._errors.close()
 
-    def turn(self) -> dict[str, float]:
-        """Lets it work once.
+    def turn(self, task: str = "turn") -> dict[str, Any]:
+        """Lets it work once; `task` is the line it is sent.
 
         Raises:
             BenchError: it has failed; holds the last line of its errors.
         """
         assert self.ready is not None and self._process.stdin is not None
         with suppress(BrokenPipeError):
-            self._process.stdin.write("turn\n")
+            self._process.stdin.write(f"{task}\n")
             self._process.stdin.flush()
         return self._answer()
 
-    def _answer(self) -> dict[str, float]:
+    def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
