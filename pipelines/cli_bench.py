@@ -45,6 +45,33 @@ def bench_train(
     _print(train.as_json(report) if as_json else train.as_text(report))
 
 
+@bench.command("engine")
+def bench_engine(
+    model: Annotated[str, typer.Option(help="27m, 210m or a preset.")] = "27m",
+    peers: Annotated[str, typer.Option(help="Any of hf, llamacpp, vllm, with commas.")] = "",
+    cells: Annotated[str, typer.Option(help="Such as decode:8x1024,prefill,trace [default: all]")] = "",
+    rounds: RoundsOption = 5,
+    generate: Annotated[int, typer.Option(help="Steps of a decode cell.")] = 32,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    requests: Annotated[int, typer.Option(help="Requests of the trace.")] = 32,
+    rate: Annotated[float, typer.Option(help="Its arrivals a second [default: what suits the model]")] = 0.0,
+    directory: Annotated[str, typer.Option(help="Folder of the peers' environments.")] = ".cache/peers",
+    require: Annotated[
+        str, typer.Option(help="Least speed over a peer in every decode cell, such as hf=1.5; less exits with 1.")
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Times the inference engine beside transformers, llama.cpp and vLLM, interleaved in one run; needs no cluster."""
+    from llama.bench import engine
+
+    signal.signal(signal.SIGTERM, terminate)
+    settings = engine.EngineBench(model, peers, cells, rounds, generate, threads, requests, rate, directory, require)
+    report = engine.measure(settings, _say)
+    _print(engine.as_json(report) if as_json else engine.as_text(report))
+    if report.missed:
+        raise typer.Exit(1)
+
+
 @bench.command("data")
 def bench_data(
     megabytes: Annotated[int, typer.Option(help="Text to encode, pack and write, 10⁶ bytes each.")] = 200,

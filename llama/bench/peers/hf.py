@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from llama.bench.peers.driver import Answer, serve
+from llama.bench.peers.driver import Answer, fastest, serve
 
 _CACHES = ("dynamic", "static")
+_PAGE = 32
+"""Tokens of a page of continuous batching's cache, and so of what it shares between requests."""
 
 
 class _Clock(transformers.StoppingCriteria):
@@ -42,9 +45,7 @@ class Worker:
             return {"seconds": time.perf_counter() - began, "tokens": tokens[:, -1].tolist()}
         if task["prompts"] != self._prompts:
             self._caches = {kind: self._cached(kind, ids_BT, task["generate"]) for kind in _CACHES}
-            # The faster one is kept; the first call of each is not counted.
-            trials = [{kind: self._decode(kind, ids_BT, task["generate"]) for kind in _CACHES} for _ in range(2)][1]
-            best = min(trials, key=lambda kind: trials[kind]["seconds"])
+            best = fastest({kind: partial(self._decode, kind, ids_BT, task["generate"]) for kind in _CACHES})
             self._caches, self._prompts = {best: self._caches[best]}, task["prompts"]
         (kind,) = self._caches
         return self._decode(kind, ids_BT, task["generate"])
@@ -108,16 +109,13 @@ class Worker:
                     max_new_tokens=request["generate"],
                     record_timestamps=True,
                 )
-            results = {}
+            results: dict[int, Any] = {}
             while len(results) < len(requests):
                 result = _result(manager)
                 results[int(result.request_id)] = result
         finally:
             manager.stop(block=True)
         return {"times": [[at - began for at in results[index].timestamps] for index in range(len(requests))]}
-
-
-_PAGE = 32
 
 
 def _result(manager: Any) -> Any:
@@ -134,7 +132,9 @@ def start(settings: dict[str, Any]) -> tuple[Answer, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         settings["directory"], dtype=torch.bfloat16, attn_implementation="sdpa"
     ).eval()
-    text = f"torch {torch.__version__}, generate with the faster cache; the trace by continuous batching, pages of {_PAGE}"
+    text = (
+        f"torch {torch.__version__}, generate with the faster cache; the trace by continuous batching, pages of {_PAGE}"
+    )
     return {"version": transformers.__version__, "settings": text}, Worker(model, settings)
 
 

@@ -1,7 +1,8 @@
 """llama.cpp's side of `python -m llama.bench engine`; runs as a script in the peer's own environment.
 
 Through its C interface, by the bindings of llama-cpp-python: several sequences in one `llama_decode`, each with a cache
-of its own, flash attention on. The weights become a GGUF of the same bf16 values beside those they are read from.
+of its own in f16, with flash attention or without it, whichever is faster at the task: on a CPU that depends on its
+kind and size. The weights become a GGUF of the same bf16 values beside those they are read from.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
-from driver import Answer, serve
+from driver import Answer, fastest, serve
 
 _LAYER_TENSORS = {
     "input_layernorm": "attn_norm",
@@ -27,6 +29,12 @@ _LAYER_TENSORS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+_BATCH = 512
+"""Tokens of one `llama_decode`: what it computes at once unless told otherwise."""
+_ATTENTION = {
+    "flash attention": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "no flash attention": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
 _TENSORS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
@@ -93,14 +101,14 @@ def write_gguf(directory: Path) -> Path:
 class Sequences:
     """A context of llama.cpp that holds so many sequences of so many tokens."""
 
-    def __init__(self, model: Any, count: int, length: int, threads: int) -> None:
+    def __init__(self, model: Any, count: int, length: int, threads: int, attention: str) -> None:
         params = llama_cpp.llama_context_default_params()
         # The context is divided among the sequences, in steps of 256.
         params.n_ctx = count * -(-length // 256) * 256
         params.n_seq_max = count
         params.n_batch = params.n_ubatch = max(_BATCH, count)
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.flash_attn_type = _ATTENTION[attention]
         params.kv_unified = False
         params.no_perf = True
         self._context = llama_cpp.llama_init_from_model(model, params)
@@ -124,11 +132,8 @@ class Sequences:
         tokens = []
         for sequence, prompt in enumerate(prompts):
             for begin in range(0, len(prompt), self._size):
-                part = prompt[begin : begin + self._size]
-                last = begin + len(part) == len(prompt)
-                entries = [(token, begin + index, sequence) for index, token in enumerate(part)]
-                found = self._compute(entries, only_last=True)
-            assert last
+                part = enumerate(prompt[begin : begin + self._size], begin)
+                found = self._compute([(token, position, sequence) for position, token in part], only_last=True)
             tokens += found
         return tokens
 
@@ -151,44 +156,49 @@ class Sequences:
         return np.ctypeslib.as_array(logits, (outputs, self._vocab_size)).argmax(1).tolist()
 
 
-_BATCH = 512
-"""Tokens of one `llama_decode`, its own default for what is computed at once."""
-
-
 class Worker:
+    """Keeps the contexts of its last task: the next is mostly the same again."""
+
     def __init__(self, model: Any, threads: int) -> None:
         self._model, self._threads = model, threads
-        self._shape: tuple[int, int] | None = None
-        self._sequences: Sequences | None = None
+        self._task: tuple[str, int, int] | None = None
         self._prompts: list[list[int]] = []
+        self._contexts: dict[str, Sequences] = {}
         self._first: list[int] = []
 
-    def _of_shape(self, count: int, length: int) -> Sequences:
-        if self._sequences is None or self._shape != (count, length):
-            if self._sequences is not None:
-                self._sequences.close()
-            self._sequences, self._shape = Sequences(self._model, count, length, self._threads), (count, length)
-            self._prompts = []
-        return self._sequences
-
     def __call__(self, task: dict[str, Any]) -> Answer:
-        prompts = task["prompts"]
-        if task["kind"] == "prefill":
-            sequences = self._of_shape(len(prompts), len(prompts[0]))
-            sequences.keep(0)
-            began = time.perf_counter()
-            tokens = sequences.prefill(prompts)
-            return {"seconds": time.perf_counter() - began, "tokens": tokens}
-        length, steps = len(prompts[0]), task["generate"]
-        sequences = self._of_shape(len(prompts), length + steps)
-        if prompts != self._prompts:
-            sequences.keep(0)
-            self._first, self._prompts = sequences.prefill(prompts), prompts
-        sequences.keep(length)
+        prompts, steps = task["prompts"], task.get("generate", 0)
+        shape = (task["kind"], len(prompts), len(prompts[0]) + steps)
+        work = partial(self._prefill, prompts) if task["kind"] == "prefill" else partial(self._decode, prompts, steps)
+        if shape != self._task or (steps and prompts != self._prompts):
+            self._close(*self._contexts)
+            self._contexts = {name: Sequences(self._model, *shape[1:], self._threads, name) for name in _ATTENTION}
+            if steps:
+                self._first = [context.prefill(prompts) for context in self._contexts.values()][0]
+            best = fastest({name: partial(work, context) for name, context in self._contexts.items()})
+            self._close(*(name for name in _ATTENTION if name != best))
+            self._task, self._prompts = shape, prompts
+        ((name, context),) = self._contexts.items()
+        return work(context) | {"settings": name}
+
+    def _close(self, *names: str) -> None:
+        for name in names:
+            self._contexts.pop(name).close()
+
+    @staticmethod
+    def _prefill(prompts: list[list[int]], context: Sequences) -> Answer:
+        context.keep(0)
+        began = time.perf_counter()
+        tokens = context.prefill(prompts)
+        return {"seconds": time.perf_counter() - began, "tokens": tokens}
+
+    def _decode(self, prompts: list[list[int]], steps: int, context: Sequences) -> Answer:
+        length = len(prompts[0])
+        context.keep(length)
         tokens = self._first
         began = time.perf_counter()
         for step in range(steps):
-            tokens = sequences.decode(tokens, length + step)
+            tokens = context.decode(tokens, length + step)
         seconds = time.perf_counter() - began
         return {"seconds": seconds, "generated": steps * len(prompts), "tokens": self._first}
 
@@ -199,7 +209,7 @@ def start(settings: dict[str, Any]) -> tuple[Answer, Any]:
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
     if not model:
         raise RuntimeError(f"llama.cpp does not load {path}")
-    text = f"flash attention, a cache for each sequence, batches of {_BATCH}"
+    text = f"an f16 cache for each sequence, batches of {_BATCH}"
     return {"version": llama_cpp.__version__, "settings": text}, Worker(model, settings["threads"])
 
 
