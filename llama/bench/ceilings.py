@@ -36,8 +36,8 @@ def measure_ceilings(config: ModelConfig) -> Ceilings:
     """With the threads that torch is set to; takes some seconds."""
     return Ceilings(
         read_gbps(weight_bytes(config)),
-        gemm_flops(2048, torch.bfloat16) / 1e9,
-        gemm_flops(2048, torch.float32) / 1e9,
+        gemm_flops(1024, torch.bfloat16) / 1e9,
+        gemm_flops(1024, torch.float32) / 1e9,
     )
 
 

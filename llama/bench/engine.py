@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,7 +53,8 @@ def measure(bench: EngineBench, say: Callable[[str], None] = lambda message: Non
     Raises:
         BenchError: a peer is missing or fails, or does not compute what ours does.
     """
-    commands = {name: command_of(name, Path(bench.directory)) for name in bench.peer_names}
+    commands = {OURS: [sys.executable, "-m", "llama.bench.peers.caravan"]}
+    commands |= {name: command_of(name, Path(bench.directory)) for name in bench.peer_names}
     with _pinned(bench.threads) as cpus, _exported(bench.config) as weights, ExitStack() as stack:
         ceilings = measure_ceilings(bench.config)
         say(f"about {estimated_seconds(bench, ceilings) / 60:.0f} minutes")
@@ -60,17 +62,12 @@ def measure(bench: EngineBench, say: Callable[[str], None] = lambda message: Non
         environment = {
             "OMP_NUM_THREADS": str(bench.threads),
             "MKL_NUM_THREADS": str(bench.threads),
-            "VLLM_CACHE_ROOT": os.path.abspath(Path(bench.directory, "cache")),
+            "VLLM_CACHE_ROOT": str(Path(weights, "vllm")),
         }
         contestants = {
-            OURS: Contestant(OURS, [settings], "llama.bench.peers.caravan", environment=environment),
-            **{
-                name: Contestant(name, [settings], program=command, environment=environment)
-                for name, command in commands.items()
-            },
+            name: stack.enter_context(Contestant(name, [settings], program=command, environment=environment))
+            for name, command in commands.items()
         }
-        for contestant in contestants.values():
-            stack.enter_context(contestant)
         about = {name: f"{one.ready['version']} {one.ready['settings']}".strip() for name, one in contestants.items()}
         first = {
             name: contestants[name].turn(_task(bench, CHECK, 0))["tokens"]  # one after the other: the core is shared

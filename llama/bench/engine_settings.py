@@ -20,7 +20,7 @@ MODELS: dict[str, ModelConfig] = {
     "210m": preset("small", dim=1024, num_layers=16, hidden_dim=3200),
     **PRESETS,
 }
-_RATES = {"27m": 4.0, "210m": 0.5}
+_RATES = {"27m": 2.0, "210m": 0.3}
 NOT_COMPARABLE = {("llamacpp", "trace"): "llama-cpp-python has no scheduler of requests; llama-server is not in it"}
 CHECK = Cell("prefill", 16, 32)
 """Whose first tokens tell whether all compute the same."""
@@ -110,7 +110,7 @@ class EngineBench:
 
     @property
     def trace(self) -> list[TraceRequest]:
-        return make_trace(self.requests, self.rate or _RATES.get(self.model, 4.0), self.config.vocab_size)
+        return make_trace(self.requests, self.rate or _RATES.get(self.model, 2.0), self.config.vocab_size)
 
     def contestant_settings(self, weights: str, cpus: Sequence[int]) -> dict[str, Any]:
         """What a contestant's process is told; the cache holds the largest cell twice."""

@@ -12,7 +12,7 @@ from llama.bench.harness import BenchError
 
 Kind = Literal["prefill", "decode", "trace"]
 
-SYSTEM_TOKENS = 384
+SYSTEM_TOKENS = 256
 """Of the text before a request's own: shared by many requests or, of the same length, by none."""
 _SYSTEMS = 4
 _SHARING = 0.8

@@ -77,7 +77,8 @@ def _pip(python: Path, *arguments: str) -> None:
 
 
 def _install_llamacpp(python: Path) -> None:
-    _pip(python, *_LLAMA_CPP)
+    # Built here: a wheel of an index or of pip's cache may be for another processor.
+    _pip(python, "--no-cache-dir", "--no-binary=llama-cpp-python", *_LLAMA_CPP)
 
 
 def _install_vllm(python: Path) -> None:

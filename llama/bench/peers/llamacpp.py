@@ -209,7 +209,10 @@ def start(settings: dict[str, Any]) -> tuple[Answer, Any]:
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
     if not model:
         raise RuntimeError(f"llama.cpp does not load {path}")
-    text = f"an f16 cache for each sequence, batches of {_BATCH}"
+    # "CPU : AVX512 = 1 | AVX512_BF16 = 1 | ...": what it was built with.
+    built = llama_cpp.llama_print_system_info().decode().replace(":", "|").split("|")
+    units = [part.split("=")[0].strip() for part in built if "AVX512" in part or "AMX" in part]
+    text = f"an f16 cache for each sequence, batches of {_BATCH}, built with {', '.join(units) or 'no AVX512'}"
     return {"version": llama_cpp.__version__, "settings": text}, Worker(model, settings["threads"])
 
 
