@@ -22,7 +22,7 @@ MODELS: dict[str, ModelConfig] = {
 }
 _RATES = {"27m": 2.0, "210m": 0.3}
 NOT_COMPARABLE = {("llamacpp", "trace"): "llama-cpp-python has no scheduler of requests; llama-server is not in it"}
-CHECK = Cell("prefill", 16, 32)
+CHECK = Cell("prefill", 32, 32)
 """Whose first tokens tell whether all compute the same."""
 
 
@@ -115,7 +115,7 @@ class EngineBench:
     def contestant_settings(self, weights: str, cpus: Sequence[int]) -> dict[str, Any]:
         """What a contestant's process is told; the cache holds the largest cell twice."""
         batch = max(CHECK.batch, *(cell.batch for cell in self.cell_list))
-        cache_tokens = 2 * max(max(cell.batch, 16) * (self._length(cell) + 128) for cell in self.cell_list)
+        cache_tokens = 2 * max(max(cell.batch, CHECK.batch) * (self._length(cell) + 128) for cell in self.cell_list)
         return {
             "directory": weights,
             "threads": self.threads,

@@ -1,16 +1,22 @@
 import json
 import os
 import sys
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama.bench import engine
 from llama.bench.__main__ import main
 from llama.bench.ceilings import Ceilings
 from llama.bench.engine_report import Row, missed
-from llama.bench.engine_settings import EngineBench, estimated_seconds
+from llama.bench.engine_settings import CHECK, MODELS, EngineBench, estimated_seconds
 from llama.bench.harness import BenchError, Ratio
+from llama.bench.workload import prompts
+from llama.hf import load_pretrained
+from llama.model import Transformer
 
 pytest.importorskip("transformers")
 
@@ -63,7 +69,7 @@ def test_a_peer_that_does_not_run_ends_the_bench_in_one_line(
 def test_contestants_that_compute_something_else_are_not_compared() -> None:
     ours = list(range(16))
     assert engine._check_same({"caravan": ours, "hf": [*ours[:-1], 99]}) == {"hf": 15 / 16}
-    with pytest.raises(BenchError, match="vllm and caravan agree in 12% of first tokens"):
+    with pytest.raises(BenchError, match="vllm and caravan agree in 12% of first tokens: not the same model"):
         engine._check_same({"caravan": ours, "vllm": [0, 1, *ours[:14]]})
 
 
@@ -111,3 +117,19 @@ def test_bad_settings_end_in_one_line(arguments: list[str], message: str, capsys
 def test_a_peer_of_our_own_environment_is_not_made(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["peers", "hf"]) == 1
     assert "peer='hf' has no environment of its own; choose of llamacpp, vllm" in capsys.readouterr().err
+
+
+def test_the_weights_tell_right_rotations_from_wrong_ones() -> None:
+    config = MODELS["27m"]
+    with engine._exported(config) as directory:
+        right = load_pretrained(directory)
+    wrong = Transformer(replace(config, rope_layout="interleaved"))
+    wrong.load_state_dict(right.state_dict())
+    ids_BT = torch.tensor(prompts(CHECK, config.vocab_size))
+    with torch.inference_mode():
+        tokens, bf16, others = (
+            model.eval()(ids_BT)[:, -1].argmax(-1).tolist() for model in (right, deepcopy(right).bfloat16(), wrong)
+        )
+    assert engine._check_same({"caravan": tokens, "hf": bf16})["hf"] > 0.85
+    with pytest.raises(BenchError, match="not the same model"):
+        engine._check_same({"caravan": tokens, "hf": others})
