@@ -25,7 +25,7 @@ def test_ours_and_transformers_get_the_same_and_are_compared_in_every_kind_of_ce
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     cells = "prefill:2x16,decode:2x32,trace"
-    arguments = ["--model=tiny", "--peers=hf", f"--cells={cells}", "--generate=3", "--requests=3", "--rate=50"]
+    arguments = ["--model=tiny", "--peers=hf", f"--cells={cells}", "--generate=3", "--requests=1", "--rate=50"]
     affinity = os.sched_getaffinity(0)
     assert main(["engine", *arguments, "--require=hf=1e9", "--json"]) == 1
     assert os.sched_getaffinity(0) == affinity
