@@ -36,12 +36,12 @@ def measure_ceilings(config: ModelConfig) -> Ceilings:
     """With the threads that torch is set to; takes some seconds."""
     return Ceilings(
         read_gbps(weight_bytes(config)),
-        gemm_flops(1024, torch.bfloat16) / 1e9,
-        gemm_flops(1024, torch.float32) / 1e9,
+        gemm_flops(1024, torch.bfloat16, repeats=30) / 1e9,
+        gemm_flops(1024, torch.float32, repeats=30) / 1e9,
     )
 
 
-def read_gbps(size: int, repeats: int = 8) -> float:
+def read_gbps(size: int, repeats: int = 20) -> float:
     """The best of several passes over `size` bytes, 10⁹ bytes a second."""
     half = size // 8
     a, b = torch.ones(half), torch.ones(half)

