@@ -59,10 +59,15 @@ INLINE void multiply(const float* const* x, const bf16* const* w, long k, long c
 
 template <int rows, int columns>
 INLINE void tile(const Input* const* x, const bf16* const* w, const bf16* bias, long K, long n0, bf16* const* y,
-                 int stored) {
+                 int stored, const char* ahead, long bytes) {
     vec total[rows * columns] = {};
     long k = 0;
-    for (; k + kPair <= K; k += kPair) multiply<rows, columns>(x, w, k, kPair, total);
+    const long step = (bytes * kPair / (K + 1) + 63) / 64 * 64;  // a few lines at a time: it must not wait for them
+    for (; k + kPair <= K; k += kPair) {
+        for (long b = 0; b < step; b += 64) __builtin_prefetch(ahead + b, 0, 2);
+        ahead += step;
+        multiply<rows, columns>(x, w, k, kPair, total);
+    }
     if (k < K) multiply<rows, columns>(x, w, k, K - k, total);
     constexpr int padded = (rows * columns + kLanes - 1) / kLanes * kLanes;
     float out[padded];
@@ -81,11 +86,9 @@ void panel(const Input* x, long stride, const bf16* w, const bf16* bias, bf16* y
     for (int i = 0; i < columns; i++) weights[i] = w + (n + i) * K;
     for (long m = 0; m < M; m += kRows) {
         int rows = M - m < kRows ? M - m : kRows;
-        if (M > kRows) {  // the next rows of W come while these are multiplied
-            const char* ahead = reinterpret_cast<const char*>(w + (n + columns) * K);
-            const long bytes = columns * K * sizeof(bf16);
-            for (long b = bytes * m / M; b < bytes * (m + rows) / M; b += 64) __builtin_prefetch(ahead + b,0,2);
-        }
+        // The next rows of W come while these are multiplied; with a single row the processor sees to that itself.
+        const long all = M > 1 ? columns * K * sizeof(bf16) : 0, bytes = all * rows / M;
+        const char* ahead = reinterpret_cast<const char*>(w + (n + columns) * K) + all * m / M;
         const Input* inputs[kRows];
         bf16* outputs[kRows];
         for (int i = 0; i < kRows; i++) {  // a row too few: the last one again, not stored
@@ -94,11 +97,11 @@ void panel(const Input* x, long stride, const bf16* w, const bf16* bias, bf16* y
             outputs[i] = y + row * N;
         }
         if (rows == 1)
-            tile<1, columns>(inputs, weights, bias, K, n, outputs, 1);
+            tile<1, columns>(inputs, weights, bias, K, n, outputs, 1, ahead, bytes);
         else if (rows == 2)
-            tile<2, columns>(inputs, weights, bias, K, n, outputs, 2);
+            tile<2, columns>(inputs, weights, bias, K, n, outputs, 2, ahead, bytes);
         else
-            tile<kRows, columns>(inputs, weights, bias, K, n, outputs, rows);
+            tile<kRows, columns>(inputs, weights, bias, K, n, outputs, rows, ahead, bytes);
     }
 }
 
