@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llama.attention import ScoreBias, Scoring, attend_visible, visible_keys
 from llama.config import ModelConfig
-from llama.kernels import cpu, paged
+from llama.kernels import cpu, huge_pages, paged
 from llama.upload import upload
 
 
@@ -37,8 +37,8 @@ class PagedKVCache:
     ) -> None:
         shape = (config.num_layers, num_blocks * block_size, config.kv_heads, config.resolved_head_dim)
         self.block_size = block_size
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = huge_pages.zeros(shape, dtype, device)
+        self.values = huge_pages.zeros(shape, dtype, device)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks `(source, destination)` in every layer; sources are read before any destination is written."""

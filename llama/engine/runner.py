@@ -16,7 +16,7 @@ from llama.engine.attention import AttentionPlan, PagedAttend, PagedKVCache, Seq
 from llama.engine.request import ComputedTokens, TokenLogprob
 from llama.engine.sampler import SampleInputs, sample, token_logprobs
 from llama.engine.scheduler import ScheduledTokens
-from llama.kernels import cpu
+from llama.kernels import cpu, huge_pages
 from llama.model import Transformer
 from llama.upload import upload
 
@@ -49,6 +49,7 @@ class ModelRunner:
         )
         if self.device.type == "cpu":
             cpu.ready()  # compiled now, not in the first request's time
+            huge_pages.move_parameters(model)
 
     def prepare(self, scheduled: Sequence[ScheduledTokens], eos_ids: Collection[int] = ()) -> StepInputs:
         """The inputs of a step, with a random number for each request that will sample."""

@@ -86,9 +86,9 @@ void panel(const Input* x, long stride, const bf16* w, const bf16* bias, bf16* y
     for (int i = 0; i < columns; i++) weights[i] = w + (n + i) * K;
     for (long m = 0; m < M; m += kRows) {
         int rows = M - m < kRows ? M - m : kRows;
-        // The next rows of W come while these are multiplied; with a single row the processor sees to that itself.
-        const long all = M > 1 ? columns * K * sizeof(bf16) : 0, bytes = all * rows / M;
-        const char* ahead = reinterpret_cast<const char*>(w + (n + columns) * K) + all * m / M;
+        // The rows of W after the next ones come while these are multiplied.
+        const long all = columns * K * sizeof(bf16), bytes = all * rows / M;
+        const char* ahead = reinterpret_cast<const char*>(w + (n + 2 * columns) * K) + all * m / M;
         const Input* inputs[kRows];
         bf16* outputs[kRows];
         for (int i = 0; i < kRows; i++) {  // a row too few: the last one again, not stored
