@@ -8,8 +8,10 @@ import torch
 
 pytest_plugins = ("tests.swift",)
 
-# Matplotlib keeps its font cache in the home folder unless told otherwise.
-os.environ.setdefault("MPLCONFIGDIR", str(Path(__file__).parent.parent / ".cache" / "matplotlib"))
+# Matplotlib keeps its font cache in the home folder unless told otherwise, and so does llama.kernels its libraries.
+_CACHE = Path(__file__).parent.parent / ".cache"
+os.environ.setdefault("MPLCONFIGDIR", str(_CACHE / "matplotlib"))
+os.environ.setdefault("XDG_CACHE_HOME", str(_CACHE))
 
 if not torch.cuda.is_available():
     # Triton decides when it is imported; without it installed this means nothing.

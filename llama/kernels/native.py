@@ -77,8 +77,9 @@ def cache_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
     directory = Path(base) / "caravan" / "kernels"
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for checked in (directory.parent, directory):
+            # Each with its mode: that of parents made on the way is the umask's, which may let the group write.
+            checked.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = checked.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 raise Unavailable(f"{checked} is not a directory of this user; remove it")

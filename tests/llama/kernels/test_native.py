@@ -53,9 +53,15 @@ def unloaded(monkeypatch):
     monkeypatch.setattr(native, "_loaded", [])
 
 
-def test_the_directory_is_private(kernels_directory):
-    assert kernels_directory.stat().st_mode & 0o777 == 0o700
-    assert native.cache_directory() == kernels_directory
+def test_the_directory_is_private_whatever_the_umask(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = os.umask(0o002)
+    try:
+        directory = native.cache_directory()
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (directory, directory.parent)] == [0o700, 0o700]
+    assert native.cache_directory() == directory
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707])
