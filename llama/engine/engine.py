@@ -113,11 +113,7 @@ class Engine:
     # Requests in.
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt, which may be token ids already.
-
-        Raises:
-            ValueError: text was given and the engine has no tokenizer.
-        """
+        """Token ids of a prompt, which may be token ids already. Raises ValueError: it is text without a tokenizer."""
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
@@ -481,11 +477,7 @@ class Engine:
             return self._core.stats()
 
     def check_integrity(self) -> None:
-        """Verifies the cache's bookkeeping; cheap enough for tests and for an idle moment.
-
-        Raises:
-            CacheCorrupted: it contradicts itself.
-        """
+        """Verifies the cache's bookkeeping; cheap enough for an idle moment. Raises CacheCorrupted."""
         with self._lock:
             self._core.check_integrity()
 
