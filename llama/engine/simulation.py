@@ -235,22 +235,8 @@ def run_random_load(seed: int, num_prompts: int = 60) -> Counter[str]:
         SimulationFailed, CacheCorrupted: the books broke a promise.
     """
     rng = random.Random(seed)
-    block_size = rng.choice([1, 2, 4, 8])
-    config = EngineConfig(
-        block_size=block_size,
-        max_batched_tokens=rng.choice([1, 2, *range(3, 24)]),
-        max_running=rng.randrange(1, 9),
-        max_waiting=rng.randrange(4, 40),
-    )
-    num_blocks = rng.randrange(48 // block_size, 96 // block_size)
-    core = EngineCore(
-        config,
-        num_blocks=num_blocks,
-        max_seq_len=rng.randrange(40, 80),
-        weights_id="weights-0",
-        window=rng.choice([None, None, rng.randrange(1, 12)]),
-        half_context=rng.choice([math.inf, 20.0]),
-    )
+    core = _small_core(rng)
+    budget = core.scheduler.max_batched_tokens
     simulation = Simulation(core, StepCost())
     longest = min(core.max_total_tokens - 1, 40)
     families = [[rng.randrange(9) for _ in range(longest)] for _ in range(3)]
@@ -284,7 +270,7 @@ def run_random_load(seed: int, num_prompts: int = 60) -> Counter[str]:
 
     def watch(scheduled: Sequence[ScheduledTokens]) -> None:
         seen["chunks"] += sum(not item.samples for item in scheduled)
-        if sum(item.end - item.start for item in scheduled) > config.max_batched_tokens:
+        if sum(item.end - item.start for item in scheduled) > budget:
             raise SimulationFailed("a step exceeds its budget")
         seen["windows"] += sum(request.table.num_trimmed > 0 for request in core.scheduler.running)
 
@@ -300,10 +286,34 @@ def run_random_load(seed: int, num_prompts: int = 60) -> Counter[str]:
         if rng.random() < 0.05:
             simulation.at(time, lambda number=number: simulation.swap(f"weights-{number + 1}"))  # type: ignore[misc]
     simulation.run()
+    return seen + _outcome(simulation)
 
-    stats = core.stats()
-    if stats.free_blocks != num_blocks:
-        raise SimulationFailed(f"{num_blocks - stats.free_blocks} blocks leaked")
+
+def _small_core(rng: random.Random) -> EngineCore:
+    """An engine's books with too few of everything."""
+    block_size = rng.choice([1, 2, 4, 8])
+    config = EngineConfig(
+        block_size=block_size,
+        max_batched_tokens=rng.choice([1, 2, *range(3, 24)]),
+        max_running=rng.randrange(1, 9),
+        max_waiting=rng.randrange(4, 40),
+    )
+    return EngineCore(
+        config,
+        num_blocks=rng.randrange(48 // block_size, 96 // block_size),
+        max_seq_len=rng.randrange(40, 80),
+        weights_id="weights-0",
+        window=rng.choice([None, None, rng.randrange(1, 12)]),
+        half_context=rng.choice([math.inf, 20.0]),
+    )
+
+
+def _outcome(simulation: Simulation) -> Counter[str]:
+    """How often each thing happened; raises SimulationFailed unless every request got what it asked for."""
+    stats = simulation.core.stats()
+    if stats.free_blocks != stats.num_blocks:
+        raise SimulationFailed(f"{stats.num_blocks - stats.free_blocks} blocks leaked")
+    seen: Counter[str] = Counter()
     for trace in simulation.traces:
         if trace.finish_reason is None:
             raise SimulationFailed("a request never ended")
