@@ -11,7 +11,8 @@ class GenerateRequest:
 
     `hashes` are the prompt's block hashes (one per full block), computed once by the ingress. `weights_id` names the
     model that the prompt is for: during a redeployment replicas of two models run. `avoid` names replicas to use only
-    if no other is left: those on which this request has already failed.
+    if no other is left: those on which this request has already failed. `salt`, `priority` and `timeout_s` are the
+    engine's. `source` is the ingress process that asks; `max_wait_s` is how long it may be until the first token.
     """
 
     request_id: str
@@ -20,6 +21,11 @@ class GenerateRequest:
     params: SamplingParams
     weights_id: str
     avoid: frozenset[str] = frozenset()
+    salt: str = ""
+    priority: int = 0
+    timeout_s: float | None = None
+    max_wait_s: float | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,10 @@ class ReplicaInfo:
 
 @dataclass(frozen=True)
 class ReplicaLoad:
-    """A replica's engine statistics at one moment; the token counters run from its start."""
+    """A replica's engine statistics at one moment; the token counters run from its start.
+
+    `draining`: it takes no new request before its weights are swapped, or none at all any more.
+    """
 
     running: int
     waiting: int
@@ -56,17 +65,33 @@ class ReplicaLoad:
     cached_tokens: int
     generated_tokens: int
     preemptions: int
+    draining: bool = False
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A request that has reached a replica. `hashes` are of the blocks that its prefill will store."""
+
+    request_id: str
+    missing_tokens: int
+    hashes: tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
 class ReplicaUpdate:
-    """One item of a subscription. The first carries `info` and `snapshot`; later ones carry the events since."""
+    """One item of a subscription: all that happened since the item before.
+
+    The first carries `info`, `snapshot` and every admission whose prefill is not over. `admitted` are the requests
+    that arrived, from whatever ingress; `prefilled` those whose prefill is over, or that ended before it was.
+    """
 
     epoch: str
     load: ReplicaLoad
     events: tuple[BlockEvent, ...] = ()
     snapshot: CacheSnapshot | None = None
     info: ReplicaInfo | None = None
+    admitted: tuple[Admission, ...] = ()
+    prefilled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
