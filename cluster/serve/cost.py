@@ -1,13 +1,16 @@
 """The routing decision: what would this request cost on each replica, in seconds? Pure.
 
-    cost = a · (pending prefill + w · missing) + b · decode context + c · max(0, need − free)
+    cost = a · slowness · (pending + w · missing + d · context + s · shortage)
 
-    missing          prompt tokens the replica must compute: all but its leading cached blocks   [tokens]
-    pending prefill  tokens of earlier requests that are prefilled first                         [tokens]
-    decode context   tokens of context the replica's running requests attend to at every step    [tokens]
-    need, free       blocks this prompt must newly hold; blocks free to take                     [blocks]
-    w                why a missing token costs more than a waiting one: its prefill also slows everybody's
-                     decode and fills the cache. 3 to 8 is a flat optimum; 1 loses to plain affinity under load.
+    missing    prompt tokens the replica must compute: all but its leading cached blocks               [tokens]
+    pending    tokens of earlier requests that are prefilled first                                     [tokens]
+    context    tokens of context that the replica's running requests attend to at every decode step    [tokens]
+    shortage   of the missing tokens, those for whose blocks others' must be evicted or preempted      [tokens]
+    a          seconds to prefill a token; only makes costs readable where all replicas are alike
+    slowness   of this replica, against its peers; 1 where they are alike (cluster/serve/calibration.py)
+    w          why a missing token costs more than a waiting one: its prefill also slows everybody's decode and fills
+               the cache. 3 to 8 is a flat optimum; 1 loses to plain affinity under load.
+    d, s       a token of context, a token without room, in waiting tokens
 
 There is no threshold. Equal costs go to the fewest active requests, then to the rendezvous hash (Thaler and
 Ravishankar 1998) of the first missing block, so that requests which share a prefix nobody has yet meet on the
@@ -15,32 +18,43 @@ same replica, and a change of the replica set moves only what it must.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import groupby
+from typing import NamedTuple
 
 import xxhash
 
+from cluster.serve.calibration import Speed
 from llama.engine import reusable_blocks
 
 
 @dataclass(frozen=True)
 class CostCoefficients:
-    """Seconds per unit of each term. Only their ratios decide a ranking; the scale makes costs readable."""
+    """Seconds a prefill token takes, and what everything else weighs in such tokens.
+
+    The weights alone decide a ranking. `caravan bench router` measures what a change of them does.
+    """
 
     prefill_s_per_token: float = 1 / 32_000
     missing_weight: float = 5.0
-    decode_s_per_context_token: float = 0.03 / 32_000
-    shortage_s_per_block: float = 16 / 32_000
+    decode_weight: float = 0.03
+    shortage_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("prefill_s_per_token", "missing_weight", "decode_s_per_context_token", "shortage_s_per_block"):
+        for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            if not value >= 0:
+            if not 0 <= value < float("inf"):
                 raise ValueError(f"cost.{name}={value} must be zero or more")
+        if self.prefill_s_per_token == 0:
+            raise ValueError("cost.prefill_s_per_token=0 makes every replica cost the same; give seconds, such as 3e-5")
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One replica as the router sees it at this moment. `matched_blocks` are leading blocks of this prompt."""
+class Candidate(NamedTuple):
+    """One replica as the router sees it at this moment.
+
+    `matched_blocks`: leading blocks of this prompt that it holds, or is computing already. `draining`: it should get
+    new requests only when nobody else can take them. `speed`: as learnt; None: as the coefficients say.
+    """
 
     replica: str
     matched_blocks: int
@@ -48,17 +62,24 @@ class Candidate:
     decode_context_tokens: int
     active_requests: int
     free_blocks: int
+    draining: bool = False
+    slowness: float = 1.0
+    speed: Speed | None = None
 
 
-@dataclass(frozen=True)
-class Score:
-    """A candidate's cost and what the request will find there."""
+class Score(NamedTuple):
+    """A candidate's cost and what the request will find there. `wait_s`: until its first token, as predicted."""
 
-    replica: str
+    candidate: Candidate
     cost_s: float
+    wait_s: float
     predicted_cached_tokens: int
     missing_tokens: int
     missing_blocks: int
+
+    @property
+    def replica(self) -> str:
+        return self.candidate.replica
 
 
 def choose(
@@ -67,8 +88,9 @@ def choose(
     block_size: int,
     candidates: Iterable[Candidate],
     coefficients: CostCoefficients,
+    avoid: frozenset[str] = frozenset(),
 ) -> list[Score]:
-    """Ranks the candidates, best first.
+    """Ranks the candidates, best first; those to avoid come last, behind those that drain.
 
     Args:
         hashes: the prompt's block hashes, one per full block.
@@ -76,14 +98,25 @@ def choose(
             `reusable_blocks(num_tokens, block_size)` cached blocks can be used.
     """
     reusable = reusable_blocks(num_tokens, block_size)
-    ranked = []
-    for candidate in candidates:
-        score = _score(min(candidate.matched_blocks, reusable), num_tokens, block_size, candidate, coefficients)
-        first_missing = hashes[min(candidate.matched_blocks, len(hashes) - 1)] if hashes else b""
-        tie = -rendezvous_weight(first_missing, candidate.replica)
-        ranked.append(((score.cost_s, candidate.active_requests, tie, candidate.replica), score))
-    ranked.sort(key=lambda entry: entry[0])
-    return [score for _, score in ranked]
+
+    def order(score: Score) -> tuple[bool, bool, float, int]:
+        candidate = score.candidate
+        return candidate.replica in avoid, candidate.draining, score.cost_s, candidate.active_requests
+
+    def tie(score: Score) -> tuple[int, str]:
+        first_missing = hashes[min(score.candidate.matched_blocks, len(hashes) - 1)] if hashes else b""
+        return -rendezvous_weight(first_missing, score.replica), score.replica
+
+    scores = [
+        _score(min(candidate.matched_blocks, reusable), num_tokens, block_size, candidate, coefficients)
+        for candidate in candidates
+    ]
+    scores.sort(key=order)
+    ranked: list[Score] = []
+    for _, equals in groupby(scores, order):
+        tied = list(equals)
+        ranked += sorted(tied, key=tie) if len(tied) > 1 else tied
+    return ranked
 
 
 def rendezvous_weight(key: bytes, replica: str) -> int:
@@ -97,10 +130,14 @@ def _score(
     cached_tokens = cached_blocks * block_size
     missing_tokens = num_tokens - cached_tokens
     missing_blocks = -(-num_tokens // block_size) - cached_blocks
-    cost = (
-        coefficients.prefill_s_per_token
-        * (candidate.pending_prefill_tokens + coefficients.missing_weight * missing_tokens)
-        + coefficients.decode_s_per_context_token * candidate.decode_context_tokens
-        + coefficients.shortage_s_per_block * max(0, missing_blocks - candidate.free_blocks)
+    shortage_tokens = max(0, missing_blocks - candidate.free_blocks) * block_size
+    tokens = (
+        candidate.pending_prefill_tokens
+        + coefficients.missing_weight * missing_tokens
+        + coefficients.decode_weight * candidate.decode_context_tokens
+        + coefficients.shortage_weight * shortage_tokens
     )
-    return Score(candidate.replica, cost, cached_tokens, missing_tokens, missing_blocks)
+    cost = coefficients.prefill_s_per_token * candidate.slowness * tokens
+    speed = candidate.speed or Speed(0.0, coefficients.prefill_s_per_token)
+    wait = speed.base_s + speed.s_per_token * (candidate.pending_prefill_tokens + missing_tokens)
+    return Score(candidate, cost, wait, cached_tokens, missing_tokens, missing_blocks)

@@ -129,7 +129,7 @@ class EngineClient:
                 if not started:
                     started = True
                     predicted = self._state.placed(request, item.replica)
-                    self._state.first_token(request.request_id)
+                    self._state.first_token(request.request_id, item.chunk.prompt_tokens - item.chunk.num_cached_tokens)
                 self._state.progress(request.request_id, item.chunk.completion_tokens)
                 if item.chunk.finish_reason == "abort":
                     raise ReplicaLost("its engine aborted the request")

@@ -11,6 +11,7 @@ Costs: apply O(blocks in the event), match O(matched depth + replicas), drop and
 Not thread-safe; the owner locks.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class _Copy:
     epoch: str = ""
     seq: int = 0
     fresh: bool = False
+    capacity: float = math.inf
     hashes: set[bytes] = field(default_factory=set)
 
 
@@ -59,8 +61,13 @@ class BlockIndex:
         copy = self._copies.get(replica)
         return (copy.epoch, copy.seq) if copy is not None and copy.fresh else None
 
-    def load_snapshot(self, replica: str, snapshot: CacheSnapshot) -> None:
-        """Replaces whatever was known about a replica; events after `snapshot.seq` follow on."""
+    def holds(self, replica: str, block_hash: bytes) -> bool:
+        """Whether a replica is known to have a block."""
+        copy = self._copies.get(replica)
+        return copy is not None and block_hash in copy.hashes
+
+    def load_snapshot(self, replica: str, snapshot: CacheSnapshot, *, capacity: float = math.inf) -> None:
+        """Replaces whatever was known about a replica of `capacity` blocks; events after `snapshot.seq` follow on."""
         copy = self._copies.get(replica)
         if copy is None:
             bit = self._free_bits.pop() if self._free_bits else len(self._copies)
@@ -69,13 +76,13 @@ class BlockIndex:
         hashes = set(snapshot.hashes)
         self._remove(copy, copy.hashes - hashes)
         self._store(copy, hashes - copy.hashes)
-        copy.epoch, copy.seq, copy.fresh = snapshot.epoch, snapshot.seq, True
+        copy.epoch, copy.seq, copy.fresh, copy.capacity = snapshot.epoch, snapshot.seq, True, capacity
 
     def apply(self, replica: str, event: BlockEvent, *, epoch: str) -> bool:
         """Applies one event; returns whether the replica's copy is fresh afterwards.
 
-        An event at or before the last one applied is a repeat and changes nothing. A gap, or another cache's
-        epoch, makes the copy stale: it is emptied and stays so until `load_snapshot`.
+        An event at or before the last one applied is a repeat and changes nothing. A gap, another cache's epoch, or
+        more blocks than there are makes the copy stale: it is emptied and stays so until `load_snapshot`.
         """
         copy = self._copies.get(replica)
         if copy is None or not copy.fresh:
@@ -92,7 +99,9 @@ class BlockIndex:
         else:
             self._forget_blocks(copy)
         copy.seq = event.seq
-        return True
+        if len(copy.hashes) > copy.capacity:
+            self._mark_stale(copy)
+        return copy.fresh
 
     def mark_stale(self, replica: str) -> None:
         """Stops trusting a replica's copy until its next snapshot (its event stream broke)."""

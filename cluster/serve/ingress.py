@@ -61,7 +61,7 @@ class Ingress:
         # A token's entry in the vocabulary is never shorter than the text it stands for.
         self._longest_token = max(map(len, self._tokenizer.backend.get_vocab()))
         self._state = routing_state(serve.get_replica_context().app_name)
-        self._state.coefficients = config.cost
+        self._state.set_coefficients(config.cost)
         self._client = EngineClient(engines, self._state)
         self._subscriptions = Subscriptions(engines, self._state)
         self._subscriptions.start()

@@ -2,16 +2,18 @@
 
 A request's life in the ledger:
 
-    reserve ──► prefill pending: its missing tokens and blocks count against the replica
+    reserve     ──► on its way: its missing tokens and blocks count against the replica
+    acknowledge ──► there: the replica's own reports include it from now on, so `on_its_way` does not
     first_token ──► decoding: prefill is over, its context tokens count instead, growing by `progress`
     release     ──► gone: finished, aborted or failed
     (deadline)  ──► gone: whoever should have released it did not
 
-Running totals make `load` O(1). Not thread-safe; the owner locks. Times are seconds of any monotonic clock.
+`on_its_way` is what to add to a replica's report; `load` is all there is to go by when it sends none. Running totals
+make both O(1). Not thread-safe; the owner locks. Times are seconds of any monotonic clock.
 """
 
 import heapq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class LedgerLoad:
 class _Entry:
     reservation: Reservation
     decoding: bool = False
+    acknowledged: bool = False
     generated_tokens: int = 0
 
     def load(self) -> LedgerLoad:
@@ -55,6 +58,7 @@ class Ledger:
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._totals: dict[str, LedgerLoad] = {}
+        self._on_their_way: dict[str, LedgerLoad] = {}
         self._deadlines: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
@@ -72,12 +76,25 @@ class Ledger:
         entry = self._entries.get(request_id)
         return entry.reservation.replica if entry else None
 
+    def is_on_its_way(self, request_id: str) -> bool:
+        """Whether a request is booked here and its replica has not acknowledged it."""
+        entry = self._entries.get(request_id)
+        return entry is not None and not entry.acknowledged
+
+    def acknowledge(self, request_id: str) -> None:
+        """The replica's reports include the request from now on. Unknown ids, other processes', are ignored."""
+        entry = self._entries.get(request_id)
+        if entry is not None and not entry.acknowledged:
+            self._add(entry, -1)
+            entry.acknowledged = True
+            self._add(entry, 1)
+
     def first_token(self, request_id: str) -> None:
         """The prefill of a request is over; from now on it costs decode time. Unknown ids are ignored."""
         entry = self._entries.get(request_id)
         if entry is not None and not entry.decoding:
             self._add(entry, -1)
-            entry.decoding = True
+            entry.decoding = entry.acknowledged = True
             self._add(entry, 1)
 
     def progress(self, request_id: str, generated_tokens: int) -> None:
@@ -99,6 +116,7 @@ class Ledger:
         for request_id in [key for key, entry in self._entries.items() if entry.reservation.replica == replica]:
             self.release(request_id)
         self._totals.pop(replica, None)
+        self._on_their_way.pop(replica, None)
 
     def expire(self, now: float) -> list[str]:
         """Releases the bookings whose deadline has passed; returns their request ids."""
@@ -113,15 +131,27 @@ class Ledger:
 
     def load(self, replica: str) -> LedgerLoad:
         """What this process has outstanding on a replica."""
-        return self._totals.get(replica, LedgerLoad())
+        return self._totals.get(replica, _NOTHING)
+
+    def on_its_way(self, replica: str) -> LedgerLoad:
+        """The part of `load` that the replica has not acknowledged."""
+        return self._on_their_way.get(replica, _NOTHING)
 
     def _add(self, entry: _Entry, sign: int) -> None:
-        replica, change = entry.reservation.replica, entry.load()
-        total = self._totals.get(replica, LedgerLoad())
-        self._totals[replica] = replace(
-            total,
-            active_requests=total.active_requests + sign * change.active_requests,
-            pending_prefill_tokens=total.pending_prefill_tokens + sign * change.pending_prefill_tokens,
-            pending_blocks=total.pending_blocks + sign * change.pending_blocks,
-            decode_context_tokens=total.decode_context_tokens + sign * change.decode_context_tokens,
-        )
+        _add_to(self._totals, entry, sign)
+        if not entry.acknowledged:
+            _add_to(self._on_their_way, entry, sign)
+
+
+def _add_to(totals: dict[str, LedgerLoad], entry: _Entry, sign: int) -> None:
+    replica, change = entry.reservation.replica, entry.load()
+    total = totals.get(replica, _NOTHING)
+    totals[replica] = LedgerLoad(
+        total.active_requests + sign * change.active_requests,
+        total.pending_prefill_tokens + sign * change.pending_prefill_tokens,
+        total.pending_blocks + sign * change.pending_blocks,
+        total.decode_context_tokens + sign * change.decode_context_tokens,
+    )
+
+
+_NOTHING = LedgerLoad()

@@ -37,7 +37,11 @@ class ReplicaTarget:
 
 @dataclass(frozen=True)
 class ReplicaInfo:
-    """What does not change while a replica lives. `max_seq_len`: tokens of a prompt and its answer, at most."""
+    """What changes only when a replica's weights are swapped.
+
+    `max_seq_len`: tokens of a prompt and its answer, at most. `tokenizer_id` names the
+    tokenizer's content: an ingress asks only replicas that read tokens as it writes them.
+    """
 
     replica: str
     pid: int
@@ -47,6 +51,7 @@ class ReplicaInfo:
     max_seq_len: int
     block_size: int
     num_blocks: int
+    tokenizer_id: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,33 @@
 """What one process knows for routing: one `RoutingState` per Serve application, shared by its threads.
 
 Serve ships the router's own module by value, so its globals are not shared; and it runs the router on a thread
-of its own, beside the ingress's event loop. Hence this module, found by import, and one lock around the index
-and the ledger. Every method holds the lock for microseconds and never waits inside it.
+of its own, beside the ingress's event loop. Hence this module, found by import, and one lock around the pure parts:
+the index, the ledger, the promises and the calibration. Every method holds the lock for microseconds and never waits
+inside it.
 
     router thread:  set_replicas, select, placed            ingress loop:  apply_update, first_token, finish, ...
+
+A replica's load is what its last report says, plus this process's requests that the report does not include yet. So
+several processes agree as soon as the reports are in, and a burst sees its own bookings at once.
 """
 
 import asyncio
+import logging
+import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from cluster.serve.calibration import Calibration
 from cluster.serve.cost import Candidate, CostCoefficients, Score, choose
 from cluster.serve.index import BlockIndex
-from cluster.serve.ledger import Ledger, LedgerLoad, Reservation
+from cluster.serve.ledger import Ledger, Reservation
 from cluster.serve.messages import GenerateRequest, ReplicaInfo, ReplicaLoad, ReplicaUpdate
+from cluster.serve.promises import Promises
+
+logger = logging.getLogger("ray.serve")
 
 RESERVATION_TIMEOUT_S = 600.0
 SILENCE_S = 3.0  # updates come every half second; a replica that sends none for so long is frozen or cut off
@@ -28,8 +39,13 @@ _DEFAULT_BLOCK_SIZE = 16
 class _Replica:
     info: ReplicaInfo | None = None
     load: ReplicaLoad | None = None
-    booked: LedgerLoad = field(default_factory=LedgerLoad)  # this process's own bookings when `load` arrived
-    updated_at: float = 0.0
+    generation: int = 0  # of `info`: the n-th change of weights that this process heard of
+    updated_at: float = -math.inf
+    in_step: bool = False  # no gap in its events since the last snapshot
+    alarmed: bool = False
+
+    def is_fresh(self, now: float) -> bool:
+        return self.in_step and now - self.updated_at <= SILENCE_S
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,7 @@ class ReplicaStatus:
     """One replica as this process sees it.
 
     `fresh`: its cache is known here and its updates keep coming. `age_s`: seconds since the last one (None: never
-    heard).
+    heard). `prefill_s_per_token`: as learnt from its first tokens.
     """
 
     replica: str
@@ -47,6 +63,20 @@ class ReplicaStatus:
     cached_blocks: int
     active_requests: int
     age_s: float | None
+    prefill_s_per_token: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One routing decision: when, how long it took, and what it said of every replica, best first."""
+
+    at: float
+    seconds: float
+    scores: tuple[Score, ...]
+
+    def score(self, replica: str) -> Score | None:
+        """What it said of one replica."""
+        return next((score for score in self.scores if score.replica == replica), None)
 
 
 @dataclass(frozen=True)
@@ -63,13 +93,21 @@ class RoutingState:
     def __init__(self, coefficients: CostCoefficients | None = None, clock: Callable[[], float] = time.monotonic):
         self._lock = threading.Lock()
         self._clock = clock
-        self.coefficients = coefficients or CostCoefficients()
         self._index = BlockIndex()
         self._ledger = Ledger()
+        self._promises = Promises()
         self._replicas: dict[str, _Replica] = {}
-        self._scores: dict[str, dict[str, Score]] = {}  # of begun requests: what `select` said of each replica
+        self._generations = 0
+        self._selections: dict[str, Selection | None] = {}  # of begun requests
         self._waiters: list[_Waiter] = []
         self._on_replicas: Callable[[], None] | None = None
+        self.set_coefficients(coefficients or CostCoefficients())
+
+    def set_coefficients(self, coefficients: CostCoefficients) -> None:
+        """Takes other coefficients, and forgets what was learnt under the ones before."""
+        with self._lock:
+            self._coefficients = coefficients
+            self._calibration = Calibration(coefficients.prefill_s_per_token)
 
     # -- the set of replicas -------------------------------------------------------------------------------
 
@@ -91,15 +129,28 @@ class RoutingState:
                 del self._replicas[replica]
                 self._index.drop(replica)
                 self._ledger.drop(replica)
+                self._calibration.drop(replica)
+                for request_id in self._promises.requests_on(replica):
+                    self._promises.remove(request_id)
             for replica in replicas:
                 self._replicas.setdefault(replica, _Replica())
         if self._on_replicas is not None:
             self._on_replicas()
 
     def info(self, weights_id: str) -> ReplicaInfo | None:
-        """What the replicas of a model say of it; None until the first of them has been heard."""
+        """What the replicas with these weights say of their model; None until the first of them has been heard."""
         with self._lock:
             return self._info(weights_id)
+
+    def model(self, tokenizer_id: str) -> ReplicaInfo | None:
+        """What new requests are made for: the weights of most replicas with this tokenizer, then the newest."""
+        with self._lock:
+            known = [
+                known for known in self._replicas.values() if known.info and known.info.tokenizer_id == tokenizer_id
+            ]
+            votes = Counter(entry.info.weights_id for entry in known if entry.info)
+            best = max(known, key=lambda entry: (votes[entry.info.weights_id], entry.generation), default=None)  # type: ignore[union-attr]
+            return best.info if best else None
 
     def status(self) -> list[ReplicaStatus]:
         """Every replica, in the order Serve lists them."""
@@ -110,15 +161,16 @@ class RoutingState:
                     replica,
                     known.info,
                     known.load,
-                    self._is_fresh(replica),
+                    known.is_fresh(now),
                     self._index.num_blocks(replica),
                     self._ledger.load(replica).active_requests,
                     now - known.updated_at if known.load else None,
+                    self._calibration.speed(replica).s_per_token,
                 )
                 for replica, known in self._replicas.items()
             ]
 
-    # -- cache events --------------------------------------------------------------------------------------
+    # -- what replicas report ------------------------------------------------------------------------------
 
     def apply_update(self, replica: str, update: ReplicaUpdate) -> bool:
         """Takes one subscription item in; False means a gap: resubscribe for a snapshot."""
@@ -127,23 +179,33 @@ class RoutingState:
             if known is None:
                 return False
             if update.info is not None:
-                known.info = update.info
+                self._set_info(known, update.info)
             if update.snapshot is not None:
-                self._index.load_snapshot(replica, update.snapshot)
+                capacity = known.info.num_blocks if known.info else float("inf")
+                self._index.load_snapshot(replica, update.snapshot, capacity=capacity)
+                self._forget_promises(replica)  # those that still hold come with it
             for event in update.events:
                 self._index.apply(replica, event, epoch=update.epoch)
-            known.load, known.booked = update.load, self._ledger.load(replica)
-            known.updated_at = self._clock()
-            fresh = self._index.is_fresh(replica)
+            for admission in update.admitted:
+                self._ledger.acknowledge(admission.request_id)
+                self._promises.add(admission.request_id, replica, admission.hashes)
+            for request_id in update.prefilled:
+                self._promises.remove(request_id)
+            known.load, known.updated_at = update.load, self._clock()
+            known.in_step = self._index.is_fresh(replica)
+            known.alarmed = known.alarmed and not known.in_step
             ready = self._take_ready_waiters()
         for waiter in ready:
             waiter.loop.call_soon_threadsafe(_resolve, waiter.done)
-        return fresh
+        return known.in_step
 
     def lost_subscription(self, replica: str) -> None:
         """The event stream of a replica broke: nothing is predicted there until the next snapshot."""
         with self._lock:
             self._index.mark_stale(replica)
+            self._forget_promises(replica)
+            if replica in self._replicas:
+                self._replicas[replica].in_step = False
 
     async def wait_applied(self, replica: str, seq: int, timeout_s: float) -> bool:
         """Waits until the index has applied a replica's events up to `seq`.
@@ -153,7 +215,8 @@ class RoutingState:
         loop = asyncio.get_running_loop()
         waiter = _Waiter(replica, seq, loop, loop.create_future())
         with self._lock:
-            if not self._is_fresh(replica) or self._has_applied(waiter):
+            known = self._replicas.get(replica)
+            if known is None or not known.is_fresh(self._clock()) or self._has_applied(waiter):
                 return self._has_applied(waiter)
             self._waiters.append(waiter)
         try:
@@ -171,33 +234,33 @@ class RoutingState:
     def begin(self, request_id: str) -> None:
         """Announces a request of this process; only what was begun is booked, until `finish`."""
         with self._lock:
-            self._scores[request_id] = {}
+            self._selections[request_id] = None
+
+    def predicted_wait_s(self, request: GenerateRequest) -> float:
+        """Seconds until the request's first token if it were routed now; 0 where nothing is known."""
+        with self._lock:
+            scores = self._rank(request, list(self._replicas))
+            return scores[0].wait_s if scores else 0.0
 
     def select(self, request: GenerateRequest, candidates: Sequence[str]) -> list[str]:
         """Ranks the candidates for a request, best first, and books it on the first of them.
 
-        Replicas known to have another model are left out, unless there is no other: then they are to refuse it.
+        Replicas known to have other weights are left out, unless there is no other: then they are to refuse it.
         Serve may still ask about a request that its client has just left, and other handles about requests whose end
         we would never hear of: neither is booked.
         """
+        started = time.perf_counter()
         with self._lock:
-            for request_id in self._ledger.expire(self._clock()):
-                self._scores.pop(request_id, None)
-            self._ledger.release(request.request_id)
-            matches = self._index.match(request.hashes)
-            info = self._info(request.weights_id)
-            suitable = [name for name in candidates if self._may_have(name, request.weights_id)] or candidates
-            scores = choose(
-                request.hashes,
-                len(request.token_ids),
-                info.block_size if info else _DEFAULT_BLOCK_SIZE,
-                [self._candidate(name, matches.get(name, 0) if self._is_fresh(name) else 0) for name in suitable],
-                self.coefficients,
-            )
-            scores.sort(key=lambda score: score.replica in request.avoid)
-            if scores and request.request_id in self._scores:
-                self._scores[request.request_id] = {score.replica: score for score in scores}
-                self._book(request.request_id, len(request.token_ids), scores[0])
+            now = self._clock()
+            for request_id in self._ledger.expire(now):
+                self._promises.remove(request_id)
+                self._selections.pop(request_id, None)
+            self._release(request.request_id)
+            scores = self._rank(request, candidates)
+            if scores and request.request_id in self._selections:
+                seconds = time.perf_counter() - started
+                self._selections[request.request_id] = Selection(now, seconds, tuple(scores))
+                self._book(request, scores[0])
             return [score.replica for score in scores]
 
     def placed(self, request: GenerateRequest, replica: str) -> int:
@@ -207,21 +270,33 @@ class RoutingState:
         """
         with self._lock:
             booked_on = self._ledger.replica_of(request.request_id)
-            score = self._scores.get(request.request_id, {}).get(replica)
+            selection = self._selections.get(request.request_id)
+            score = selection.score(replica) if selection else None
             if score is None:
                 return 0
             if booked_on is not None and booked_on != replica:
-                self._book(request.request_id, len(request.token_ids), score)
+                self._book(request, score)
             return score.predicted_cached_tokens
+
+    def selection(self, request_id: str) -> Selection | None:
+        """The last routing decision about an unfinished request of this process."""
+        with self._lock:
+            return self._selections.get(request_id)
 
     def booked_on(self, request_id: str) -> str | None:
         """The replica a request is booked on at present."""
         with self._lock:
             return self._ledger.replica_of(request_id)
 
-    def first_token(self, request_id: str) -> None:
-        """The request's prefill is over."""
+    def first_token(self, request_id: str, missing_tokens: int) -> None:
+        """The request's prefill is over; its replica had to compute so many tokens of the prompt."""
         with self._lock:
+            self._promises.remove(request_id)
+            replica, selection = self._ledger.replica_of(request_id), self._selections.get(request_id)
+            score = selection.score(replica) if selection and replica else None
+            if selection and replica and score:
+                ahead = score.candidate.pending_prefill_tokens + missing_tokens
+                self._calibration.observe(replica, ahead, self._clock() - selection.at)
             self._ledger.first_token(request_id)
 
     def progress(self, request_id: str, generated_tokens: int) -> None:
@@ -232,52 +307,104 @@ class RoutingState:
     def finish(self, request_id: str) -> None:
         """The request is over, however it ended."""
         with self._lock:
-            self._ledger.release(request_id)
-            self._scores.pop(request_id, None)
+            self._release(request_id)
+            self._selections.pop(request_id, None)
 
     # -- with the lock held --------------------------------------------------------------------------------
+
+    def _set_info(self, known: _Replica, info: ReplicaInfo) -> None:
+        if known.info is None or known.info.weights_id != info.weights_id:
+            self._generations += 1
+            known.generation = self._generations
+        known.info = info
 
     def _info(self, weights_id: str) -> ReplicaInfo | None:
         infos = (known.info for known in self._replicas.values())
         return next((info for info in infos if info and info.weights_id == weights_id), None)
 
+    def _forget_promises(self, replica: str) -> None:
+        """Those of requests that the replica has reported; it reports them again with its next snapshot."""
+        for request_id in self._promises.requests_on(replica):
+            if not self._ledger.is_on_its_way(request_id):
+                self._promises.remove(request_id)
+
+    def _release(self, request_id: str) -> None:
+        self._ledger.release(request_id)
+        self._promises.remove(request_id)
+
+    def _book(self, request: GenerateRequest, score: Score) -> None:
+        self._promises.add(request.request_id, score.replica, request.hashes[score.candidate.matched_blocks :])
+        deadline = self._clock() + RESERVATION_TIMEOUT_S
+        self._ledger.reserve(
+            Reservation(
+                request.request_id,
+                score.replica,
+                len(request.token_ids),
+                score.missing_tokens,
+                score.missing_blocks,
+                deadline,
+            )
+        )
+
+    def _rank(self, request: GenerateRequest, names: Sequence[str]) -> list[Score]:
+        info = self._info(request.weights_id)
+        suitable = [name for name in names if self._may_have(name, request.weights_id)] or names
+        matches, now = self._index.match(request.hashes), self._clock()
+        return choose(
+            request.hashes,
+            len(request.token_ids),
+            info.block_size if info else _DEFAULT_BLOCK_SIZE,
+            [self._candidate(name, request.hashes, matches.get(name, 0), now) for name in suitable],
+            self._coefficients,
+            request.avoid,
+        )
+
     def _may_have(self, replica: str, weights_id: str) -> bool:
         known = self._replicas.get(replica)
         return known is None or known.info is None or known.info.weights_id == weights_id
 
-    def _is_fresh(self, replica: str) -> bool:
+    def _candidate(self, replica: str, hashes: Sequence[bytes], cached_blocks: int, now: float) -> Candidate:
         known = self._replicas.get(replica)
-        heard = known is not None and self._clock() - known.updated_at <= SILENCE_S
-        return heard and self._index.is_fresh(replica)
-
-    def _book(self, request_id: str, num_tokens: int, score: Score) -> None:
-        deadline = self._clock() + RESERVATION_TIMEOUT_S
-        self._ledger.reserve(
-            Reservation(request_id, score.replica, num_tokens, score.missing_tokens, score.missing_blocks, deadline)
-        )
-
-    def _candidate(self, replica: str, matched_blocks: int) -> Candidate:
-        """Own bookings as of now, plus what the replica reported beyond our bookings at the time: others' work."""
-        own = self._ledger.load(replica)
-        known = self._replicas.get(replica)
-        if known is None or known.load is None:
-            return Candidate(
-                replica,
-                matched_blocks,
-                own.pending_prefill_tokens,
-                own.decode_context_tokens,
-                own.active_requests,
-                _UNKNOWN_FREE_BLOCKS,
-            )
-        load, booked = known.load, known.booked
+        load = known.load if known else None
+        if known is None or load is None or not known.is_fresh(now):
+            return self._silent_candidate(replica, known)
+        coming = self._ledger.on_its_way(replica)
+        promised = self._promises.of(replica)
         return Candidate(
             replica,
-            matched_blocks,
-            own.pending_prefill_tokens + max(0, load.pending_prefill_tokens - booked.pending_prefill_tokens),
-            own.decode_context_tokens + max(0, load.decode_context_tokens - booked.decode_context_tokens),
-            own.active_requests + max(0, load.running + load.waiting - booked.active_requests),
-            load.free_blocks - max(0, own.pending_blocks - booked.pending_blocks),
+            self._matched(replica, hashes, cached_blocks, promised) if promised else cached_blocks,
+            load.pending_prefill_tokens + coming.pending_prefill_tokens,
+            load.decode_context_tokens,
+            load.running + load.waiting + coming.active_requests,
+            load.free_blocks - coming.pending_blocks,
+            load.draining,
+            self._calibration.slowness(replica),
+            self._calibration.speed(replica),
         )
+
+    def _silent_candidate(self, replica: str, known: _Replica | None) -> Candidate:
+        """A replica that reports nothing: as it is booked here, and nothing cached."""
+        if known is not None and known.load is not None and not known.alarmed:
+            known.alarmed = True
+            logger.warning(f"Replica {replica} sends no fresh events; nothing is predicted there until it does.")
+        own = self._ledger.load(replica)
+        return Candidate(
+            replica,
+            0,
+            own.pending_prefill_tokens,
+            own.decode_context_tokens,
+            own.active_requests,
+            _UNKNOWN_FREE_BLOCKS,
+            speed=self._calibration.speed(replica),
+        )
+
+    def _matched(self, replica: str, hashes: Sequence[bytes], depth: int, promised: Counter[bytes]) -> int:
+        """How many leading blocks the replica has or is computing, given how many it has."""
+        while depth < len(hashes):
+            if hashes[depth] not in promised and not self._index.holds(replica, hashes[depth]):
+                break
+            depth += 1
+        return depth
 
     def _has_applied(self, waiter: _Waiter) -> bool:
         position = self._index.position(waiter.replica)

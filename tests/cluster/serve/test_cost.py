@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 
+from cluster.serve.calibration import Speed
 from cluster.serve.cost import Candidate, CostCoefficients, choose, rendezvous_weight
 from llama.engine import generation_root, hash_blocks
 
@@ -24,24 +25,27 @@ def _idle(replica: str, matched: int = 0) -> Candidate:
 
 def test_the_cost_is_the_formula_of_the_module():
     rng = random.Random(1)
-    coefficients = CostCoefficients(1 / 1024, 5.0, 1 / 4096, 1 / 64)  # exact in binary, so == is meant
+    coefficients = CostCoefficients(1 / 1024, 5.0, 1 / 4, 3.0)  # exact in binary, so == is meant
     for _ in range(200):
         num_tokens = rng.randrange(1, 400)
         candidate = Candidate(
             "a", rng.randrange(30), rng.randrange(999), rng.randrange(9999), rng.randrange(9), rng.randrange(30)
         )
+        candidate = candidate._replace(slowness=rng.choice([1.0, 2.0]), speed=Speed(0.5, 0.25))
         (score,) = choose(_hashes(num_tokens), num_tokens, BLOCK, [candidate], coefficients)
         cached = min(candidate.matched_blocks, (num_tokens - 1) // BLOCK) * BLOCK
         need = Fraction(-(-num_tokens // BLOCK) - cached // BLOCK)
-        expected = (
-            Fraction(1, 1024) * (candidate.pending_prefill_tokens + 5 * (num_tokens - cached))
-            + Fraction(1, 4096) * candidate.decode_context_tokens
-            + Fraction(1, 64) * max(0, need - candidate.free_blocks)
+        expected = Fraction(int(candidate.slowness), 1024) * (
+            candidate.pending_prefill_tokens
+            + 5 * (num_tokens - cached)
+            + Fraction(1, 4) * candidate.decode_context_tokens
+            + 3 * BLOCK * max(0, need - candidate.free_blocks)
         )
         assert score.cost_s == float(expected)
         assert score.predicted_cached_tokens == cached
         assert score.missing_tokens == num_tokens - cached
         assert score.missing_blocks == need
+        assert score.wait_s == 0.5 + (candidate.pending_prefill_tokens + num_tokens - cached) / 4
 
 
 def test_the_last_token_of_a_prompt_is_never_cached():
@@ -70,7 +74,7 @@ def test_a_full_cache_costs():
 
 
 def test_equal_costs_go_to_the_fewest_active_requests():
-    idle_cost = CostCoefficients(decode_s_per_context_token=0)
+    idle_cost = CostCoefficients(decode_weight=0)
     busy = Candidate("busy", 0, 0, 500, 3, 1000)
     for seed in range(20):
         assert choose(_hashes(64, seed), 64, BLOCK, [busy, _idle("idle")], idle_cost)[0].replica == "idle"
@@ -110,6 +114,21 @@ def test_ties_hash_the_first_missing_block():
         assert ranking[0].replica == expected
 
 
+def test_who_drains_or_has_failed_comes_last():
+    hashes = _hashes(64)
+    draining = _idle("draining", matched=3)._replace(draining=True)
+    busy = Candidate("busy", 0, 10_000, 0, 9, 1000)
+    ranking = choose(hashes, 64, BLOCK, [draining, _idle("failed"), busy], COEFFICIENTS, frozenset({"failed"}))
+    assert [score.replica for score in ranking] == ["busy", "draining", "failed"]
+
+
+def test_a_slow_replica_gets_less():
+    hashes = _hashes(64)
+    slow, fast = _idle("slow")._replace(slowness=2.0), Candidate("fast", 0, 900, 0, 1, 1000)
+    assert choose(hashes, 64, BLOCK, [slow, fast], COEFFICIENTS)[0].replica == "slow"
+    assert choose(hashes, 64, BLOCK, [slow._replace(slowness=4.0), fast], COEFFICIENTS)[0].replica == "fast"
+
+
 def test_a_prompt_shorter_than_a_block_is_routed():
     ranking = choose([], 5, BLOCK, [_idle("a"), _idle("b")], COEFFICIENTS)
     assert {score.replica for score in ranking} == {"a", "b"}
@@ -117,10 +136,8 @@ def test_a_prompt_shorter_than_a_block_is_routed():
     assert choose([], 5, BLOCK, [], COEFFICIENTS) == []
 
 
-@pytest.mark.parametrize(
-    "field", ["prefill_s_per_token", "missing_weight", "decode_s_per_context_token", "shortage_s_per_block"]
-)
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
+@pytest.mark.parametrize("field", ["prefill_s_per_token", "missing_weight", "decode_weight", "shortage_weight"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_coefficients_are_checked(field, value):
     with pytest.raises(ValueError, match=f"cost.{field}="):
         CostCoefficients(**{field: value})

@@ -160,3 +160,12 @@ def test_bits_of_departed_replicas_are_reused():
     index.load_snapshot("last", CacheSnapshot("e", 0, (_hash(0),)))
     assert index.num_hashes == 1
     assert index.match([_hash(0)]) == {"last": 1}
+
+
+def test_a_copy_of_more_blocks_than_the_replica_has_is_not_trusted():
+    index = BlockIndex()
+    index.load_snapshot("a", CacheSnapshot("e", 0, (b"1", b"2")), capacity=3)
+    assert index.apply("a", BlocksStored(1, (b"3",)), epoch="e") and index.holds("a", b"3")
+    assert not index.apply("a", BlocksStored(2, (b"4",)), epoch="e")
+    assert not index.is_fresh("a") and not index.holds("a", b"1") and index.num_hashes == 0
+    assert not index.holds("nobody", b"1")

@@ -26,6 +26,25 @@ def test_a_request_counts_as_prefill_then_as_decode_then_not_at_all():
     assert len(ledger) == 0
 
 
+def test_what_the_replica_has_acknowledged_is_not_on_its_way():
+    ledger = Ledger()
+    for name in ("r", "s", "t"):
+        ledger.reserve(_reservation(name))
+    assert ledger.on_its_way("a") == ledger.load("a") == LedgerLoad(3, 72, 6, 0)
+    ledger.acknowledge("r")
+    ledger.acknowledge("r")
+    ledger.acknowledge("another's")
+    ledger.first_token("s")  # which no replica produces of a request that it does not know
+    assert [ledger.is_on_its_way(name) for name in ("r", "s", "t", "another's")] == [False, False, True, False]
+    assert ledger.on_its_way("a") == LedgerLoad(1, 24, 2, 0)
+    assert ledger.load("a") == LedgerLoad(3, 48, 4, 40)
+    ledger.reserve(_reservation("r"))  # a second try
+    assert ledger.on_its_way("a") == LedgerLoad(2, 48, 4, 0)
+    for name in ("r", "s", "t"):
+        ledger.release(name)
+    assert ledger.on_its_way("a") == ledger.load("a") == LedgerLoad()
+
+
 def test_a_second_booking_replaces_the_first():
     ledger = Ledger()
     ledger.reserve(_reservation("r", "a"))

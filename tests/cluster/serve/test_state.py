@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 
-from cluster.serve.messages import GenerateRequest, ReplicaInfo, ReplicaLoad, ReplicaUpdate
+from cluster.serve.messages import Admission, GenerateRequest, ReplicaInfo, ReplicaLoad, ReplicaUpdate
 from cluster.serve.state import RESERVATION_TIMEOUT_S, SILENCE_S, RoutingState, routing_state
 from llama.engine import BlocksStored, CacheSnapshot, SamplingParams, generation_root, hash_blocks
 
@@ -77,7 +78,7 @@ def test_a_finished_request_leaves_nothing():
     state = _state("a")
     request = _request("r")
     _select(state, request, ["a"])
-    state.first_token("r")
+    state.first_token("r", 64)
     state.progress("r", 3)
     state.finish("r")
     assert state.status()[0].active_requests == 0
@@ -110,11 +111,104 @@ def test_other_processes_work_counts_and_ones_own_is_not_counted_twice():
     state = _state("a", "b")
     for n in range(4):  # four of ours on a
         _select(state, _request(f"own{n}", first=1000 * n), ["a"])
-    state.apply_update("a", ReplicaUpdate("e", _load(running=4, prefill=4 * 64)))
+    admitted = tuple(Admission(f"own{n}", 64, ()) for n in range(4))
+    state.apply_update("a", ReplicaUpdate("e", _load(running=4, prefill=4 * 64), admitted=admitted))
     for n in range(4):  # so b takes the next four and is level with a, not behind it
         assert _select(state, _request(f"next{n}", first=10_000 + 1000 * n), ["a", "b"])[0] == "b"
-    state.apply_update("b", ReplicaUpdate("e", _load(running=9, prefill=4 * 64 + 5000)))  # five of another ingress
+    admitted = tuple(Admission(f"next{n}", 64, ()) for n in range(4))
+    load = _load(running=9, prefill=4 * 64 + 5000)  # five of another ingress
+    state.apply_update("b", ReplicaUpdate("e", load, admitted=admitted))
     assert _select(state, _request("last", first=90_000), ["a", "b"])[0] == "a"
+
+
+def test_concurrent_requests_meet_where_their_prefix_is_being_computed():
+    state = _state("a", "b")
+    request = _request("first", num_tokens=80)
+    first = _select(state, request, ["a", "b"])[0]
+    other = "b" if first == "a" else "a"
+    for n in range(8):
+        twin = _request(f"twin{n}", num_tokens=80)
+        assert _select(state, twin, ["a", "b"])[0] == first
+        assert state.placed(twin, first) == 64
+        state.finish(f"twin{n}")
+    state.finish("first")  # aborted before it came anywhere
+    _select(state, _request("later", num_tokens=80), ["a", "b"])
+    assert state.placed(_request("later", num_tokens=80), first) == 0
+    state.finish("later")
+
+    admission = Admission("a stranger's", 80, request.hashes)
+    state.apply_update(other, ReplicaUpdate("e", _load(running=1, prefill=80), admitted=(admission,)))
+    assert _select(state, _request("twin", num_tokens=80), ["a", "b"])[0] == other
+    state.finish("twin")
+    state.apply_update(other, ReplicaUpdate("e", _load(), prefilled=("a stranger's",)))  # it was aborted
+    _select(state, _request("last", num_tokens=80), ["a", "b"])
+    assert state.placed(_request("last", num_tokens=80), other) == 0
+
+
+def test_promises_of_a_broken_subscription_are_forgotten_but_for_what_is_on_its_way():
+    state = _state("a")
+    own, foreign = _request("own", num_tokens=80), _request("foreign", num_tokens=80, first=500)
+    _select(state, own, ["a"])
+    state.apply_update("a", ReplicaUpdate("e", _load(), admitted=(Admission("foreign", 80, foreign.hashes),)))
+    state.lost_subscription("a")
+    state.apply_update("a", _snapshot("a"))
+    for n, (request, expected) in enumerate([(own, 64), (foreign, 0)]):
+        twin = replace(request, request_id=f"twin{n}")
+        _select(state, twin, ["a"])
+        assert state.placed(twin, "a") == expected
+        state.finish(twin.request_id)
+
+
+def test_draining_replicas_come_last():
+    state = _state("a", "b")
+    request = _request("r")
+    state.apply_update("b", ReplicaUpdate("e", _load(), (BlocksStored(1, request.hashes),)))
+    assert _select(state, request, ["a", "b"]) == ["b", "a"]
+    state.apply_update("b", ReplicaUpdate("e", replace(_load(), draining=True)))
+    assert _select(state, request, ["a", "b"]) == ["a", "b"]
+
+
+def test_the_wait_is_learnt_from_first_tokens():
+    clock = _Clock()
+    state = _state("a", clock=clock)
+    assert state.predicted_wait_s(_request("probe", num_tokens=64)) == 64 / 32_000
+    for n in range(200):  # 0.5 s, and 10 ms a token
+        request = _request(f"r{n}", num_tokens=32 + 16 * (n % 5), first=1000 * n)
+        _select(state, request, ["a"])
+        clock.now += 0.5 + 0.01 * len(request.token_ids)
+        state.apply_update("a", ReplicaUpdate("e", _load()))
+        state.first_token(request.request_id, len(request.token_ids))
+        state.finish(request.request_id)
+    assert abs(state.predicted_wait_s(_request("probe", num_tokens=64)) - 1.14) < 0.02
+    assert state.predicted_wait_s(replace(_request("probe"), request_id="nobody")) > 1
+    assert state.status()[0].active_requests == 0  # a question books nothing
+
+
+def test_new_requests_are_for_the_weights_of_most_replicas_then_for_the_newest():
+    state = _state("a", "b", "c")
+    assert state.model("").weights_id == "w"
+    assert state.model("another tokenizer") is None
+    state.apply_update("a", _snapshot("a", weights_id="v"))
+    assert state.model("").weights_id == "w"
+    state.apply_update("b", _snapshot("b", weights_id="v"))
+    assert state.model("").weights_id == "v"
+    state.set_replicas(["b", "c"])
+    assert state.model("").weights_id == "v"
+
+
+def test_a_selection_is_kept_until_the_request_ends():
+    clock = _Clock()
+    clock.now = 2.0
+    state = _state("a", "b", clock=clock)
+    request = _request("r")
+    assert state.selection("r") is None
+    ranking = _select(state, request, ["a", "b"])
+    selection = state.selection("r")
+    assert selection.at == 2.0 and selection.seconds > 0
+    assert [score.replica for score in selection.scores] == ranking
+    assert selection.score("b").missing_tokens == 64 and selection.score("c") is None
+    state.finish("r")
+    assert state.selection("r") is None
 
 
 def test_replicas_on_which_a_request_failed_come_last():

@@ -1,0 +1,99 @@
+"""How long a replica really takes until a first token, learnt from the requests that went through it. Pure.
+
+    seconds = base + a · tokens        tokens: what was to be prefilled before it, and what it was found to miss itself
+
+Least squares with exponential forgetting (Haykin, Adaptive Filter Theory, chapter 10, in its two-variable form), per
+replica, begun at the coefficients' own `prefill_s_per_token`. `a` feeds the prediction of waits, and the slowness of a
+replica against its peers.
+
+A replica's slowness is rounded to powers of STEP around the peers' median. Estimates of equal machines differ by a few
+per cent, and that noise must neither break ties nor send every new prefix to whoever looks fastest this minute.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple
+
+FORGETTING = 0.98
+"""A first token weighs half after 34 further ones."""
+STEP = 2.0
+_PRIOR_WEIGHT = 4.0
+_PRIOR_TOKENS = 1_000.0
+_MAX_RATIO = 100.0
+
+
+@dataclass
+class _Sums:
+    """Of the weighted observations: weight, tokens, tokens², seconds, tokens · seconds."""
+
+    n: float
+    x: float
+    xx: float
+    y: float
+    xy: float
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self.n = FORGETTING * self.n + 1
+        self.x = FORGETTING * self.x + tokens
+        self.xx = FORGETTING * self.xx + tokens * tokens
+        self.y = FORGETTING * self.y + seconds
+        self.xy = FORGETTING * self.xy + tokens * seconds
+
+
+class Speed(NamedTuple):
+    """Of a replica's prefill: `base_s` seconds whatever is missing, and `s_per_token` for each token."""
+
+    base_s: float
+    s_per_token: float
+
+
+class Calibration:
+    """The speeds of all replicas. `s_per_token`: what to believe before anything was seen. Not thread-safe."""
+
+    def __init__(self, s_per_token: float) -> None:
+        self._prior = s_per_token
+        self._sums: dict[str, _Sums] = {}
+        self._speeds: dict[str, Speed] = {}
+        self._slowness: dict[str, float] = {}
+        self._unseen = Speed(0.0, s_per_token)
+
+    def observe(self, replica: str, tokens: int, seconds: float) -> None:
+        """A first token came `seconds` after selection, behind `tokens` of prefill, its own prompt's included."""
+        if replica not in self._sums:
+            # Two points on the line of the prior, so that one observation does not decide both unknowns.
+            n, x = _PRIOR_WEIGHT, _PRIOR_TOKENS * _PRIOR_WEIGHT
+            xx = 2 * _PRIOR_TOKENS**2 * _PRIOR_WEIGHT
+            self._sums[replica] = _Sums(n, x, xx, x * self._prior, xx * self._prior)
+        self._sums[replica].add(tokens, seconds)
+        self._speeds[replica] = self._fitted(self._sums[replica])
+        self._compare()
+
+    def drop(self, replica: str) -> None:
+        """Forgets a replica that has left."""
+        if self._sums.pop(replica, None) is not None:
+            del self._speeds[replica]
+            self._compare()
+
+    def speed(self, replica: str) -> Speed:
+        """The present estimate; of a replica that has produced nothing yet, its peers' median."""
+        return self._speeds.get(replica, self._unseen)
+
+    def slowness(self, replica: str) -> float:
+        """How many times as long as its peers' median the replica takes for a token, in powers of STEP."""
+        return self._slowness.get(replica, 1.0)
+
+    def _compare(self) -> None:
+        speeds = [speed.s_per_token for speed in self._speeds.values()]
+        middle = median(speeds) if speeds else self._prior
+        self._unseen = Speed(0.0, middle)
+        self._slowness = {
+            replica: STEP ** round(math.log(speed.s_per_token / middle, STEP))
+            for replica, speed in self._speeds.items()
+        }
+
+    def _fitted(self, sums: _Sums) -> Speed:
+        spread = sums.n * sums.xx - sums.x * sums.x
+        slope = (sums.n * sums.xy - sums.x * sums.y) / spread if spread > 1e-9 * sums.n * sums.xx else self._prior
+        slope = min(max(slope, self._prior / _MAX_RATIO), self._prior * _MAX_RATIO)
+        return Speed(max(0.0, (sums.y - slope * sums.x) / sums.n), slope)
