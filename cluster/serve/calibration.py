@@ -55,8 +55,8 @@ class Calibration:
         self._prior = s_per_token
         self._sums: dict[str, _Sums] = {}
         self._speeds: dict[str, Speed] = {}
-        self._slowness: dict[str, float] = {}
-        self._unseen = Speed(0.0, s_per_token)
+        self._known: dict[str, tuple[float, Speed]] = {}
+        self._unseen = (1.0, Speed(0.0, s_per_token))
 
     def observe(self, replica: str, tokens: int, seconds: float) -> None:
         """A first token came `seconds` after selection, behind `tokens` of prefill, its own prompt's included."""
@@ -77,18 +77,22 @@ class Calibration:
 
     def speed(self, replica: str) -> Speed:
         """The present estimate; of a replica that has produced nothing yet, its peers' median."""
-        return self._speeds.get(replica, self._unseen)
+        return self.of(replica)[1]
 
     def slowness(self, replica: str) -> float:
         """How many times as long as its peers' median the replica takes for a token, in powers of STEP."""
-        return self._slowness.get(replica, 1.0)
+        return self.of(replica)[0]
+
+    def of(self, replica: str) -> tuple[float, Speed]:
+        """Slowness and speed."""
+        return self._known.get(replica, self._unseen)
 
     def _compare(self) -> None:
         speeds = [speed.s_per_token for speed in self._speeds.values()]
         middle = median(speeds) if speeds else self._prior
-        self._unseen = Speed(0.0, middle)
-        self._slowness = {
-            replica: STEP ** round(math.log(speed.s_per_token / middle, STEP))
+        self._unseen = (1.0, Speed(0.0, middle))
+        self._known = {
+            replica: (STEP ** round(math.log(speed.s_per_token / middle, STEP)), speed)
             for replica, speed in self._speeds.items()
         }
 

@@ -348,7 +348,7 @@ class RoutingState:
 
     def _rank(self, request: GenerateRequest, names: Sequence[str]) -> list[Score]:
         info = self._info(request.weights_id)
-        suitable = [name for name in names if self._may_have(name, request.weights_id)] or names
+        suitable = self._suitable(names, request.weights_id)
         matches, now = self._index.match(request.hashes), self._clock()
         return choose(
             request.hashes,
@@ -359,9 +359,10 @@ class RoutingState:
             request.avoid,
         )
 
-    def _may_have(self, replica: str, weights_id: str) -> bool:
-        known = self._replicas.get(replica)
-        return known is None or known.info is None or known.info.weights_id == weights_id
+    def _suitable(self, names: Sequence[str], weights_id: str) -> Sequence[str]:
+        """Those that have, or for all we know may have, these weights; all of them if there are none."""
+        others = {name for name, known in self._replicas.items() if known.info and known.info.weights_id != weights_id}
+        return [name for name in names if name not in others] or names if others else names
 
     def _candidate(self, replica: str, hashes: Sequence[bytes], cached_blocks: int, now: float) -> Candidate:
         known = self._replicas.get(replica)
@@ -378,8 +379,7 @@ class RoutingState:
             load.running + load.waiting + coming.active_requests,
             load.free_blocks - coming.pending_blocks,
             load.draining,
-            self._calibration.slowness(replica),
-            self._calibration.speed(replica),
+            *self._calibration.of(replica),
         )
 
     def _silent_candidate(self, replica: str, known: _Replica | None) -> Candidate:
