@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import tokenizers
 
-from cluster.serve import token_text
+from cluster.serve.token_text import TokenText
 from cluster.storage import Store
 from llama.tokenizer import Tokenizer
 from llama.tokenizer_training import train_tokenizer
@@ -96,7 +96,7 @@ def test_the_bytes_of_a_token_are_known_whatever_the_kind(kind):
     pieces = baselines.token_bytes(tokenizer)
     ids = tokenizer.encode(text)
     assert b"".join(pieces[token_id] for token_id in ids) == text.encode()
-    assert b"".join(token_text.token_bytes(tokenizer, token_id) for token_id in ids) == text.encode()
+    assert b"".join(TokenText(tokenizer).bytes_of(token_id) for token_id in ids) == text.encode()
 
 
 def test_of_conversations_what_is_said_is_sampled(tmp_path):

@@ -15,9 +15,7 @@ import httpx
 import openai
 import pytest
 import ray
-import tokenizers
 from ray._private import ray_constants
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cluster import processes
 from cluster.head import prepare_environment
@@ -25,50 +23,18 @@ from cluster.serve import control
 from cluster.serve.request_body import MAX_BODY_BYTES
 from cluster.serve.settings import AppArgs
 from cluster.session import ray_processes
-from llama.config import ModelConfig
-from llama.hf import save_pretrained
-from llama.model import Transformer
-from llama.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.cluster.serve.tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[3]
 MODEL = "tiny"
-MAX_SEQ_LEN = 512
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _save_model(directory: Path, seed: int = 0) -> Path:
-    """A random model that answers in ordinary tokens, with a vocabulary of this file."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([Path(__file__).read_text()], trainer)
-    tokenizer = Tokenizer(backend)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        dim=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        max_seq_len=MAX_SEQ_LEN,
-        tie_embeddings=False,
-    )
-    model = Transformer(config)
-    model.init_weights(seed=seed)
-    save_pretrained(model, directory, tokenizer)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +72,7 @@ def cluster(tmp_path_factory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def args(cluster, tmp_path_factory) -> AppArgs:
     return AppArgs(
-        model=str(_save_model(tmp_path_factory.mktemp("model"))),
+        model=str(save_tiny_model(tmp_path_factory.mktemp("model"))),
         served_name=MODEL,
         cpus_per_replica=0.1,
         gpus_per_replica=0.5,
@@ -221,9 +187,28 @@ def test_nothing_listens_beyond_loopback(endpoint, http):
     assert [listener for listener in found if not listener.is_loopback] == []
 
 
-def test_models_and_health(client, http):
+def test_models_and_readiness(client, http):
     assert [model.id for model in client.models.list()] == [MODEL]
-    assert http.get("/health").json() == {"ready": True, "replicas": 2, "fresh": 2}
+    assert http.get("/health").raise_for_status().json() == {"status": "ok"}
+    assert http.get("/ready").raise_for_status().json() == {"ready": True, "replicas": 2, "fresh": 2}
+
+
+def test_several_prompts_and_completions_in_one_request(client):
+    request = {"model": MODEL, "prompt": [[n] * 20 for n in range(30, 36)], "max_tokens": 4, "temperature": 0, "n": 2}
+    whole = client.completions.create(**request)
+    assert [choice.index for choice in whole.choices] == list(range(12)) and whole.usage.prompt_tokens == 120
+    alone = [client.completions.create(**request | {"prompt": prompt, "n": 1}) for prompt in request["prompt"]]
+    assert [choice.text for choice in whole.choices] == [one.choices[0].text for one in alone for _ in range(2)]
+    texts = [""] * 12
+    for piece in client.completions.create(**request, stream=True):
+        for choice in piece.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+
+
+def test_the_published_description_names_every_route(http):
+    paths = http.get("/openapi.json").raise_for_status().json()["paths"]
+    assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/ready", "/caravan/replicas"} <= set(paths)
 
 
 def test_streaming_a_chat_equals_not_streaming_it(client):
@@ -270,7 +255,7 @@ def test_seeds_and_stop_strings_are_obeyed(client):
         ("/v1/completions", b'{"model": ', 400, None, "invalid_json"),
         ("/v1/chat/completions", b"[]", 400, None, "invalid_json"),
         ("/v1/completions", {"model": MODEL, "prompt": "x", "bananas": 1}, 400, "bananas", "unknown_parameter"),
-        ("/v1/completions", {"model": MODEL, "prompt": "x", "n": 2}, 400, "n", "unsupported_parameter"),
+        ("/v1/completions", {"model": MODEL, "prompt": "x", "suffix": "y"}, 400, "suffix", "unsupported_parameter"),
         ("/v1/completions", {"model": "other", "prompt": "x"}, 404, "model", "model_not_found"),
         ("/v1/completions", {"model": MODEL, "prompt": [9] * 512}, 400, "prompt", "context_length_exceeded"),
         ("/v1/completions", {"model": MODEL, "prompt": [9, 10_000]}, 400, "prompt", "invalid_value"),
@@ -398,7 +383,7 @@ def test_requests_on_a_killed_replica_are_served_by_another(client, http):
 
 
 def test_while_another_model_is_deployed_no_model_answers_under_the_others_name(cluster, args, endpoint, tmp_path):
-    other = args.model_copy(update={"model": str(_save_model(tmp_path / "model", seed=1)), "served_name": "other"})
+    other = args.model_copy(update={"model": str(save_tiny_model(tmp_path / "model", seed=1)), "served_name": "other"})
     answers: dict[str, set[str]] = {MODEL: set(), "other": set()}
     statuses: Counter = Counter()
     deployed = threading.Event()
