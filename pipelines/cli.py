@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipelines.cli_bench import bench
+from pipelines.cli_keys import keys
 from pipelines.cli_runs import export, show
 from pipelines.screen import (
     INTERRUPTED,
@@ -54,6 +55,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(bench, name="bench")
+app.add_typer(keys, name="keys")
 app.command()(show)
 app.command()(export)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from fastapi.responses import Response, StreamingResponse
 
 from cluster.serve.api_error import ApiError, internal_error
+from cluster.serve.callers import Meter
 from cluster.serve.engine_client import EngineClient, RoutedChunk
 from cluster.serve.fan_out import Numbered, complete_all, stream_all
 from cluster.serve.messages import GenerateRequest
@@ -28,37 +29,42 @@ class Answers:
     def __init__(self, client: EngineClient) -> None:
         self._client = client
 
-    async def whole(self, requests: Sequence[GenerateRequest], reply: Reply, *, scores_only: bool = False) -> Response:
+    async def whole(
+        self, requests: Sequence[GenerateRequest], reply: Reply, meter: Meter, *, scores_only: bool = False
+    ) -> Response:
         """One JSON body; raises ApiError."""
         for number, items in enumerate(await complete_all(self._client, requests)):
             for item in items:
+                meter.generated(len(item.chunk.token_ids))
                 reply.add(number, _checked(item, scores_only))
         body = reply.whole().model_dump_json(exclude_unset=True)
         return Response(body, media_type="application/json", headers=_replicas(reply))
 
     async def streamed(
-        self, requests: Sequence[GenerateRequest], reply: Reply, *, scores_only: bool = False
+        self, requests: Sequence[GenerateRequest], reply: Reply, meter: Meter, *, scores_only: bool = False
     ) -> Response:
         """Events; raises ApiError for what fails before the first of them, the others are events themselves."""
         rest = stream_all(self._client, requests)
         try:
             # Awaited before the response begins: until then a failure still gets a status of its own.
             number, item = await anext(rest)
+            meter.generated(len(item.chunk.token_ids))
             first = reply.event(number, _checked(item, scores_only))
         except BaseException:
             await rest.aclose()
             raise
-        events = _events(first, rest, reply, scores_only)
+        events = _events(first, rest, reply, meter, scores_only)
         return StreamingResponse(events, media_type="text/event-stream", headers=_EVENT_STREAM | _replicas(reply))
 
 
 async def _events(
-    first: bytes, rest: AsyncGenerator[Numbered, None], reply: Reply, scores_only: bool
+    first: bytes, rest: AsyncGenerator[Numbered, None], reply: Reply, meter: Meter, scores_only: bool
 ) -> AsyncIterator[bytes]:
     async with aclosing(rest):
         try:
             yield first
             async for number, item in rest:
+                meter.generated(len(item.chunk.token_ids))
                 yield reply.event(number, _checked(item, scores_only))
             yield reply.last_event()
         except ApiError as error:

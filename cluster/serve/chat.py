@@ -4,9 +4,10 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from cluster.serve.answer import Answers
+from cluster.serve.callers import meter_of
 from cluster.serve.chat_reply import ChatReply
 from cluster.serve.chat_request import parse_chat
-from cluster.serve.generation import generate_requests, request_id
+from cluster.serve.generation import generate_requests, unique_name
 from cluster.serve.reply import Wishes
 from cluster.serve.request_body import read_json_body
 from cluster.serve.served_model import ServedModel
@@ -26,10 +27,10 @@ class ChatCompletions:
         info = await self._model.info()
         limit = body.token_limit or info.max_seq_len - len(token_ids)
         params = body.sampling(limit, (body.top_logprobs or 0) if body.logprobs else None)
-        name = request_id(http)
-        requests = generate_requests(name, [token_ids], params, body, info)
+        name = unique_name(http)
+        requests = generate_requests(http, name, [token_ids], params, body, info)
         wishes = Wishes(
             n=body.n, logprobs=body.logprobs, usage=body.include_usage, continuous_usage=body.continuous_usage
         )
         reply = ChatReply(name, self._model.name, self._model.tokens, wishes)
-        return await (self._answers.streamed if body.stream else self._answers.whole)(requests, reply)
+        return await (self._answers.streamed if body.stream else self._answers.whole)(requests, reply, meter_of(http))

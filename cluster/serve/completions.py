@@ -4,9 +4,10 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from cluster.serve.answer import Answers
+from cluster.serve.callers import meter_of
 from cluster.serve.completion_reply import CompletionReply
 from cluster.serve.completion_request import CompletionRequest, parse_completion
-from cluster.serve.generation import generate_requests, request_id
+from cluster.serve.generation import generate_requests, unique_name
 from cluster.serve.reply import Wishes
 from cluster.serve.request_body import read_json_body
 from cluster.serve.served_model import ServedModel
@@ -23,8 +24,8 @@ class Completions:
         self._model.check_name(body.model)
         prompts = [await self._token_ids(prompt) for prompt in body.prompts]
         params = body.sampling(max(1, body.max_tokens), body.logprobs, _prompt_logprobs(body))
-        name = request_id(http)
-        requests = generate_requests(name, prompts, params, body, await self._model.info())
+        name = unique_name(http)
+        requests = generate_requests(http, name, prompts, params, body, await self._model.info())
         wishes = Wishes(
             prompts=len(prompts),
             n=body.n,
@@ -42,7 +43,7 @@ class Completions:
             prompt_logprobs=body.prompt_logprobs is not None,
         )
         answer = self._answers.streamed if body.stream else self._answers.whole
-        return await answer(requests, reply, scores_only=body.max_tokens == 0)
+        return await answer(requests, reply, meter_of(http), scores_only=body.max_tokens == 0)
 
     async def _token_ids(self, prompt: str | list[int]) -> list[int]:
         token_ids = await self._model.encode(prompt, "prompt") if isinstance(prompt, str) else prompt

@@ -10,8 +10,8 @@ from typing import cast
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from cluster.serve.api_error import ApiError
 from cluster.serve.messages import GenerateRequest, ReplicaChunk, ReplicaTarget, WrongModel
-from cluster.serve.protocol import ApiError
 from cluster.serve.state import RoutingState
 from llama.engine import Chunk, EngineFailed, PromptTooLong, QueueFull
 

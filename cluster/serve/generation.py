@@ -1,29 +1,37 @@
 """From a request's token ids to what the engines are asked."""
 
-import re
 import secrets
 from collections.abc import Sequence
 
 from fastapi import Request
 
+from cluster.serve.callers import caller_of, meter_of, request_id_of
 from cluster.serve.messages import GenerateRequest, ReplicaInfo
 from cluster.serve.protocol import SamplingRequest
 from llama.engine import SamplingParams, generation_root, hash_blocks
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 
-
-def request_id(http: Request) -> str:
-    """`X-Request-Id` if it can be a name, and a random part: a client may send the same one twice."""
-    given = http.headers.get("x-request-id", "")
-    return f"{given}-{secrets.token_hex(4)}" if _SANE_ID.fullmatch(given) else secrets.token_hex(16)
+def unique_name(http: Request) -> str:
+    """The response's `X-Request-Id`, and a random part: a client may send the same one twice."""
+    return f"{request_id_of(http)}-{secrets.token_hex(4)}"
 
 
 def generate_requests(
-    name: str, prompts: Sequence[Sequence[int]], params: SamplingParams, body: SamplingRequest, info: ReplicaInfo
+    http: Request,
+    name: str,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    body: SamplingRequest,
+    info: ReplicaInfo,
 ) -> list[GenerateRequest]:
-    """One for each prompt; of several, each has its number in its id."""
-    root = generation_root(info.weights_id)
+    """One for each prompt; of several, each has its number in its id.
+
+    Raises ApiError: 403 and 429, where the caller may not ask for so much.
+    """
+    caller = caller_of(http)
+    priority = caller.priority_for(body.priority)
+    meter_of(http).prompt(sum(map(len, prompts)))
+    root = generation_root(info.weights_id, "", caller.salt)
     return [
         GenerateRequest(
             request_id=f"{name}-{number}" if len(prompts) > 1 else name,
@@ -31,7 +39,8 @@ def generate_requests(
             hashes=tuple(hash_blocks(root, token_ids, info.block_size)),
             params=params,
             weights_id=info.weights_id,
-            priority=body.priority or 0,
+            salt=caller.salt,
+            priority=priority,
             timeout_s=body.timeout_s,
             max_wait_s=body.max_wait_s,
         )

@@ -15,11 +15,13 @@ from fastapi.responses import JSONResponse, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.serve.access import Access
 from cluster.serve.answer import Answers
 from cluster.serve.api_error import ApiError
 from cluster.serve.cost import CostCoefficients
 from cluster.serve.engine_client import EngineClient, ReplicaLost
 from cluster.serve.events import Subscriptions
+from cluster.serve.gate import Gate
 from cluster.serve.loopback import NodeOnlyServer
 from cluster.serve.openapi import add_route
 from cluster.serve.request_body import require_json
@@ -45,6 +47,8 @@ class Ingress:
 
     def __init__(self, config: IngressConfig, engines: DeploymentHandle) -> None:
         self._server = NodeOnlyServer()
+        self._access = Access(lambda: serve.get_replica_context().world_size)
+        self._access.set(None)
         directory = fetch_model(config.model, node_folder("models"))
         self._state = routing_state(serve.get_replica_context().app_name)
         self._state.set_coefficients(config.cost)
@@ -67,6 +71,7 @@ class Ingress:
         add_route(api, "GET", "/ready", self.ready, statuses=(200, 503))
         add_route(api, "GET", "/caravan/replicas", self.replicas)
         add_route(api, "POST", "/caravan/replicas/{replica_id}/flush", self.flush)
+        api.add_middleware(Gate, access=self._access)  # type: ignore[arg-type]
         return api
 
     # -- the operator's endpoints --------------------------------------------------------------------------

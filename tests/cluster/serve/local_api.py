@@ -10,9 +10,11 @@ import httpx
 import openai
 from fastapi import FastAPI
 
+from cluster.serve.access import Access
 from cluster.serve.answer import Answers
 from cluster.serve.api_error import ApiError
 from cluster.serve.engine_client import RoutedChunk
+from cluster.serve.gate import Gate
 from cluster.serve.messages import GenerateRequest, ReplicaInfo, ReplicaLoad, ReplicaUpdate
 from cluster.serve.routes import add_openai_routes
 from cluster.serve.served_model import ServedModel
@@ -75,6 +77,9 @@ class LocalApi:
         state = routing_state("w", model.config.vocab_size, model.config.max_seq_len)
         self.answers = Answers(cast(Any, self.engine))
         add_openai_routes(self.app, ServedModel(MODEL, "w", self.tokenizer, state), self.answers)
+        access = Access()
+        access.set(None)
+        self.app.add_middleware(Gate, access=access)
 
     @asynccontextmanager
     async def http(self) -> AsyncIterator[httpx.AsyncClient]:

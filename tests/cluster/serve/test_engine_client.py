@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from cluster.serve.api_error import ApiError
 from cluster.serve.engine_client import EngineClient
 from cluster.serve.messages import GenerateRequest, ReplicaChunk, ReplicaLoad, ReplicaUpdate, WrongModel
-from cluster.serve.protocol import ApiError
 from cluster.serve.state import RoutingState
 from llama.engine import (
     BlocksStored,

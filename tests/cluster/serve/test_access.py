@@ -1,0 +1,100 @@
+"""Settings of who may ask that change while requests run. What they do to requests is in test_gate."""
+
+import asyncio
+
+import pytest
+
+from cluster.serve.access import Access, check_origin
+from cluster.serve.api_error import ApiError
+from cluster.serve.keys import KeyFile, Keys, NoKeyFile
+
+
+def _status(access: Access, path: str = "/v1/models", key: str = "") -> int:
+    try:
+        access.admit(path, [(b"authorization", f"Bearer {key}".encode())] if key else [])
+    except ApiError as error:
+        return error.status
+    return 200
+
+
+@pytest.fixture
+def file(tmp_path) -> KeyFile:
+    return KeyFile(tmp_path / "keys.json")
+
+
+def _write(file: KeyFile, **limits: object) -> str:
+    """One key; the key itself."""
+    keys, key = Keys().with_key("alice", **limits)
+    with file.changing() as replace:
+        replace(keys)
+    return key
+
+
+def test_nobody_is_let_in_before_it_is_said_who_may(file):
+    access = Access()
+    assert (_status(access), _status(access, "/caravan/replicas"), _status(access, "/ready")) == (503, 503, 200)
+    with pytest.raises(NoKeyFile):
+        access.set(file.uri)
+    assert _status(access) == 503
+    access.set(None)
+    assert _status(access) == 200
+
+
+def test_what_cannot_be_set_changes_nothing(file, tmp_path):
+    access = Access()
+    key = _write(file)
+    access.set(file.uri, ("https://a.b",))
+    for api_keys, origins in (((tmp_path / "other.json").as_uri(), ()), (None, ("*",))):
+        with pytest.raises(ValueError if origins else NoKeyFile):
+            access.set(api_keys, origins)
+        assert (_status(access), _status(access, key=key), access.origins) == (401, 200, ("https://a.b",))
+
+
+def test_the_same_file_again_is_not_needed(file):
+    access = Access()
+    key = _write(file)
+    access.set(file.uri)
+    file._store.delete("keys.json")
+    access.set(file.uri, ("https://a.b",))
+    assert _status(access, key=key) == 200 and _status(access) == 401
+
+
+def test_limits_are_shared_among_as_many_processes_as_there_are_now(file):
+    processes = [1]
+    access = Access(lambda: processes[0])
+    key = _write(file, requests_per_minute=100, concurrency=3)
+    access.set(file.uri)
+    headers = [(b"authorization", f"Bearer {key}".encode())]
+    _, allowance = access.admit("/v1/models", headers)
+    allowance.enter()
+    processes[0] = 4
+    asyncio.run(access.refresh())
+    assert access.admit("/v1/models", headers)[1] is allowance
+    assert allowance.headers()["x-ratelimit-limit-requests"] == "25"
+    with pytest.raises(ApiError, match="1 requests at once"):
+        allowance.enter()
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://a.b", "http://[::1]:80"])
+def test_origins(origin):
+    assert check_origin(origin) == origin
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "*",
+        "",
+        "null",
+        "https://*.a.b",
+        "https://a.b/",
+        "https://a.b/x",
+        "a.b",
+        "ftp://a.b",
+        "https://A.b",
+        "http://u@a.b",
+    ],
+)
+def test_no_origins(origin):
+    with pytest.raises(ValueError, match="cors_origins"):
+        check_origin(origin)
