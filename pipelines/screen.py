@@ -23,6 +23,14 @@ StoreOption = Annotated[
     str | None, typer.Option(help="Folder or URI for artifacts and runs [default: $CARAVAN_HOME/store]")
 ]
 
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster: host:port, auto (one on this machine) or local (a new one). "
+        "Default: $RAY_ADDRESS, else the one of `caravan up`, else local."
+    ),
+]
+
 
 def named_store(uri: str | None) -> Store:
     from cluster.head import caravan_home
