@@ -13,30 +13,50 @@ from rich.table import Table
 from pipelines.screen import AddressOption, JsonOption, StoreOption, fail, open_store, out, print_json
 
 if TYPE_CHECKING:
+    from cluster.serve.view import Endpoint
     from cluster.session import Session
 
 
 def deploy(
     model: Annotated[str, typer.Argument(help="Id of a run with an export, or a Hugging Face directory.")],
     replicas: Annotated[int | None, typer.Option(min=1, help="Engine replicas [default: the run's, else 1]")] = None,
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="On loopback [default: the run's, else 8000]")
+    least: Annotated[
+        int | None, typer.Option("--min", min=1, help="With --max: the number of replicas follows the load.")
     ] = None,
+    largest: Annotated[int | None, typer.Option("--max", min=1, help="See --min.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback asks for keys.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="[default: the run's, else 8000]")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in the API.")] = None,
     cpus_per_replica: Annotated[float | None, typer.Option(min=0.0, help="[default: the run's, else 1]")] = None,
     gpus_per_replica: Annotated[float | None, typer.Option(min=0.0, help="[default: the run's, else 0]")] = None,
     accelerator_type: Annotated[str | None, typer.Option(help="Ray's name of the GPU, such as H200.")] = None,
+    ingresses: Annotated[int, typer.Option(min=1, help="Processes that answer HTTP.")] = 1,
+    api_key_file: Annotated[
+        str | None, typer.Option(help="File or URI of the keys that may call; see caravan keys.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Web origin that may call, such as https://chat.example.org.")
+    ] = None,
+    max_wait_s: Annotated[
+        float | None, typer.Option(help="Refuse (429) what would wait longer for its first token [default: never]")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Only exchange the weights, one running replica after the other.")
+    ] = False,
     store: StoreOption = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Serve a run's exported model, or a Hugging Face directory, on a running cluster."""
+    """Serve a run's exported model, or a Hugging Face directory, on a running cluster.
+
+    What is deployed already keeps its processes and caches where only numbers of processes, --min and --max, keys,
+    origins or --max-wait-s differ; else it is restarted, unless --update says to keep everything but the weights.
+    """
     from cluster.serve import control
+    from cluster.serve.settings import IngressOptions
     from pipelines.deploy import app_args
     from pipelines.recipe import ServeConfig, validated
 
-    run_recipe, model_uri = _find_model(model, store)
-    base = run_recipe.serve if run_recipe else ServeConfig()
     given = {
         "replicas": replicas,
         "port": port,
@@ -44,19 +64,52 @@ def deploy(
         "gpus_per_replica": gpus_per_replica,
         "accelerator_type": accelerator_type,
     }
+    run_recipe, model_uri = _find_model(model, store)
+    if update:
+        others = (*given.values(), least, largest, name, api_key_file, cors_origin, max_wait_s)
+        if any(value is not None for value in others) or ingresses != 1 or host != "127.0.0.1":
+            fail("--update exchanges the weights and changes nothing else; leave the other options out")
+        endpoint = control.update(model_uri, dashboard_url=_dashboard_url(address))
+        _print_endpoint(endpoint, as_json)
+        return
+    if replicas is not None and (least, largest) != (None, None):
+        fail(f"--replicas={replicas} fixes what --min and --max let follow the load; give the one or the others")
+    base = run_recipe.serve if run_recipe else ServeConfig()
     config = validated(
         ServeConfig, base.model_dump() | {key: value for key, value in given.items() if value is not None}
     )
     served_name = name or (run_recipe.name if run_recipe else Path(model).resolve().name)
-    dtype = run_recipe.export.dtype if run_recipe else "float32"
+    args = app_args(
+        served_name,
+        config,
+        model_uri,
+        run_recipe.export.dtype if run_recipe else "float32",
+        validated(
+            IngressOptions,
+            {
+                "api_keys": api_key_file,
+                "cors_origins": tuple(cors_origin or ()),
+                "max_wait_s": max_wait_s,
+                "min_replicas": least,
+                "max_replicas": largest,
+            },
+        ),
+        ingresses,
+    )
     with _join(address) as connected:
         endpoint = control.deploy(
-            app_args(served_name, config, model_uri, dtype),
-            replicas=config.replicas,
+            args,
+            replicas=None if least is not None else config.replicas,
             dashboard_url=connected.dashboard_url or "",
             runtime_env=control.shipped_runtime_env(),
+            nodes=control.cluster_nodes(),
+            host=host,
             port=config.port,
         )
+    _print_endpoint(endpoint, as_json)
+
+
+def _print_endpoint(endpoint: Endpoint, as_json: bool) -> None:
     if as_json:
         print_json(asdict(endpoint))
     else:
@@ -82,11 +135,15 @@ def _find_model(model: str, store: str | None) -> tuple[Any, str]:
 def scale(
     replicas: Annotated[int, typer.Argument(min=1, help="Number of replicas to run.")], address: AddressOption = None
 ) -> None:
-    """Change the number of replicas; those that stay keep their processes and caches."""
+    """Change the number of replicas; those that stay keep their processes and caches.
+
+    It ends autoscaling: deploy with --min and --max begins it again.
+    """
     from cluster.serve import control
 
-    control.scale(replicas, dashboard_url=_dashboard_url(address))
-    out.print(f"{replicas} replica{'s' if replicas > 1 else ''} running", highlight=False)
+    autoscaled = control.scale(replicas, dashboard_url=_dashboard_url(address))
+    ended = "; autoscaling is off" if autoscaled else ""
+    out.print(f"{replicas} replica{'s' if replicas > 1 else ''} running{ended}", highlight=False)
 
 
 def status(address: AddressOption = None, as_json: JsonOption = False) -> None:
@@ -99,6 +156,8 @@ def status(address: AddressOption = None, as_json: JsonOption = False) -> None:
         return
     state = f"{found.endpoint.served_name} at {found.endpoint.url}/v1: {found.state} {found.message}".rstrip()
     out.print(state, markup=False)
+    if found.autoscaling is not None:
+        out.print("between {} and {} replicas, as the load asks".format(*found.autoscaling), highlight=False)
     routing = {entry["replica"]: entry for entry in found.routing or []}
     if found.routing is None:
         out.print("[red]the endpoint does not answer[/]")

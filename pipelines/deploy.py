@@ -17,7 +17,7 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from cluster.artifact import Artifact
 from cluster.serve import control
-from cluster.serve.settings import AppArgs
+from cluster.serve.settings import AppArgs, IngressOptions
 from cluster.storage import JSON
 from pipelines.graph import Stage, StageContext
 from pipelines.recipe import RequestsConfig, ServeConfig
@@ -57,9 +57,18 @@ def deploy_stage(name: str, config: ServeConfig, dtype: str, dashboard_url: str,
     )
 
 
-def app_args(name: str, config: ServeConfig, model_uri: str, dtype: str) -> AppArgs:
-    """What the recipe's `serve` section asks of the application."""
+def app_args(
+    name: str,
+    config: ServeConfig,
+    model_uri: str,
+    dtype: str,
+    options: IngressOptions | None = None,
+    ingresses: int = 1,
+) -> AppArgs:
+    """What the recipe's `serve` section, and the options of a command, ask of the application."""
     return AppArgs(
+        **dict(options or IngressOptions()),
+        ingresses=ingresses,
         model=model_uri,
         served_name=name,
         cpus_per_replica=config.cpus_per_replica,
@@ -83,6 +92,7 @@ def _deploy(
             replicas=config.replicas,
             dashboard_url=dashboard_url,
             runtime_env=control.shipped_runtime_env(),
+            nodes=control.cluster_nodes(),
             port=config.port,
         )
         turns = converse(f"{endpoint.url}/v1", name, config.requests, partial(_report, context))

@@ -57,7 +57,7 @@ _IN_YAML = {
 """What pydantic says in Python's words."""
 
 
-SectionT = TypeVar("SectionT", bound=Section)
+SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
 class TokenizerConfig(Section):

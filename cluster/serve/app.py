@@ -1,9 +1,9 @@
-"""The Serve application: typed settings in, an ingress and its engine replicas out.
+"""The Serve application: typed settings in, ingresses and their engine replicas out.
 
 `build` runs inside the cluster: Serve imports it by name (`cluster.serve.app:build`) and passes it the arguments of
-the declarative config. Everything in `BuildArgs` is part of the application's code version: changing it restarts the
-replicas. So `replicas` is only how many there are at the start; afterwards `cluster.serve.control.scale` changes the
-number through Serve's scaling endpoint, which keeps the running processes and their caches.
+the declarative config. All of `BuildArgs` is part of the application's code version: changing it restarts every
+process. What may change while they run is not in it: numbers of processes, and the options of
+`cluster.serve.settings`, which Serve hands to `reconfigure` of each (see cluster/serve/declaration.py).
 """
 
 from typing import Any
@@ -15,10 +15,8 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.serve.ingress import Ingress, IngressConfig
 from cluster.serve.replica import EngineReplica, ReplicaConfig
-from cluster.serve.settings import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT, BuildArgs
-from cluster.serve.weights import ModelNotFound, check_model
-
-ROUTER = "cluster.serve.router.CacheAwareRouter"
+from cluster.serve.settings import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT, ROUTER, BuildArgs
+from cluster.serve.weights import ModelNotFound, family
 
 _SUBSCRIPTIONS = 64  # ingress processes that may follow a replica; each holds one of its calls open
 
@@ -26,12 +24,13 @@ _SUBSCRIPTIONS = 64  # ingress processes that may follow a replica; each holds o
 def build(args: BuildArgs) -> Application:
     """The application for Serve. Raises RayServeException when there is no model at `args.model`."""
     try:
-        check_model(args.model)
+        kin = family(args.model, args.served_name)
     except ModelNotFound as error:
         # Of all exceptions, Serve takes this one as final; after others it builds three times more.
         raise RayServeException(str(error)) from error
     replica = ReplicaConfig(
         model=args.model,
+        family=kin,
         engine=args.engine,
         dtype=args.dtype,
         threads=args.threads,
@@ -39,7 +38,6 @@ def build(args: BuildArgs) -> Application:
     )
     engine = serve.deployment(
         name=ENGINE_DEPLOYMENT,
-        num_replicas=args.replicas,
         max_ongoing_requests=args.engine.max_running + args.engine.max_waiting + _SUBSCRIPTIONS,
         ray_actor_options=_actor_options(args),
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
@@ -50,14 +48,13 @@ def build(args: BuildArgs) -> Application:
     )(EngineReplica)
     ingress = serve.deployment(
         name=INGRESS_DEPLOYMENT,
-        num_replicas=1,
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2.0,
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=2,
     )(serve.ingress()(Ingress))
-    return ingress.bind(IngressConfig(args.model, args.served_name, args.cost), engine.bind(replica))
+    return ingress.bind(IngressConfig(args.model, kin, args.served_name, args.cost), engine.bind(replica))
 
 
 def _actor_options(args: BuildArgs) -> dict[str, Any]:

@@ -1,63 +1,50 @@
-"""Deploying, scaling and removing the application through Serve's REST interface.
+"""Deploying, updating, scaling and removing the application through Serve's REST interface.
 
 `PUT /api/serve/applications/` states what should run, all of it: whatever was declared before and is not in the
-statement goes. So every change starts from what is declared now. The statement overrides no option of a deployment:
-to apply such a change, Serve's controller imports the router's module, and its process does not have our packages.
-Scaling has an endpoint of its own (`external_scaler_enabled`), and leaves running replicas alone.
+statement goes. So every change starts from what is declared now (cluster/serve/declaration.py). The number of replicas
+has an endpoint of its own (`external_scaler_enabled`), and what it sets is not in the declaration.
 """
 
 import contextlib
-import socket
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import httpx
-
-from cluster.serve.errors import DeployFailed, NotDeployed, PortTaken, ServeError, last_line
-from cluster.serve.settings import APP_NAME, ENGINE_DEPLOYMENT, AppArgs, BuildArgs
-from cluster.serve.weights import check_model
+from cluster.serve.checks import LOOPBACK, check_port, check_room, proxy_listens
+from cluster.serve.declaration import declaration, declared_args, declared_engine, with_model, without_autoscaling
+from cluster.serve.errors import DeployFailed, NotDeployed, ServeError, last_line
+from cluster.serve.settings import APP_NAME, ENGINE_DEPLOYMENT, AppArgs, EngineOptions, IngressOptions
+from cluster.serve.view import (
+    AppStatus,
+    Endpoint,
+    declared,
+    endpoint_of,
+    reason,
+    replicas_of,
+    routing,
+    target_replicas,
+)
+from cluster.serve.weights import check_model, check_replaceable
 
 if TYPE_CHECKING:
     from cluster.serve.rest import ServeClient
 
-IMPORT_PATH = "cluster.serve.app:build"
-
 _PORT_PROBES = 8
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _POLL_S = 0.2
-_REQUEST_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """A running application: its OpenAI base URL is `{url}/v1`."""
+def check_can_deploy(dashboard_url: str, port: int, *, replace: bool) -> None:
+    """An early check, before long work, that `deploy` on this machine's `port` would do what its caller wants.
 
-    url: str
-    served_name: str
-
-
-@dataclass(frozen=True)
-class ReplicaProcess:
-    """One engine replica as the Serve controller lists it. `state`: STARTING, RUNNING, STOPPING, ..."""
-
-    replica: str
-    state: str
-    pid: int | None
-    node_id: str | None
-
-
-@dataclass(frozen=True)
-class AppStatus:
-    """The application and its engine replicas. `routing` is the ingress's own view (`GET /caravan/replicas`);
-    None when it does not answer."""
-
-    state: Literal["NOT_STARTED", "DEPLOYING", "DEPLOY_FAILED", "RUNNING", "UNHEALTHY", "DELETING"]
-    message: str
-    endpoint: Endpoint
-    replicas: list[ReplicaProcess]
-    routing: list[dict[str, Any]] | None
+    Raises ServeError when an endpoint is there already and may not be replaced, PortTaken when the port is.
+    """
+    details = _connect(dashboard_url).details()
+    if APP_NAME in details["applications"] and not replace:
+        raise ServeError(
+            f"an endpoint is deployed at {endpoint_of(details).url} already; caravan undeploy it first, or use --keep "
+            "to replace it"
+        )
+    check_port(details, "127.0.0.1", port)
 
 
 def shipped_runtime_env() -> dict[str, Any]:
@@ -71,68 +58,59 @@ def shipped_runtime_env() -> dict[str, Any]:
     return {"py_modules": list(modules)} if modules else {}
 
 
-def check_can_deploy(dashboard_url: str, port: int, *, replace: bool) -> None:
-    """An early check, before long work, that `deploy` on this machine's `port` would do what its caller wants.
+def cluster_nodes() -> list[dict[str, float]]:
+    """All that each node of the connected Ray session has, for `deploy` to see whether there is room."""
+    import ray
 
-    Raises ServeError when an endpoint is there already and may not be replaced, PortTaken when the port is.
-    """
-    details = _connect(dashboard_url).details()
-    if APP_NAME in details["applications"] and not replace:
-        raise ServeError(
-            f"an endpoint is deployed at {_endpoint(details).url} already; caravan undeploy it first, or use --keep to "
-            "replace it"
-        )
-    _check_port(details, "127.0.0.1", port)
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def deploy(
     args: AppArgs,
     *,
-    replicas: int,
+    replicas: int | None = None,
     dashboard_url: str,
     runtime_env: dict[str, Any] | None = None,
+    nodes: list[dict[str, float]] | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     timeout_s: float = 180.0,
 ) -> Endpoint:
     """Starts the application, or brings the running one to these settings; returns when it answers.
 
-    An application that differs in the number of replicas only is scaled; any other difference restarts them.
+    A running one that differs in numbers of processes or in `IngressOptions` only keeps its processes and caches; any
+    other difference restarts them, the model's URI among them: see `update` for weights without a restart.
 
     Args:
+        replicas: how many there shall be. None where `args` say min_replicas and max_replicas: as many as run now, as
+            far as they allow.
         dashboard_url: `http://host:port` of the Ray dashboard.
         runtime_env: ships our packages to the cluster, by remote URIs; see `shipped_runtime_env`.
+        nodes: of `cluster_nodes`, to see whether the replicas fit; None: not looked at.
         timeout_s: for everything to be up.
 
     Raises:
-        ModelNotFound, PortTaken: before anything is started.
+        ModelNotFound, NoRoom, PortTaken: before anything is started.
         DeployFailed: with the reason.
         ServeError: the dashboard does not answer.
 
     However it is left other than by returning, an application that was not there before is removed again.
     """
-    if urlsplit(dashboard_url).hostname in _LOOPBACK:
+    if urlsplit(dashboard_url).hostname in LOOPBACK:
         # The cluster is here, so what it would find can be told at once.
         check_model(args.model)
     client = _connect(dashboard_url)
     details = client.details()
-    _check_port(details, host, port)
-    app = {
-        "name": APP_NAME,
-        "route_prefix": "/",
-        "import_path": IMPORT_PATH,
-        "runtime_env": runtime_env or {},
-        "external_scaler_enabled": True,
-        "args": BuildArgs(**dict(args), replicas=replicas).model_dump(mode="json"),
-    }
-    declared = _declared(details)
+    check_port(details, host, port)
+    apps = declared(details)
+    wanted = _wanted(args, replicas, details)
+    if nodes is not None:
+        check_room(args, wanted, nodes)
+    app = declaration(args, _kept_engine(apps.get(APP_NAME), args), replicas=wanted, runtime_env=runtime_env)
     endpoint = Endpoint(f"http://{host}:{port}", args.served_name)
     try:
-        if _differ_in_replicas_only(declared.get(APP_NAME), app):
-            client.scale(APP_NAME, ENGINE_DEPLOYMENT, replicas)
-        else:
-            client.declare({**declared, APP_NAME: app}, {"host": host, "port": port})
-        _wait_until_serving(client, endpoint, replicas, timeout_s)
+        client.declare({**apps, APP_NAME: app}, {"host": host, "port": port})
+        _serve(client, endpoint, wanted, args, timeout_s)
     except BaseException:
         if APP_NAME not in details["applications"]:
             # What ended the deployment is what the caller must hear of, not that the removal failed as well.
@@ -142,8 +120,40 @@ def deploy(
     return endpoint
 
 
-def scale(replicas: int, *, dashboard_url: str, timeout_s: float = 120.0) -> None:
+def update(model: str, *, dashboard_url: str, timeout_s: float = 600.0) -> Endpoint:
+    """Brings the running replicas to the weights at `model`, one after the other, while the others serve.
+
+    Processes, settings and the number of replicas stay. A replica finishes what it computes with the old weights, loads
+    the new ones and serves again; those that start later begin with the new ones, since what is declared says so.
+
+    Raises:
+        ModelNotFound, AnotherModel: there is no model, or another one than its weights could be exchanged for; before
+            anything is changed.
+        NotDeployed: there is no application.
+        DeployFailed: a replica could not take them; the weights before are asked for again.
+    """
+    client = _connect(dashboard_url)
+    details = client.details()
+    apps = declared(details)
+    before, target = apps.get(APP_NAME), target_replicas(details)
+    if before is None or target is None:
+        raise NotDeployed(f"nothing is deployed on the cluster at {dashboard_url}; deploy without --update first")
+    check_replaceable(declared_engine(before).model, model)
+    app, endpoint = with_model(before, model, replicas=target), endpoint_of(details)
+    client.declare({**apps, APP_NAME: app}, details["http_options"])
+    try:
+        _wait_until_serving(client, endpoint, None, timeout_s)
+    except DeployFailed as error:
+        back = with_model(app, declared_engine(before).model, replicas=target)
+        client.declare({**apps, APP_NAME: back}, details["http_options"])
+        raise DeployFailed(f"{error}; back to the weights of {declared_engine(before).model}") from error
+    return endpoint
+
+
+def scale(replicas: int, *, dashboard_url: str, timeout_s: float = 120.0) -> bool:
     """Changes the number of replicas; those that stay keep their processes and caches.
+
+    A number that somebody asks for is kept: autoscaling, if it is on, ends. Returns whether it was.
 
     Raises:
         ValueError: `replicas` is less than 1.
@@ -157,13 +167,18 @@ def scale(replicas: int, *, dashboard_url: str, timeout_s: float = 120.0) -> Non
     details = client.details()
     if APP_NAME not in details["applications"]:
         raise NotDeployed(f"nothing is deployed on the cluster at {dashboard_url}; deploy first")
-    before = details["applications"][APP_NAME]["deployments"][ENGINE_DEPLOYMENT]["target_num_replicas"]
+    apps = declared(details)
+    before = target_replicas(details) or 1
+    fixed = without_autoscaling(apps[APP_NAME], replicas=before) if APP_NAME in apps else None
+    if fixed is not None:
+        client.declare({**apps, APP_NAME: fixed}, details["http_options"])
     client.scale(APP_NAME, ENGINE_DEPLOYMENT, replicas)
     try:
-        _wait_until_serving(client, _endpoint(details), replicas, timeout_s)
+        _wait_until_serving(client, endpoint_of(details), replicas, timeout_s)
     except DeployFailed as error:
         client.scale(APP_NAME, ENGINE_DEPLOYMENT, before)
         raise DeployFailed(f"{error}; back to {before} replicas") from error
+    return fixed is not None
 
 
 def status(*, dashboard_url: str) -> AppStatus:
@@ -171,8 +186,20 @@ def status(*, dashboard_url: str) -> AppStatus:
     details = _connect(dashboard_url).details()
     if APP_NAME not in details["applications"]:
         raise NotDeployed(f"nothing is deployed on the cluster at {dashboard_url}")
-    app, endpoint = details["applications"][APP_NAME], _endpoint(details)
-    return AppStatus(app["status"], app["message"], endpoint, _replicas(app), _routing(endpoint))
+    app, endpoint = details["applications"][APP_NAME], endpoint_of(details)
+    config = declared(details).get(APP_NAME)
+    engine = None if config is None else declared_engine(config)
+    options = IngressOptions() if config is None else declared_args(config)
+    bounds = None if options.min_replicas is None else (options.min_replicas, options.max_replicas or 0)
+    return AppStatus(
+        app["status"],
+        app["message"],
+        endpoint,
+        replicas_of(app),
+        routing(endpoint),
+        None if engine is None else engine.model,
+        bounds,
+    )
 
 
 def undeploy(*, dashboard_url: str, timeout_s: float = 60.0) -> None:
@@ -186,26 +213,35 @@ def undeploy(*, dashboard_url: str, timeout_s: float = 60.0) -> None:
     if alone:
         client.delete_applications()
     elif APP_NAME in details["applications"]:
-        declared = _declared(details)
-        declared.pop(APP_NAME, None)
-        client.declare(declared, details["http_options"])
+        others = declared(details)
+        others.pop(APP_NAME, None)
+        client.declare(others, details["http_options"])
     deadline = time.monotonic() + timeout_s
-    while APP_NAME in client.details()["applications"] or (alone and _proxy_listens(details)):
+    while APP_NAME in client.details()["applications"] or (alone and proxy_listens(details)):
         if time.monotonic() > deadline:
             raise ServeError(f"the application is still there after {timeout_s:.0f} s")
         time.sleep(_POLL_S)
 
 
-def _proxy_listens(details: dict[str, Any]) -> bool:
-    """Whether the proxy that `details` told of still has its port, as far as this machine can see."""
-    http = details["http_options"] if details.get("proxies") else None
-    if http is None or http["host"] not in _LOOPBACK:
-        return False
-    try:
-        _check_port_free(http["host"], http["port"])
-    except PortTaken:
-        return True
-    return False
+def _wanted(args: AppArgs, replicas: int | None, details: dict[str, Any]) -> int:
+    """The number of replicas to begin with."""
+    low, high = args.min_replicas, args.max_replicas
+    if low is None or high is None:
+        if replicas is None:
+            raise ValueError("replicas=None: say how many, or min_replicas and max_replicas")
+        return replicas
+    running = target_replicas(details)
+    return min(max(replicas or running or low, low), high)
+
+
+def _kept_engine(app: dict[str, Any] | None, args: AppArgs) -> EngineOptions:
+    """What the replicas load: `args.model`, under the revision that a replica which has it has it by."""
+    if app is not None:
+        present = declared_engine(app)
+        if present.model == args.model:
+            return present
+        return EngineOptions(model=args.model, revision=present.revision + 1)
+    return EngineOptions(model=args.model)
 
 
 def _connect(dashboard_url: str) -> "ServeClient":
@@ -220,60 +256,37 @@ def _connect(dashboard_url: str) -> "ServeClient":
         raise ServeError(f"the Ray dashboard at {dashboard_url} does not answer: {last_line(str(error))}") from error
 
 
-def _declared(details: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    apps = details["applications"].items()
-    return {name: app["deployed_app_config"] for name, app in apps if app.get("deployed_app_config")}
+def _serve(client: "ServeClient", endpoint: Endpoint, replicas: int, args: AppArgs, timeout_s: float) -> None:
+    """Waits for a declared application; the number of replicas may have been set apart from what is declared."""
+    deadline = time.monotonic() + timeout_s
+    target = target_replicas(client.details())
+    if target is not None and target != replicas:
+        client.scale(APP_NAME, ENGINE_DEPLOYMENT, replicas)
+    autoscales = args.min_replicas is not None
+    _wait_until_serving(client, endpoint, None if autoscales else replicas, deadline - time.monotonic())
 
 
-def _differ_in_replicas_only(declared: dict[str, Any] | None, app: dict[str, Any]) -> bool:
-    if declared is None:
-        return False
-    return {**declared, "args": {**declared["args"], "replicas": None}} == {
-        **app,
-        "args": {**app["args"], "replicas": None},
-    }
-
-
-def _check_port(details: dict[str, Any], host: str, port: int) -> None:
-    running = details["http_options"] if details.get("proxies") else None
-    if running is None:
-        _check_port_free(host, port)
-    elif (running["host"], running["port"]) != (host, port):
-        raise PortTaken(
-            f"Serve already listens on {running['host']}:{running['port']} in this cluster; "
-            f"deploy there, or undeploy before using {host}:{port}"
-        )
-
-
-def _check_port_free(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        # As the proxy binds: a socket in TIME_WAIT does not make the port taken.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            reason = f"port {port} on {host} is taken ({error.strerror})"
-            raise PortTaken(f"{reason}; choose another: --port, or serve.port in the recipe") from error
-
-
-def _wait_until_serving(client: "ServeClient", endpoint: Endpoint, replicas: int, timeout_s: float) -> None:
-    """Until the controller runs exactly `replicas` of them and the ingress follows every one."""
+def _wait_until_serving(client: "ServeClient", endpoint: Endpoint, replicas: int | None, timeout_s: float) -> None:
+    """Until the controller runs exactly `replicas` of them (None: as many as it is to) and the ingress follows every
+    one."""
     deadline = time.monotonic() + timeout_s
     while True:
-        app = client.details()["applications"].get(APP_NAME)
+        details = client.details()
+        app = details["applications"].get(APP_NAME)
         if app is None:
             raise DeployFailed("the application was removed while it was starting")
         if app["status"] == "DEPLOY_FAILED":
-            raise DeployFailed(f"the application does not start: {_reason(app)}")
-        listed = _replicas(app)
+            raise DeployFailed(f"the application does not start: {reason(app)}")
+        wanted = replicas or target_replicas(details) or 1
+        listed = replicas_of(app)
         states = [replica.state for replica in listed]
-        routing = _routing(endpoint) if app["status"] == "RUNNING" and states == ["RUNNING"] * replicas else None
-        if routing is not None and sum(entry["fresh"] for entry in routing) == len(routing) == replicas:
+        seen = routing(endpoint) if app["status"] == "RUNNING" and states == ["RUNNING"] * wanted else None
+        if seen is not None and sum(entry["fresh"] for entry in seen) == len(seen) == wanted:
             _check_port_is_ours(endpoint, {replica.replica for replica in listed})
             return
         if time.monotonic() > deadline:
             raise DeployFailed(
-                f"after {timeout_s:.0f} s {states.count('RUNNING')} of {replicas} replicas run ({_reason(app)}); "
+                f"after {timeout_s:.0f} s {states.count('RUNNING')} of {wanted} replicas run ({reason(app)}); "
                 "see that the cluster has room for cpus_per_replica and gpus_per_replica of each"
             )
         time.sleep(_POLL_S)
@@ -286,35 +299,6 @@ def _check_port_is_ours(endpoint: Endpoint, replicas: set[str]) -> None:
     kernel deals out new connections among all who listen.
     """
     for _ in range(_PORT_PROBES):
-        answering = {entry["replica"] for entry in _routing(endpoint) or []}
+        answering = {entry["replica"] for entry in routing(endpoint) or []}
         if answering and not answering & replicas:
             raise DeployFailed(f"another endpoint answers at {endpoint.url} too; undeploy that, or choose another port")
-
-
-def _endpoint(details: dict[str, Any]) -> Endpoint:
-    http = details["http_options"]
-    config = details["applications"][APP_NAME].get("deployed_app_config") or {}
-    return Endpoint(f"http://{http['host']}:{http['port']}", config.get("args", {}).get("served_name", APP_NAME))
-
-
-def _replicas(app: dict[str, Any]) -> list[ReplicaProcess]:
-    engine = app["deployments"].get(ENGINE_DEPLOYMENT, {})
-    return [
-        ReplicaProcess(entry["replica_id"], entry["state"], entry.get("pid"), entry.get("node_id"))
-        for entry in engine.get("replicas", [])
-    ]
-
-
-def _routing(endpoint: Endpoint) -> list[dict[str, Any]] | None:
-    try:
-        # Environment proxies are for other hosts; the endpoint is loopback unless asked otherwise.
-        with httpx.Client(trust_env=False, timeout=_REQUEST_TIMEOUT_S) as http:
-            return http.get(f"{endpoint.url}/caravan/replicas").raise_for_status().json()["replicas"]
-    except httpx.HTTPError:
-        return None
-
-
-def _reason(app: dict[str, Any]) -> str:
-    """The message nearest to the cause: a deployment's own, else the application's."""
-    messages = [deployment.get("message", "") for deployment in app["deployments"].values()]
-    return last_line(next((message for message in messages if message), app["message"])) or app["status"]

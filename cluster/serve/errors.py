@@ -9,6 +9,10 @@ class PortTaken(ServeError):
     """Something else listens where the endpoint should."""
 
 
+class NoRoom(ServeError):
+    """The cluster is too small for what is asked of it."""
+
+
 class DeployFailed(ServeError):
     """The application did not come up."""
 

@@ -8,7 +8,9 @@ OpenAI's endpoints are put together in routes.py; here are the operator's.
 Every POST, the one without a body as well, must say `Content-Type: application/json`: see `require_json`.
 """
 
+import asyncio
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -18,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.serve.access import Access
 from cluster.serve.answer import Answers
 from cluster.serve.api_error import ApiError
+from cluster.serve.autoscaling import Autoscaling
 from cluster.serve.cost import CostCoefficients
 from cluster.serve.engine_client import EngineClient, ReplicaLost
 from cluster.serve.events import Subscriptions
@@ -25,19 +28,22 @@ from cluster.serve.gate import Gate
 from cluster.serve.loopback import NodeOnlyServer
 from cluster.serve.openapi import add_route
 from cluster.serve.request_body import require_json
+from cluster.serve.rest import ServeClient
 from cluster.serve.routes import add_openai_routes
 from cluster.serve.served_model import ServedModel
+from cluster.serve.settings import IngressOptions
 from cluster.serve.state import routing_state
-from cluster.serve.weights import fetch_model, weights_id
+from cluster.serve.weights import fetch_model
 from cluster.session import node_folder
 from llama.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class IngressConfig:
-    """What the ingress needs to start. `served_name`: the model's name in the API."""
+    """What the ingress needs to start. `family`: of its replicas. `served_name`: the model's name in the API."""
 
     model: str
+    family: str
     served_name: str
     cost: CostCoefficients
 
@@ -52,14 +58,22 @@ class Ingress:
         directory = fetch_model(config.model, node_folder("models"))
         self._state = routing_state(serve.get_replica_context().app_name)
         self._state.set_coefficients(config.cost)
-        self._model = ServedModel(config.served_name, weights_id(directory), Tokenizer.load(directory), self._state)
+        self._model = ServedModel(config.served_name, config.family, Tokenizer.load(directory), self._state)
         self._client = EngineClient(engines, self._state)
         self._subscriptions = Subscriptions(engines, self._state)
         self._subscriptions.start()
+        self._options = IngressOptions()
+        autoscaling = Autoscaling(self._state, lambda: self._options, _leads, ServeClient.of_this_cluster)
+        self._autoscaling = asyncio.get_running_loop().create_task(autoscaling.run())
 
     async def __del__(self) -> None:
         """Serve's shutdown hook: the replicas, which drain after us, must not wait for our subscriptions."""
+        self._autoscaling.cancel()
         await self._subscriptions.stop()
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's call when the ingress starts, and when other options are declared."""
+        self._options = IngressOptions(**user_config)
 
     def check_health(self) -> None:
         """Serve's probe."""
@@ -100,3 +114,8 @@ class Ingress:
             raise ApiError(503, message, code="replica_lost", kind="server_error") from error
         applied = await self._state.wait_applied(replica_id, seq, timeout_s=1.0)
         return JSONResponse({"replica": replica_id, "event_seq": seq, "applied": applied})
+
+
+def _leads() -> bool:
+    """Whether this is the first of the ingress processes; Serve keeps the ranks without gaps."""
+    return serve.get_replica_context().rank.rank == 0

@@ -37,10 +37,11 @@ class ReplicaTarget:
 
 @dataclass(frozen=True)
 class ReplicaInfo:
-    """What changes only when a replica's weights are swapped.
+    """What a replica is. Only `weights_id` and `model`, the URI of those weights, change while it lives: when they are
+    swapped.
 
-    `max_seq_len`: tokens of a prompt and its answer, at most. `tokenizer_id` names the
-    tokenizer's content: an ingress asks only replicas that read tokens as it writes them.
+    `max_seq_len`: tokens of a prompt and its answer, at most. `family` names what a swap leaves as it is, the tokenizer
+    among it (see cluster/serve/weights.py): an ingress asks only replicas of its own.
     """
 
     replica: str
@@ -51,7 +52,8 @@ class ReplicaInfo:
     max_seq_len: int
     block_size: int
     num_blocks: int
-    tokenizer_id: str = ""
+    family: str = ""
+    model: str = ""
 
 
 @dataclass(frozen=True)

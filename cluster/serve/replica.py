@@ -13,8 +13,8 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import ray
 import torch
@@ -32,6 +32,7 @@ from cluster.serve.messages import (
     WrongModel,
     WrongReplica,
 )
+from cluster.serve.settings import EngineOptions
 from cluster.serve.weights import fetch_model, weights_id
 from cluster.session import node_folder
 from cluster.storage import Store
@@ -51,6 +52,7 @@ class ReplicaConfig:
     """What a replica needs to start. `threads`: torch threads on the CPU."""
 
     model: str
+    family: str
     engine: EngineConfig
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int = 1
@@ -67,6 +69,7 @@ class EngineReplica:
         directory = fetch_model(config.model, node_folder("models"))
         device = _device(config.use_gpu)
         model = load_pretrained(directory, dtype=getattr(torch, config.dtype)).to(device)
+        self._config = config
         self._engine = Engine(model, Tokenizer.load(directory), config.engine, weights_id=weights_id(directory))
         self._broadcast = Broadcast(self._engine)
         self._engine.on_events = self._broadcast.notify
@@ -76,6 +79,8 @@ class EngineReplica:
             replica=self._name,
             pid=os.getpid(),
             node_id=ray.get_runtime_context().get_node_id(),
+            family=config.family,
+            model=config.model,
             weights_id=self._engine.weights_id,
             vocab_size=model.config.vocab_size,
             max_seq_len=self._engine.max_total_tokens,
@@ -117,6 +122,21 @@ class EngineReplica:
                 await asyncio.sleep(COALESCE_S)
         finally:
             self._broadcast.unsubscribe(subscriber)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's call when the replica starts, and when other options are declared (see cluster/serve/declaration.py);
+        the replica is not routed to before it returns. Requests that run end with the weights they began with.
+
+        Raises what loading the weights raises; Serve then replaces the replica.
+        """
+        options = EngineOptions(**user_config)
+        directory = await asyncio.to_thread(fetch_model, options.model, node_folder("models"))
+        name = await asyncio.to_thread(weights_id, directory)
+        if name != self._info.weights_id:
+            model = await asyncio.to_thread(load_pretrained, directory, getattr(torch, self._config.dtype))
+            await asyncio.wrap_future(self._engine.load_weights(model.state_dict(), weights_id=name))
+            logger.info(f"Weights of {Store(options.model)} are in place of those of {Store(self._info.model)}.")
+        self._info = replace(self._info, model=options.model, weights_id=name)
 
     async def flush_cache(self, target: ReplicaTarget) -> int:
         """Drops every reusable block; returns the sequence number of the event that says so."""

@@ -2,13 +2,20 @@
 
 from typing import Any
 
+import ray
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.dashboard.utils import ray_address_to_api_server_url
 
 from cluster.serve.errors import DeployFailed, ServeError, last_line
 
 
 class ServeClient(ServeSubmissionClient):
     """`GET`, `PUT` and scaling of applications; errors in one line."""
+
+    @classmethod
+    def of_this_cluster(cls) -> "ServeClient":
+        """From inside the cluster. Raises ValueError, RuntimeError or OSError when the dashboard does not answer."""
+        return cls(ray_address_to_api_server_url(ray.get_runtime_context().gcs_address))
 
     def details(self) -> dict[str, Any]:
         """What Serve says of itself and its applications. Raises ServeError when it does not answer."""

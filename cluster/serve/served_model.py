@@ -18,14 +18,14 @@ _INLINE_CHARS = 1024
 
 
 class ServedModel:
-    """One model under one name, of which any number of replicas run.
+    """One model under one name, of which any number of replicas of its `family` run, with the weights of the day.
 
     A conversation or text is made tokens here, once. Long ones are, in another thread: the event loop goes on.
     """
 
-    def __init__(self, name: str, weights_id: str, tokenizer: Tokenizer, state: RoutingState) -> None:
+    def __init__(self, name: str, family: str, tokenizer: Tokenizer, state: RoutingState) -> None:
         self.name = name
-        self.weights_id = weights_id
+        self.family = family
         self.tokens = TokenText(tokenizer)
         self.created = int(time.time())
         self._tokenizer = tokenizer
@@ -42,7 +42,7 @@ class ServedModel:
     async def info(self) -> ReplicaInfo:
         """What the replicas of our model say of it; waits for the first of them. Raises ApiError (503)."""
         deadline = time.monotonic() + FIRST_REPLICA_TIMEOUT_S
-        while (info := self._state.info(self.weights_id)) is None:
+        while (info := self._state.model(self.family)) is None:
             if time.monotonic() > deadline:
                 raise ApiError(503, "No replica is ready; try again later.", code="no_replica", kind="server_error")
             await asyncio.sleep(0.05)

@@ -142,12 +142,10 @@ class RoutingState:
         with self._lock:
             return self._info(weights_id)
 
-    def model(self, tokenizer_id: str) -> ReplicaInfo | None:
-        """What new requests are made for: the weights of most replicas with this tokenizer, then the newest."""
+    def model(self, family: str) -> ReplicaInfo | None:
+        """What new requests are made for: the weights of most replicas of this family, then the newest."""
         with self._lock:
-            known = [
-                known for known in self._replicas.values() if known.info and known.info.tokenizer_id == tokenizer_id
-            ]
+            known = [known for known in self._replicas.values() if known.info and known.info.family == family]
             votes = Counter(entry.info.weights_id for entry in known if entry.info)
             best = max(known, key=lambda entry: (votes[entry.info.weights_id], entry.generation), default=None)  # type: ignore[union-attr]
             return best.info if best else None

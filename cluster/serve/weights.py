@@ -1,19 +1,26 @@
 """Where a replica's model comes from: a Hugging Face directory or an export artifact, named by a URI."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
 from cluster.artifact import Artifact
-from cluster.storage import Store
-from llama.hf_values import CONFIG_FILE, weight_files
+from cluster.storage import NotFound, Store
+from llama.hf_config import read_config
+from llama.hf_values import CONFIG_FILE, UnsupportedModel, weight_files
 
+_TOKENIZER_FILE = "tokenizer.json"
 _READ_BYTES = 8 << 20
 
 
 class ModelNotFound(ValueError):
     """A model URI that leads to neither a Hugging Face directory nor a committed export."""
+
+
+class AnotherModel(ValueError):
+    """A model whose weights cannot take the place of the present ones."""
 
 
 def check_model(uri: str) -> None:
@@ -24,6 +31,65 @@ def check_model(uri: str) -> None:
             f"serve.model={store} is neither a Hugging Face directory (no config.json) nor a committed export; "
             "give the directory or the artifact's URI"
         )
+
+
+def family(uri: str, served_name: str) -> str:
+    """Names what stays the same when weights are swapped: an ingress uses replicas of its own family only.
+
+    Two deployments differ in it when their models, tokenizers or served names do, so that while one takes the other's
+    place neither answers for the other.
+
+    Raises:
+        ModelNotFound: there is no model at `uri`.
+    """
+    check_model(uri)
+    checksum = xxhash.xxh3_128(f"{uri}\0{served_name}\0".encode())
+    for name in (CONFIG_FILE, _TOKENIZER_FILE):
+        checksum.update(_read(_files(uri), name))
+    return checksum.hexdigest()
+
+
+def check_replaceable(present: str, successor: str) -> None:
+    """Whether the weights at `successor` can take the place of those at `present` in a running replica. Both are URIs;
+    the small files of both are read.
+
+    Raises:
+        ModelNotFound: there is no model at `successor`.
+        AnotherModel: it has another architecture or another tokenizer.
+        UnsupportedModel: it has one that we do not have.
+    """
+    check_model(successor)
+    old, new = _files(present), _files(successor)
+    if _config(old) != _config(new):
+        raise AnotherModel(
+            f"{Store(successor)} has another architecture than {Store(present)}; deploy it without --update, which "
+            "restarts the replicas"
+        )
+    if _read(old, _TOKENIZER_FILE) != _read(new, _TOKENIZER_FILE):
+        raise AnotherModel(
+            f"{Store(successor)} has another tokenizer than {Store(present)}; deploy it without --update, which "
+            "restarts the replicas"
+        )
+
+
+def _files(uri: str) -> Store:
+    store = Store(uri)
+    artifact = Artifact(store)
+    return artifact.files if artifact.committed else store
+
+
+def _read(files: Store, name: str) -> bytes:
+    try:
+        return files.read_bytes(name)
+    except NotFound:
+        return b""
+
+
+def _config(files: Store) -> object:
+    try:
+        return read_config(json.loads(_read(files, CONFIG_FILE)))
+    except ValueError as error:
+        raise UnsupportedModel(f"{files.uri}/{CONFIG_FILE}: {error}") from error
 
 
 def fetch_model(uri: str, cache_dir: Path) -> Path:
@@ -52,7 +118,7 @@ def weights_id(directory: Path) -> str:
     """
     checksum = xxhash.xxh3_128()
     weights, _ = weight_files(directory)
-    for path in filter(Path.is_file, (directory / CONFIG_FILE, directory / "tokenizer.json", *weights)):
+    for path in filter(Path.is_file, (directory / CONFIG_FILE, directory / _TOKENIZER_FILE, *weights)):
         checksum.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))
         for block in _blocks(path):
             checksum.update(block)

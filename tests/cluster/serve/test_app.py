@@ -27,7 +27,6 @@ def _deployments(args: BuildArgs) -> dict:
 def test_settings_reach_the_deployments(model):
     args = BuildArgs(
         model=model,
-        replicas=3,
         cpus_per_replica=0.5,
         gpus_per_replica=2,
         accelerator_type="H100",
@@ -37,7 +36,6 @@ def test_settings_reach_the_deployments(model):
     )
     deployments = _deployments(args)
     engine = deployments[ENGINE_DEPLOYMENT]
-    assert engine.num_replicas == 3
     options = engine.ray_actor_options
     assert (options["num_cpus"], options["num_gpus"], options["accelerator_type"]) == (0.5, 2, "H100")
     (config,) = engine.init_args
@@ -47,13 +45,13 @@ def test_settings_reach_the_deployments(model):
 
 
 def test_without_gpus_none_are_asked_for(model):
-    options = _deployments(BuildArgs(model=model, replicas=1))[ENGINE_DEPLOYMENT].ray_actor_options
+    options = _deployments(BuildArgs(model=model))[ENGINE_DEPLOYMENT].ray_actor_options
     assert options["num_gpus"] == 0 and "accelerator_type" not in options
 
 
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(RayServeException, match="serve.model="):
-        build(BuildArgs(model=str(tmp_path / "nowhere"), replicas=1))
+        build(BuildArgs(model=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize(
@@ -83,13 +81,25 @@ def test_credentials_in_the_models_uri_are_refused_and_not_shown(uri):
         AppArgs(model=good)
 
 
-def test_no_replicas_are_refused():
-    with pytest.raises(ValidationError, match="replicas"):
-        BuildArgs(model="m", replicas=0)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"min_replicas": 2}, "give both"),
+        ({"min_replicas": 3, "max_replicas": 2}, "min_replicas=3 is more than max_replicas=2"),
+        ({"min_replicas": 0, "max_replicas": 2}, "min_replicas"),
+        ({"ingresses": 0}, "ingresses"),
+        ({"max_wait_s": 0}, "max_wait_s"),
+        ({"api_keys": "s3://KEY:hush@bucket/keys"}, r"api_keys=s3://\*\*\*@bucket/keys carries"),
+    ],
+)
+def test_numbers_of_processes_and_options_are_checked(fields, words):
+    with pytest.raises(ValidationError, match=words) as caught:
+        AppArgs(model="m", **fields)
+    assert "hush" not in str(caught.value)
 
 
 def test_arguments_survive_json(model):
-    args = BuildArgs(model=model, replicas=2, engine={"num_blocks": 7}, cost={"missing_weight": 3.0})
+    args = BuildArgs(model=model, engine={"num_blocks": 7}, cost={"missing_weight": 3.0})
     assert BuildArgs.model_validate(args.model_dump(mode="json")) == args
 
 

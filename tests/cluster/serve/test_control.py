@@ -1,12 +1,18 @@
 """Deploying: what can be refused before anything starts. The rest is in test_serving."""
 
+import json
 import socket
 
 import pytest
+from ray.serve._private.deploy_utils import get_app_code_version
+from ray.serve.schema import ServeApplicationSchema
 
 from cluster.serve import control
-from cluster.serve.errors import last_line
-from cluster.serve.settings import AppArgs
+from cluster.serve.checks import check_port_free, check_room
+from cluster.serve.declaration import declaration, declared_args, declared_engine, with_model, without_autoscaling
+from cluster.serve.errors import DeployFailed, NoRoom, PortTaken, ServeError, last_line
+from cluster.serve.settings import AppArgs, BuildArgs, EngineOptions
+from cluster.serve.view import Endpoint
 
 
 def test_a_taken_port_is_reported(unused_port):
@@ -14,9 +20,9 @@ def test_a_taken_port_is_reported(unused_port):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(control.PortTaken, match=f"port {port} on 127.0.0.1 is taken"):
-            control._check_port_free("127.0.0.1", port)
-    control._check_port_free("127.0.0.1", unused_port)
+        with pytest.raises(PortTaken, match=f"port {port} on 127.0.0.1 is taken"):
+            check_port_free("127.0.0.1", port)
+    check_port_free("127.0.0.1", unused_port)
 
 
 @pytest.fixture
@@ -27,13 +33,13 @@ def unused_port() -> int:
 
 
 def test_a_dashboard_that_does_not_answer_is_reported_in_one_line(unused_port):
-    with pytest.raises(control.ServeError, match="does not answer") as caught:
+    with pytest.raises(ServeError, match="does not answer") as caught:
         control.status(dashboard_url=f"http://127.0.0.1:{unused_port}")
     assert "\n" not in str(caught.value)
 
 
 def test_a_cluster_without_a_dashboard_is_reported():
-    with pytest.raises(control.ServeError, match="no dashboard"):
+    with pytest.raises(ServeError, match="no dashboard"):
         control.check_can_deploy("", 8000, replace=True)
 
 
@@ -56,10 +62,10 @@ class _Client:
 
 def test_an_endpoint_that_may_not_be_replaced_is_reported_with_the_remedy(monkeypatch):
     monkeypatch.setattr(control, "_connect", lambda url: _Client("caravan"))
-    with pytest.raises(control.ServeError, match=r"http://127\.0\.0\.1:8123 already; caravan undeploy"):
+    with pytest.raises(ServeError, match=r"http://127\.0\.0\.1:8123 already; caravan undeploy"):
         control.check_can_deploy("http://x", 8123, replace=False)
     control.check_can_deploy("http://x", 8123, replace=True)
-    with pytest.raises(control.PortTaken):
+    with pytest.raises(PortTaken):
         control.check_can_deploy("http://x", 8124, replace=True)
     monkeypatch.setattr(control, "_connect", lambda url: _Client("another"))
     control.check_can_deploy("http://x", 8123, replace=False)
@@ -100,26 +106,79 @@ def test_replicas_that_there_is_no_room_for_are_not_asked_for_any_longer(monkeyp
             asked.append(replicas)
 
     monkeypatch.setattr(control, "_connect", lambda url: Client())
-    with pytest.raises(control.DeployFailed, match="0 of 50 replicas run .*no room.*; back to 2 replicas"):
+    with pytest.raises(DeployFailed, match="0 of 50 replicas run .*no room.*; back to 2 replicas"):
         control.scale(50, dashboard_url="http://x", timeout_s=0)
     assert asked == [50, 2]
 
 
 def test_a_port_that_another_cluster_answers_on_as_well_is_refused(monkeypatch):
-    endpoint = control.Endpoint("http://127.0.0.1:8123", "x")
+    endpoint = Endpoint("http://127.0.0.1:8123", "x")
     answers = [[{"replica": "ours"}], None, [{"replica": "ours"}], [{"replica": "theirs"}]]
-    monkeypatch.setattr(control, "_routing", lambda endpoint: answers.pop(0) if answers else None)
-    with pytest.raises(control.DeployFailed, match="another endpoint answers at http://127.0.0.1:8123"):
+    monkeypatch.setattr(control, "routing", lambda endpoint: answers.pop(0) if answers else None)
+    with pytest.raises(DeployFailed, match="another endpoint answers at http://127.0.0.1:8123"):
         control._check_port_is_ours(endpoint, {"ours", "new"})
     control._check_port_is_ours(endpoint, {"ours"})
 
 
-def test_only_the_number_of_replicas_may_change_without_a_restart():
-    app = {"name": "x", "runtime_env": {}, "args": {"model": "m", "replicas": 1}}
-    assert control._differ_in_replicas_only(app, {**app, "args": {"model": "m", "replicas": 9}})
-    assert not control._differ_in_replicas_only(app, {**app, "args": {"model": "n", "replicas": 1}})
-    assert not control._differ_in_replicas_only(app, {**app, "runtime_env": {"py_modules": ["gcs://x.zip"]}})
-    assert not control._differ_in_replicas_only(None, app)
+ARGS = AppArgs(model="/m", threads=3, ingresses=2, api_keys="/keys", cors_origins=("https://x",), max_wait_s=2.5)
+
+
+def test_a_declaration_holds_all_that_was_set():
+    app = json.loads(json.dumps(declaration(ARGS, EngineOptions(model="/n", revision=3), replicas=4)))
+    assert declared_args(app) == ARGS and declared_engine(app) == EngineOptions(model="/n", revision=3)
+    assert [deployment["num_replicas"] for deployment in app["deployments"]] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"ingresses": 5},
+        {"api_keys": None},
+        {"cors_origins": ()},
+        {"max_wait_s": None},
+        {"min_replicas": 1, "max_replicas": 9},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_what_may_change_while_processes_run_is_not_in_the_arguments_that_restart_them(changed):
+    """Serve's own function says which declarations are the same code."""
+    engine = EngineOptions(model="/m")
+    before = declaration(ARGS, engine, replicas=2)
+    after = declaration(ARGS.model_copy(update=changed), engine.model_copy(update={"model": "/n"}), replicas=7)
+    assert before != after and _code_version(before) == _code_version(after)
+    threads = declaration(ARGS.model_copy(update={"threads": 1}), engine, replicas=2)
+    assert _code_version(before) != _code_version(threads)
+
+
+def _code_version(app: dict) -> str:
+    return get_app_code_version(ServeApplicationSchema.model_validate(app))
+
+
+def test_new_weights_are_a_new_revision_even_where_the_old_ones_lay():
+    app = declaration(ARGS, EngineOptions(model="/m"), replicas=2)
+    again = with_model(app, "/m", replicas=3)
+    assert declared_engine(again) == EngineOptions(model="/m", revision=1)
+    assert declared_args(again) == ARGS and again["deployments"][0]["num_replicas"] == 3
+
+
+def test_a_fixed_number_ends_autoscaling_and_nothing_else():
+    bounds = {"min_replicas": 1, "max_replicas": 9}
+    engine = EngineOptions(model="/m", revision=5)
+    app = declaration(ARGS.model_copy(update=bounds), engine, replicas=2)
+    assert without_autoscaling(app, replicas=2) == declaration(ARGS, engine, replicas=2)
+    assert without_autoscaling(declaration(ARGS, engine, replicas=2), replicas=2) is None
+
+
+def test_replicas_that_no_node_can_hold_are_refused():
+    args = BuildArgs(model="m", cpus_per_replica=3, gpus_per_replica=1, accelerator_type="H200")
+    big = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H200": 1.0}
+    other = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
+    check_room(args, 4, [big, other, big])
+    with pytest.raises(NoRoom, match="replicas=5 of 3 CPU, 1 GPU of type H200 each do not fit; the cluster holds 4"):
+        check_room(args, 5, [big, other, big])
+    check_room(BuildArgs(model="m", cpus_per_replica=0.1), 10, [{"CPU": 1.0}])
+    with pytest.raises(NoRoom, match="holds 0"):
+        check_room(BuildArgs(model="m"), 1, [{"CPU": 0.5}, {"CPU": 0.5}])
 
 
 def test_of_a_traceback_the_exception_is_what_the_user_sees():

@@ -20,8 +20,11 @@ from ray._private import ray_constants
 from cluster import processes
 from cluster.head import prepare_environment
 from cluster.serve import control
+from cluster.serve.checks import check_port_free
+from cluster.serve.errors import DeployFailed, NotDeployed, PortTaken, ServeError
 from cluster.serve.request_body import MAX_BODY_BYTES
 from cluster.serve.settings import AppArgs
+from cluster.serve.view import Endpoint
 from cluster.session import ray_processes
 from tests.cluster.serve.tiny_model import save_tiny_model
 
@@ -82,7 +85,7 @@ def args(cluster, tmp_path_factory) -> AppArgs:
 
 
 @pytest.fixture(scope="module")
-def endpoint(cluster, args) -> control.Endpoint:
+def endpoint(cluster, args) -> Endpoint:
     return control.deploy(
         args, replicas=2, dashboard_url=cluster, runtime_env=control.shipped_runtime_env(), port=_free_port()
     )
@@ -329,10 +332,10 @@ def test_deploying_the_same_again_and_scaling_keep_processes_and_caches(cluster,
     port = int(endpoint.url.rsplit(":", 1)[1])
     control.deploy(args, replicas=2, dashboard_url=cluster, runtime_env=control.shipped_runtime_env(), port=port)
     assert _pids(http) == pids
-    with pytest.raises(control.ServeError, match=f"deployed at {endpoint.url} already"):
+    with pytest.raises(ServeError, match=f"deployed at {endpoint.url} already"):
         control.check_can_deploy(cluster, port, replace=False)
     control.check_can_deploy(cluster, port, replace=True)
-    with pytest.raises(control.PortTaken, match="Serve already listens"):
+    with pytest.raises(PortTaken, match="Serve already listens"):
         control.deploy(args, replicas=2, dashboard_url=cluster, port=_free_port())
 
     control.scale(3, dashboard_url=cluster)
@@ -417,13 +420,13 @@ def test_removing_the_application_leaves_nothing(cluster, endpoint, http):
     pids = list(_pids(http).values())
     control.undeploy(dashboard_url=cluster)
     control.undeploy(dashboard_url=cluster)
-    with pytest.raises(control.NotDeployed):
+    with pytest.raises(NotDeployed):
         control.status(dashboard_url=cluster)
-    with pytest.raises(control.NotDeployed):
+    with pytest.raises(NotDeployed):
         control.scale(1, dashboard_url=cluster)
     port = int(endpoint.url.rsplit(":", 1)[1])
     _wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10, "the replicas' end")
-    control._check_port_free("127.0.0.1", port)
+    check_port_free("127.0.0.1", port)
 
 
 def test_what_cannot_start_is_told_in_one_line_and_removed(cluster, args, tmp_path, monkeypatch):
@@ -433,11 +436,11 @@ def test_what_cannot_start_is_told_in_one_line_and_removed(cluster, args, tmp_pa
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(control.PortTaken):
+        with pytest.raises(PortTaken):
             control.deploy(args, replicas=2, dashboard_url=cluster, port=other.getsockname()[1])
     # As on a cluster elsewhere, which alone can know that the model is not there.
     monkeypatch.setattr(control, "check_model", lambda uri: None)
-    with pytest.raises(control.DeployFailed, match="nowhere is neither a Hugging Face directory") as caught:
+    with pytest.raises(DeployFailed, match="nowhere is neither a Hugging Face directory") as caught:
         control.deploy(
             nowhere,
             replicas=1,
@@ -446,5 +449,5 @@ def test_what_cannot_start_is_told_in_one_line_and_removed(cluster, args, tmp_pa
             port=_free_port(),
         )
     assert "\n" not in str(caught.value)
-    with pytest.raises(control.NotDeployed):
+    with pytest.raises(NotDeployed):
         control.status(dashboard_url=cluster)

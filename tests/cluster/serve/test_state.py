@@ -187,7 +187,7 @@ def test_the_wait_is_learnt_from_first_tokens():
 def test_new_requests_are_for_the_weights_of_most_replicas_then_for_the_newest():
     state = _state("a", "b", "c")
     assert state.model("").weights_id == "w"
-    assert state.model("another tokenizer") is None
+    assert state.model("another family") is None
     state.apply_update("a", _snapshot("a", weights_id="v"))
     assert state.model("").weights_id == "w"
     state.apply_update("b", _snapshot("b", weights_id="v"))
