@@ -9,7 +9,7 @@ from llama.engine.events import BlockEvent, BlocksRemoved, BlocksStored, CacheCl
 from llama.engine.params import SamplingParams
 from llama.engine.prefix import generation_root, hash_blocks, reusable_blocks
 from llama.engine.prompt import PromptTooLong
-from llama.engine.request import Chunk, Completion, FinishReason, TokenLogprob
+from llama.engine.request import Chunk, Completion, FinishReason, RequestTiming, TokenLogprob
 from llama.engine.scheduler import QueueFull
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "FinishReason",
     "PromptTooLong",
     "QueueFull",
+    "RequestTiming",
     "SamplingParams",
     "TokenLogprob",
     "generation_root",

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from xxhash import xxh3_128_digest
 
@@ -142,6 +143,10 @@ class BlockManager:
             matched.append(block_id)
             parent = table.hashes[position]
         return matched
+
+    def num_cached(self, hashes: Iterable[bytes]) -> int:
+        """How many of the leading blocks of a chain are indexed. By hash only, so a collision counts as a block."""
+        return sum(1 for _ in takewhile(self._index.__contains__, hashes))
 
     def reserve(
         self,

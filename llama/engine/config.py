@@ -104,8 +104,8 @@ class EngineStats:
     free_blocks: int
     """Blocks a request could be given now, those with reusable contents included."""
     pending_prefill_tokens: int
-    """Tokens of running and waiting requests still to compute before they decode, cached prefixes not yet deducted
-    from the waiting ones."""
+    """Tokens of running and waiting requests still to compute before they decode; of the waiting ones without what was
+    in the cache when they arrived."""
     decode_context_tokens: int
     """Tokens in the contexts of decoding requests: what a decode step reads."""
     generated_tokens: int

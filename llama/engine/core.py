@@ -15,7 +15,7 @@ from llama.engine.config import EngineConfig, EngineStats
 from llama.engine.constraint import Constraint
 from llama.engine.output import ActiveRequest, Sink
 from llama.engine.params import SamplingParams
-from llama.engine.prefix import generation_root
+from llama.engine.prefix import generation_root, reusable_blocks
 from llama.engine.request import Chunk, ComputedTokens, FinishReason, Request, Status
 from llama.engine.scheduler import ScheduledTokens, Scheduler
 from llama.engine.text import OutputText, TextTokenizer
@@ -61,6 +61,7 @@ class EngineCore:
         self._ties = count()
         self._names = count()
         self.generated_tokens = 0
+        self._now = 0.0
         self._timeouts = 0
         self._swaps = 0
 
@@ -77,6 +78,7 @@ class EngineCore:
         deadline: float,
         sink: Sink | None,
         constraint: Constraint | None = None,
+        arrived: float = 0.0,
     ) -> list[ActiveRequest]:
         """The completions of a valid prompt, not queued yet; needs no lock."""
         if request_id is None:
@@ -100,6 +102,7 @@ class EngineCore:
                 index=index,
                 first=active[0].request if active else None,
                 constraint=constraint.fork() if constraint is not None else None,
+                arrived=arrived,
             )
             text = OutputText(self._tokenizer, params.stop) if self._tokenizer is not None else None
             active.append(ActiveRequest(request, text, sink))
@@ -117,11 +120,19 @@ class EngineCore:
             raise ValueError(f"request_id={request_id!r} is in use; choose another or None")
         for member in active:
             self._reroot(member.request)  # the weights may have changed since `prepare`
+        first = active[0].request
+        first.found_cached = self._num_cached(first)
         self.scheduler.add([member.request for member in active])
         self._active[request_id] = active
         for member in active:
             if member.request.deadline != float("inf"):
                 heapq.heappush(self._deadlines, (member.request.deadline, next(self._ties), member))
+
+    def _num_cached(self, request: Request) -> int:
+        if request.scores_prompt:
+            return 0  # it computes them all the same
+        reusable = reusable_blocks(request.num_prompt_tokens, self.blocks.block_size)
+        return self.blocks.num_cached(request.table.hashes[:reusable]) * self.blocks.block_size
 
     def abort(self, request_id: str) -> None:
         """Ends all completions of a request; unknown and finished ids are ignored."""
@@ -139,7 +150,8 @@ class EngineCore:
                 self._deliver(member, member.chunk([], member.rest(), reason, None, self.blocks.event_seq))
 
     def expire(self, now: float) -> None:
-        """Ends requests whose deadline has come, with the reason "timeout"."""
+        """Ends requests whose deadline has come, with the reason "timeout". Tells the books the time of the step."""
+        self._now = now
         while self._deadlines and self._deadlines[0][0] <= now:
             member = heapq.heappop(self._deadlines)[2]
             self._timeouts += member.request.status is not Status.FINISHED
@@ -172,6 +184,10 @@ class EngineCore:
         scheduled = self.scheduler.schedule()
         if not scheduled and self.has_work and not self.scheduler.only_started:
             raise RuntimeError("requests wait and none can be scheduled: a defect of the scheduler")
+        for item in scheduled:
+            item.request.num_steps += 1
+            if item.request.first_scheduled is None:
+                item.request.first_scheduled = self._now
         return scheduled
 
     def commit(
@@ -205,6 +221,7 @@ class EngineCore:
             return  # ended since the chunk was made
         if chunk.finish_reason is not None:
             active.delivered = True
+            chunk.timing = active.request.timing(self._now)
             if all(member.delivered for member in self._active[chunk.request_id]):
                 del self._active[chunk.request_id]
         if active.sink is None:
@@ -238,6 +255,7 @@ class EngineCore:
         if request.table.root != root:
             request.table = BlockTable(root)
             request.awaited = None
+            request.found_cached = 0
 
     # Reports.
 
@@ -249,7 +267,9 @@ class EngineCore:
             num_blocks=self.blocks.num_blocks,
             free_blocks=self.blocks.num_free,
             # Of the completions of a prompt the first one computes it for all.
-            pending_prefill_tokens=sum(request.num_missing if request.first is None else 1 for request in waiting)
+            pending_prefill_tokens=sum(
+                request.num_missing - request.found_cached if request.first is None else 1 for request in waiting
+            )
             + sum(request.num_missing for request in running if not request.decoding),
             decode_context_tokens=sum(len(request.token_ids) for request in running if request.decoding),
             generated_tokens=self.generated_tokens,

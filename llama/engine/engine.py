@@ -19,26 +19,25 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 
 from torch import Tensor
 
+from llama.engine.batch import Batch
 from llama.engine.config import EngineConfig, EngineStats, check_cacheable, half_context, widest_window
 from llama.engine.constraint import ConstraintCompiler
 from llama.engine.core import EngineCore
 from llama.engine.events import BlockEvent, CacheSnapshot
-from llama.engine.output import ActiveRequest, Collector, EngineClosed, EngineFailed, Sink
+from llama.engine.output import ActiveRequest, ChunkStream, EngineClosed, EngineFailed, Sink
 from llama.engine.params import SamplingParams, check_params
 from llama.engine.progress import Progress
 from llama.engine.prompt import check_name, check_order, check_prompt, with_params
 from llama.engine.request import Chunk, Completion
 from llama.engine.runner import ModelRunner
-from llama.engine.scheduler import QueueFull
 from llama.engine.swap import WeightSwap
 from llama.engine.text import TextTokenizer
+from llama.engine.watch import StepWatch
 from llama.model import Transformer
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class Engine:
         check_name("weights_id", weights_id)
         self.config = config or EngineConfig()
         self.tokenizer = tokenizer
-        self.on_events: Callable[[], None] | None = None
+        self.on_events: Callable[[], None] = lambda: None
         """Called after a step or a flush that produced block events, before any chunk of that step is handed out,
         on the thread that made them and without the lock of the books; it must not step."""
         self._model_config = model.config
@@ -94,6 +93,7 @@ class Engine:
         self._swap: WeightSwap | None = None
         self._failure: BaseException | None = None
         self._closed = False
+        self._watch = StepWatch(clock)
         self._interruptible = False
         """The model runs: the books are whole, and say that this step is not done."""
         self._thread: threading.Thread | None = None
@@ -129,8 +129,9 @@ class Engine:
         salt: str = "",
         priority: int = 0,
         timeout_s: float | None = None,
+        sink: Sink | None = None,
     ) -> str:
-        """Queues a request whose chunks `step` will return; returns its id.
+        """Queues a request; returns its id.
 
         Args:
             request_id: unique among unfinished requests; None makes one.
@@ -138,6 +139,7 @@ class Engine:
                 gives each salt that waits the same service.
             priority: the lowest is served first, and may preempt a higher one.
             timeout_s: seconds from now after which it ends, wherever it is, with `finish_reason="timeout"`.
+            sink: takes its chunks, computed by a background thread; None leaves them to `step`.
 
         Raises:
             ValueError: the prompt is empty or holds no token id, the id is taken, or a setting cannot be obeyed.
@@ -146,7 +148,9 @@ class Engine:
             EngineFailed, EngineClosed: it takes no more requests.
         """
         token_ids = self._checked_prompt(token_ids, params)
-        active = self._submit(token_ids, params, None, request_id, salt, priority, timeout_s)
+        if sink is not None:
+            self._ensure_thread()
+        active = self._submit(token_ids, params, sink, request_id, salt, priority, timeout_s)
         return active[0].request.request_id
 
     def _checked_prompt(self, token_ids: Sequence[int], params: SamplingParams) -> list[int]:
@@ -171,19 +175,22 @@ class Engine:
         timeout_s: float | None = None,
     ) -> list[ActiveRequest]:
         check_order(request_id, salt, priority, timeout_s)
-        deadline = float("inf") if timeout_s is None else self._clock() + timeout_s
+        now = self._clock()
         active = self._core.prepare(
             token_ids,
             params,
             request_id=request_id,
             salt=salt,
             priority=priority,
-            deadline=deadline,
+            deadline=float("inf") if timeout_s is None else now + timeout_s,
             sink=sink,
             constraint=self._constraints.start(params),
+            arrived=now,
         )
         with self._lock:
             self._check_open()
+            if not self._must_step:
+                self._watch.progressed()
             self._core.submit(active)
             self._work.notify_all()
         return active
@@ -228,6 +235,7 @@ class Engine:
             with self._lock:
                 self._check_open()
             self._guard(self._compute_step)
+            self._watch.progressed()
 
     def _guard(self, work: Callable[[], None]) -> None:
         self._interruptible = False
@@ -259,7 +267,7 @@ class Engine:
             outputs = self._core.commit(scheduled, computed)
             produced_events = self._core.blocks.event_seq != first_seq
         # Before the chunks: who reads a finish_reason may rely on the events of that request.
-        if produced_events and self.on_events is not None:
+        if produced_events:
             self.on_events()
         with self._lock:
             self._core.hand_out(outputs)
@@ -299,27 +307,18 @@ class Engine:
             EngineFailed: a step raised in another thread.
         """
         pairs = with_params(prompts, params)
-        checked = [(self._checked_prompt(self.encode(prompt), own), own) for prompt, own in pairs]
-        collectors = [Collector(token_ids, own) for token_ids, own in checked]
-        pending = deque(zip(checked, collectors, strict=True))
-        running: list[tuple[ActiveRequest, Collector]] = []
+        batch = Batch([(self._checked_prompt(self.encode(prompt), own), own) for prompt, own in pairs])
         with Progress(len(prompts), enabled=progress) as bar:
             try:
-                while pending or running:
-                    # The queue limit protects a server; here it only paces the submission.
-                    with suppress(QueueFull):
-                        while pending:
-                            (token_ids, own), collector = pending[0]
-                            running.append((self._submit(token_ids, own, collector)[0], collector))
-                            pending.popleft()
+                while batch.num_unfinished:
+                    batch.submit(self._submit)
                     self._step()
-                    running = [entry for entry in running if entry[1].unfinished]
-                    bar.update(len(prompts) - len(pending) - len(running), self._core.generated_tokens)
+                    bar.update(len(prompts) - batch.num_unfinished, self._core.generated_tokens)
             finally:
-                for active, _ in running:
-                    self.abort(active.request.request_id)
+                for request_id in batch.submitted:
+                    self.abort(request_id)
         self._swap_if_idle()  # those who wait for it need not step themselves
-        return [completion for collector in collectors for completion in collector.completions]
+        return batch.completions
 
     # One request at a time, under asyncio.
 
@@ -338,32 +337,23 @@ class Engine:
         Raises:
             As `add_request`, at the first iteration; EngineFailed at any, when a step raises.
         """
-        if params.constraint is not None:
-            await asyncio.to_thread(self._constraints.start, params)  # compiled and kept; the loop goes on meanwhile
-        token_ids = self._checked_prompt(self.encode(prompt), params)
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Chunk | EngineFailed] = asyncio.Queue()
-
-        def sink(item: Chunk | EngineFailed) -> None:
-            # A closed loop listens no more; the request ends by its own limits.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(queue.put_nowait, item)
-
-        active = self._submit(token_ids, params, sink, request_id, salt, priority, timeout_s)
-        unfinished = len(active)
+        await self.prepare(params)
+        token_ids, chunks = self._checked_prompt(self.encode(prompt), params), ChunkStream(params.n)
+        active = self._submit(token_ids, params, chunks, request_id, salt, priority, timeout_s)
         try:
             self._ensure_thread()
-            while unfinished:
-                item = await queue.get()
-                if isinstance(item, EngineFailed):
-                    raise item
-                unfinished -= item.finish_reason is not None
-                yield item
+            while chunks.unfinished:
+                yield await chunks.next()
         finally:
             with self._lock:
                 # Not by the id, which may be in use again.
                 if self._failure is None:
                     self._core.end(active, "abort")
+
+    async def prepare(self, params: SamplingParams) -> None:
+        """Compiles what constrains the output; kept for whoever asks next, so that nobody's event loop must wait."""
+        if params.constraint is not None:
+            await asyncio.to_thread(self._constraints.start, params)
 
     def _ensure_thread(self) -> None:
         with self._lock:
@@ -413,6 +403,8 @@ class Engine:
                 raise ValueError(f"weights_id={weights_id!r} names the present weights; choose another name")
             if self._swap is not None:
                 raise ValueError(f"weights_id={weights_id!r}: the swap to {self._swap.weights_id!r} is not done; wait")
+            if not self._must_step:
+                self._watch.progressed()
             self._swap = swap
             self._core.hold_new()
             self._work.notify_all()
@@ -443,8 +435,7 @@ class Engine:
             self._core.swap(swap.weights_id)
             self._swap = None
         try:
-            if self.on_events is not None:
-                self.on_events()
+            self.on_events()
         finally:
             swap.done.set_result(None)
 
@@ -454,8 +445,7 @@ class Engine:
         """Forgets every reusable block. Running requests go on with theirs, which nobody else can reuse any more."""
         with self._lock:
             self._core.blocks.clear(self._core.scheduler.tables)
-        if self.on_events is not None:
-            self.on_events()
+        self.on_events()
 
     def drain_events(self) -> list[BlockEvent]:
         """Block events since the last call. A gap in `seq` (too many were pending) calls for a `snapshot`."""
@@ -472,9 +462,22 @@ class Engine:
         """Sequence number of the last block event."""
         return self._core.blocks.event_seq
 
+    def cached_blocks(self, hashes: Sequence[bytes]) -> int:
+        """How many of the leading blocks of a chain (`hash_blocks`) are in the cache; a few dictionary look-ups."""
+        with self._lock:
+            return self._core.blocks.num_cached(hashes)
+
     def stats(self) -> EngineStats:
         with self._lock:
             return self._core.stats()
+
+    def check_health(self, stuck_after_s: float) -> None:
+        """Raises EngineFailed: a step failed, or there is work and no step has ended for `stuck_after_s` seconds."""
+        with self._lock:
+            self._check_open()
+            complaint = self._watch.complaint(self._thread, stuck_after_s) if self._must_step else None
+        if complaint is not None:
+            raise EngineFailed(f"the engine has work and {complaint}")
 
     def check_integrity(self) -> None:
         """Verifies the cache's bookkeeping; cheap enough for an idle moment. Raises CacheCorrupted."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from llama.engine.params import SamplingParams
@@ -88,6 +90,28 @@ class ActiveRequest:
             index=request.index,
             prompt_logprobs=request.prompt_logprobs if first else None,
         )
+
+
+class ChunkStream:
+    """The sink of `stream`: hands the chunks of a prompt's `n` completions to the event loop that it is made on."""
+
+    def __init__(self, n: int) -> None:
+        self.unfinished = n
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Chunk | EngineFailed] = asyncio.Queue()
+
+    def __call__(self, item: Chunk | EngineFailed) -> None:
+        # A closed loop listens no more; the request ends by its own limits.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def next(self) -> Chunk:
+        """The next chunk. Raises EngineFailed."""
+        item = await self._queue.get()
+        if isinstance(item, EngineFailed):
+            raise item
+        self.unfinished -= item.finish_reason is not None
+        return item
 
 
 class Collector:

@@ -47,6 +47,17 @@ class Completion:
     """One for each prompt token, None for the first; None when not asked for."""
 
 
+@dataclass(frozen=True)
+class RequestTiming:
+    """How a request fared in the engine."""
+
+    queue_s: float
+    """Seconds from its arrival until a step first computed some of it; until its end when none did."""
+    steps: int
+    """Steps that computed some of it."""
+    preemptions: int
+
+
 @dataclass
 class Chunk:
     """What one step added to one request. The last chunk of a request has a `finish_reason`."""
@@ -68,6 +79,8 @@ class Chunk:
     """Which of the `SamplingParams.n` completions this belongs to."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """One for each prompt token, None for the first; in completion 0's first chunk with a token, when asked for."""
+    timing: RequestTiming | None = None
+    """In the last chunk."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +123,19 @@ class Request:
     """Completion 0 of the same prompt, which computes it for all; None is this one."""
     constraint: Constraint | None = None
     """Where the output stands in what constrains it; advanced with `token_ids`."""
+    arrived: float = 0.0
+    """Time on the engine's clock, seconds."""
     arrival: int = field(init=False, default=0)
     """Counts requests in order of arrival; `admission` likewise, None before the first."""
     admission: int | None = field(init=False, default=None)
     awaited: bytes | None = field(init=False, default=None)
     """Hash of a block that another request computes for this one."""
+    found_cached: int = field(init=False, default=0)
+    """Leading tokens that were in the cache when it arrived."""
+    first_scheduled: float | None = field(init=False, default=None)
+    """Time on the engine's clock, seconds."""
+    num_steps: int = field(init=False, default=0)
+    num_preemptions: int = field(init=False, default=0)
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0
     """Leading tokens whose keys and values are in the cache."""
@@ -174,6 +195,11 @@ class Request:
         """The order of the running: who comes first is preempted last."""
         assert self.admission is not None
         return self.priority, self.admission
+
+    def timing(self, now: float) -> RequestTiming:
+        """How it has fared up to `now`."""
+        begun = now if self.first_scheduled is None else self.first_scheduled
+        return RequestTiming(max(0.0, begun - self.arrived), self.num_steps, self.num_preemptions)
 
     @property
     def decoding(self) -> bool:

@@ -317,4 +317,5 @@ class Scheduler:
         request.status = Status.WAITING
         request.num_computed = 0
         self.waiting.put_back(request)
+        request.num_preemptions += 1
         self.num_preemptions += 1

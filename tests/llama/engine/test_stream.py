@@ -132,7 +132,7 @@ def test_abort_between_the_step_and_its_chunks(engine):
     engine.add_request([1, 2, 3, 4], GREEDY, request_id="mine")
 
     def on_events() -> None:
-        engine.on_events = None
+        engine.on_events = lambda: None
         engine.abort("mine")
         engine.add_request([9], replace(GREEDY, max_tokens=2), request_id="mine")
 
