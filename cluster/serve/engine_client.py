@@ -1,29 +1,38 @@
 """One request's way to a replica and back: routing, retries, bookings, and reading one's own writes."""
 
 import asyncio
+import contextvars
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import cast
 
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.serve.api_error import ApiError
-from cluster.serve.messages import GenerateRequest, ReplicaChunk, ReplicaTarget, WrongModel
+from cluster.serve.channel import Call, Inbox, ReplicaLost
+from cluster.serve.messages import GenerateRequest, NotFollowed, ReplicaTarget, WrongModel
 from cluster.serve.state import RoutingState
-from llama.engine import Chunk, EngineFailed, PromptTooLong, QueueFull
+from llama.engine import (
+    Chunk,
+    EngineClosed,
+    EngineFailed,
+    PromptTooLong,
+    QueueFull,
+    generation_root,
+    hash_blocks,
+)
 
 logger = logging.getLogger("ray.serve")
 
-# Events take a few milliseconds; the bound is for a machine that is far behind.
-READ_YOUR_WRITES_S = 0.5
 MAX_ATTEMPTS = 3
-
-
-class ReplicaLost(Exception):
-    """A replica went away while it served a request."""
+MAX_REROOTS = 20
+REROOT_S = 0.1
+LATE_S = 10.0  # for chunks that are on their way when their call is over
 
 
 class ReplicaFull(Exception):
@@ -39,58 +48,64 @@ class RoutedChunk:
     chunk: Chunk
 
 
+class WeightsChanged(Exception):
+    """A replica has other weights than the request was prepared for."""
+
+
 class EngineClient:
     """The engine deployment, as seen from one ingress process.
 
-    However a request is left, its booking ends, and if it was unfinished its replica aborts it. The last chunk is held
-    until this process's index has applied the request's cache events, or READ_YOUR_WRITES_S have passed.
+    However a request is left, its booking ends, and if it was unfinished its replica aborts it. Its last chunk comes
+    after this process's index has applied the request's cache events, which travel on the same stream before it.
+
+    Args:
+        inbox: where `Subscriptions` puts the chunks.
+        family: of the replicas that may answer; their weights change.
     """
 
-    def __init__(self, engines: DeploymentHandle, state: RoutingState) -> None:
-        self._generate = engines.options(method_name="generate", stream=True)
+    def __init__(self, engines: DeploymentHandle, state: RoutingState, inbox: Inbox, family: str) -> None:
+        self._generate = engines.options(method_name="generate")
         self._flush = engines.options(method_name="flush_cache")
         self._state = state
+        self._inbox = inbox
+        self._family = family
+        self._watching: set[asyncio.Task[None]] = set()
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[RoutedChunk, None]:
         """A request's chunks as they come; a replica that dies before the first of them is replaced by another.
 
         Raises:
-            ApiError: 400 when the engine refuses the request, 429 when every replica's queue is full, 503 when the
-                replica went away, 500 when its engine failed.
+            ApiError: 400 when the engine refuses the request, 429 when every replica's queue is full or the first token
+                is farther away than `max_wait_s`, 503 when the replica went away, 504 when no replica took the request
+                within its time, 500 when its engine failed.
         """
-        losses = 0
-        self._state.begin(request.request_id)
+        tries = _Tries(self._state, request, self._family)
+        self._begin(request)
         try:
             while True:
                 started = False
                 try:
-                    async with aclosing(self._attempt(request)) as items:
+                    async with aclosing(self._attempt(tries.request())) as items:
                         async for item in items:
                             started = True
                             yield item
                     return
-                except ReplicaFull as error:
-                    request = self._elsewhere(request, error)
-                except ReplicaLost as error:
-                    losses += 1
-                    request = self._next_try(request, losses if not started else MAX_ATTEMPTS, error)
+                except (ReplicaFull, ReplicaLost, WeightsChanged) as error:
+                    await tries.after(error, final=started)
         finally:
             self._state.finish(request.request_id)
 
     async def complete(self, request: GenerateRequest) -> list[RoutedChunk]:
         """All of a request's chunks; a replica that dies at any time is replaced by another. Raises as `stream`."""
-        losses = 0
-        self._state.begin(request.request_id)
+        tries = _Tries(self._state, request, self._family)
+        self._begin(request)
         try:
             while True:
                 try:
-                    async with aclosing(self._attempt(request)) as items:
+                    async with aclosing(self._attempt(tries.request())) as items:
                         return [item async for item in items]
-                except ReplicaFull as error:
-                    request = self._elsewhere(request, error)
-                except ReplicaLost as error:
-                    losses += 1
-                    request = self._next_try(request, losses, error)
+                except (ReplicaFull, ReplicaLost, WeightsChanged) as error:
+                    await tries.after(error)
         finally:
             self._state.finish(request.request_id)
 
@@ -101,79 +116,158 @@ class EngineClient:
         except (RayActorError, RayTaskError) as error:
             raise ReplicaLost(type(error).__name__) from error
 
-    def _elsewhere(self, request: GenerateRequest, error: ReplicaFull) -> GenerateRequest:
-        """The request again, for replicas that have not refused it; raises ApiError when there is none."""
+    def _begin(self, request: GenerateRequest) -> None:
+        """Announces a request, if it need not wait for too long."""
+        if request.max_wait_s is not None:
+            wait_s = self._state.predicted_wait_s(request)
+            if wait_s > request.max_wait_s:
+                message = (
+                    f"The first token would take about {wait_s:.1f} s, and max_wait_s={request.max_wait_s:g}; "
+                    "try again later."
+                )
+                raise ApiError(
+                    429,
+                    message,
+                    code="rate_limit_exceeded",
+                    kind="rate_limit_error",
+                    retry_after_s=wait_s - request.max_wait_s,
+                )
+        self._state.begin(request.request_id)
+
+    async def _attempt(self, request: GenerateRequest) -> AsyncGenerator[RoutedChunk, None]:
+        call = self._inbox.open(request.request_id)
+        request = replace(request, source=self._inbox.source, call=call.number)
+        # A context of its own: Serve tells calls apart by the HTTP request they are made in, and siblings would hang.
+        response = cast(DeploymentResponse, contextvars.Context().run(self._generate.remote, request))
+        watch = asyncio.create_task(_watch(response, call, request.timeout_s))
+        self._watching.add(watch)
+        watch.add_done_callback(self._watching.discard)
+        unfinished, predicted, generated = request.params.n, None, 0
+        try:
+            while unfinished:
+                chunk = await call.next()
+                if chunk.finish_reason == "abort":
+                    raise ReplicaLost("its engine aborted the request")
+                assert call.replica is not None
+                if predicted is None:
+                    predicted = self._state.placed(request, call.replica)
+                    missing = chunk.prompt_tokens - chunk.num_cached_tokens
+                    self._state.first_token(request.request_id, missing)
+                generated += len(chunk.token_ids)
+                self._state.progress(request.request_id, generated)
+                unfinished -= chunk.finish_reason is not None
+                yield RoutedChunk(call.replica, predicted, chunk)
+        finally:
+            self._inbox.close(call)
+            if unfinished:
+                response.cancel()
+
+
+async def _watch(response: DeploymentResponse, call: Call, timeout_s: float | None) -> None:
+    """Waits for the end of a call, and tells those who wait for its chunks when there will be no more."""
+    loop = asyncio.get_running_loop()
+    late = None
+    if timeout_s is not None:
+        message = f"No replica has taken the request within timeout_s={timeout_s:g}; try again later."
+        error = ApiError(504, message, code="timeout", kind="server_error")
+        late = loop.call_later(timeout_s + LATE_S, call.fail, error)
+    try:
+        await response
+    except RayTaskError as error:
+        call.fail(_engine_error(error))
+    except (RayError, RayServeException, asyncio.CancelledError) as error:
+        # CancelledError is also how Serve reports a call that the replica's side cancelled; nobody cancels this task.
+        call.fail(ReplicaLost(type(error).__name__))
+    except Exception as error:
+        call.fail(error)
+    else:
+        loop.call_later(LATE_S, call.fail, ReplicaLost("its last chunks did not come"))
+    finally:
+        if late is not None:
+            late.cancel()
+
+
+def _engine_error(error: RayTaskError) -> Exception:
+    # Ray raises an exception that is an instance of the original's class as well.
+    if isinstance(error, QueueFull):
+        return ReplicaFull(str(error.cause))
+    if isinstance(error, WrongModel):
+        return WeightsChanged(str(error.cause))
+    if isinstance(error, PromptTooLong):
+        return ApiError(400, str(error.cause), param="prompt", code="context_length_exceeded")
+    if isinstance(error, ValueError):
+        return ApiError(400, str(error.cause), code="invalid_value")
+    if isinstance(error, EngineFailed | EngineClosed | NotFollowed):
+        return ReplicaLost(type(error.cause).__name__)
+    return ApiError(500, "The engine failed on this request.", code="engine_failed", kind="server_error")
+
+
+class _Tries:
+    """What is done after an attempt at a request has failed."""
+
+    def __init__(self, state: RoutingState, request: GenerateRequest, family: str) -> None:
+        self._state = state
+        self._request = request
+        self._family = family
+        self._deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
+        self._losses = 0
+        self._reroots = 0
+
+    def request(self) -> GenerateRequest:
+        """The request, as the next attempt makes it."""
+        if self._deadline is None:
+            return self._request
+        # When the time is up the engine says so, as for any other request.
+        return replace(self._request, timeout_s=max(0.001, self._deadline - time.monotonic()))
+
+    async def after(self, error: Exception, *, final: bool = False) -> None:
+        """Prepares the next attempt, or raises ApiError. `final`: there is none, for the answer has begun."""
+        if isinstance(error, ReplicaFull):
+            self._elsewhere(error)
+        elif isinstance(error, WeightsChanged):
+            await self._reroot(error)
+        else:
+            self._losses += 1
+            self._next_try(error, last=final or self._losses >= MAX_ATTEMPTS)
+
+    def _elsewhere(self, error: Exception) -> None:
+        """For replicas that have not refused it."""
+        request = self._request
         full = self._state.booked_on(request.request_id)
         avoid = request.avoid | {full} if full else request.avoid
         # One that is avoided already is chosen again only when nobody else can serve this model.
         if full is None or full in request.avoid or avoid.issuperset(self._state.replicas):
             message = "The server is at its limit of waiting requests; try again later."
             raise ApiError(429, message, code="rate_limit_exceeded", kind="rate_limit_error") from error
-        return replace(request, avoid=avoid)
+        self._request = replace(request, avoid=avoid)
 
-    def _next_try(self, request: GenerateRequest, attempt: int, error: ReplicaLost) -> GenerateRequest:
-        """The request again, for other replicas; raises ApiError after the last attempt."""
-        lost = self._state.booked_on(request.request_id)
-        logger.warning(f"Request {request.request_id} lost replica {lost}, attempt {attempt}: {error}")
-        if attempt >= MAX_ATTEMPTS:
-            message = "The replica went away while it answered; try again."
-            raise ApiError(503, message, code="replica_lost", kind="server_error") from error
-        return replace(request, avoid=request.avoid | {lost} if lost else request.avoid)
-
-    async def _attempt(self, request: GenerateRequest) -> AsyncGenerator[RoutedChunk, None]:
-        responses = cast(DeploymentResponseGenerator, self._generate.remote(request))
-        finished = started = False
-        predicted = 0
-        try:
-            async for item in _replica_errors(responses):
-                if not started:
-                    started = True
-                    predicted = self._state.placed(request, item.replica)
-                    self._state.first_token(request.request_id, item.chunk.prompt_tokens - item.chunk.num_cached_tokens)
-                self._state.progress(request.request_id, item.chunk.completion_tokens)
-                if item.chunk.finish_reason == "abort":
-                    raise ReplicaLost("its engine aborted the request")
-                finished = item.chunk.finish_reason is not None
-                if finished:
-                    await self._state.wait_applied(item.replica, item.chunk.event_seq, READ_YOUR_WRITES_S)
-                yield RoutedChunk(item.replica, predicted, item.chunk)
-            if not finished:
-                raise ReplicaLost("the stream ended before the answer did")
-        finally:
-            if not finished:
-                responses.cancel()
-
-
-async def _replica_errors(responses: DeploymentResponseGenerator) -> AsyncIterator[ReplicaChunk]:
-    """The responses, with what Ray raises turned into ReplicaLost, ReplicaFull or ApiError."""
-    while True:
-        try:
-            item = await anext(responses)
-        except StopAsyncIteration:
+    async def _reroot(self, error: Exception) -> None:
+        """For the weights that the replicas have now; whoever was before us at the replica must have heard of them."""
+        self._reroots += 1
+        info = self._state.model(self._family)
+        if info is None or self._reroots > MAX_REROOTS:
+            raise _gone(error)
+        request = self._request
+        if info.weights_id == request.weights_id:
+            await asyncio.sleep(REROOT_S)
             return
-        except RayActorError as error:
-            raise ReplicaLost(type(error).__name__) from error
-        except RayTaskError as error:
-            raise _engine_error(error) from error
-        except asyncio.CancelledError as error:
-            # Serve also reports a call that was cancelled on the replica's side this way.
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise ReplicaLost("the replica cancelled the call") from error
-        yield item
+        root = generation_root(info.weights_id, "", request.salt)
+        hashes = tuple(hash_blocks(root, request.token_ids, info.block_size))
+        self._request = replace(request, weights_id=info.weights_id, hashes=hashes)
+
+    def _next_try(self, error: Exception, *, last: bool) -> None:
+        """For other replicas."""
+        request = self._request
+        lost = self._state.booked_on(request.request_id)
+        logger.warning(f"Request {request.request_id} lost replica {lost}, attempt {self._losses}: {error}")
+        if last:
+            raise _gone(error)
+        self._request = replace(request, avoid=request.avoid | {lost} if lost else request.avoid)
 
 
-def _engine_error(error: RayTaskError) -> ApiError | ReplicaLost | ReplicaFull:
-    # Ray raises an exception that is an instance of the original's class as well.
-    if isinstance(error, QueueFull):
-        return ReplicaFull(str(error.cause))
-    if isinstance(error, WrongModel):
-        return ReplicaLost("it has another model")
-    if isinstance(error, PromptTooLong):
-        return ApiError(400, str(error.cause), param="prompt", code="context_length_exceeded")
-    if isinstance(error, ValueError):
-        return ApiError(400, str(error.cause), code="invalid_value")
-    if isinstance(error, EngineFailed):
-        return ReplicaLost(type(error.cause).__name__)
-    return ApiError(500, "The engine failed on this request.", code="engine_failed", kind="server_error")
+def _gone(error: Exception) -> ApiError:
+    gone = ApiError(
+        503, "The replica went away while it answered; try again.", code="replica_lost", kind="server_error"
+    )
+    gone.__cause__ = error
+    return gone

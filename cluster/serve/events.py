@@ -1,36 +1,56 @@
-"""Keeps this process's block index in step with every replica: one pinned, streaming call to each.
+"""Follows every replica: one pinned, streaming call to each, with its events, its load and our requests' chunks.
 
-A subscription begins with a snapshot and goes on with events. The replica ends it after a while, because it would
-not notice our death; then the next one takes over where it ended. A gap or a failure empties the replica's copy
-until the next snapshot. When Serve takes a replica out of routing, or this process shuts down, the call is
-cancelled, so that a draining replica does not wait for us.
+A subscription begins with a snapshot. Ray keeps a few bytes of every item of a stream until it ends, so after RENEW_S
+another one takes over: the replica ends the old one when the new one has come, and each is read to its end, so nothing
+is lost between them. A gap in the block events asks for the same, for its snapshot.
+
+A stream that breaks off, or is silent for SILENT_S, may have lost chunks: our requests on that replica fail (and are
+tried elsewhere, if they may be), its copy in the index is emptied, and a new subscription begins.
+
+When Serve takes a replica out of routing, no new subscription can reach it. The present one goes on until our requests
+there are over, and ends then, so that the replica, which drains, does not wait for us.
 """
 
 import asyncio
 import contextlib
 import contextvars
 import logging
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from cluster.serve.messages import ReplicaTarget
+from cluster.serve.channel import Inbox, ReplicaLost
+from cluster.serve.messages import Subscription
 from cluster.serve.state import RoutingState
 
 logger = logging.getLogger("ray.serve")
 
+RENEW_S = 60.0
 RESUBSCRIBE_S = 0.2
+SILENT_S = 10.0
+
+
+class _Broken(Exception):
+    """The stream cannot be trusted any more."""
 
 
 class Subscriptions:
-    """One task per replica of `state`, for as long as the replica is routed to."""
+    """One task per replica of `state`, for as long as the replica is routed to, or works on a request of ours.
 
-    def __init__(self, handle: DeploymentHandle, state: RoutingState) -> None:
+    Args:
+        process: the Ray actor that we are, by which the replicas notice our death; None: we are none.
+    """
+
+    def __init__(self, handle: DeploymentHandle, state: RoutingState, inbox: Inbox, process: Any = None) -> None:
         self._subscribe = handle.options(method_name="subscribe", stream=True)
         self._state = state
+        self._inbox = inbox
+        self._process = process
         self._loop = asyncio.get_running_loop()
+        self._routed: set[str] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopped = False
 
@@ -50,44 +70,79 @@ class Subscriptions:
         self._loop.call_soon_threadsafe(self._sync)
 
     def _sync(self) -> None:
-        replicas = set() if self._stopped else set(self._state.replicas)
-        for replica in set(self._tasks) - replicas:
-            self._tasks.pop(replica).cancel()
-        for replica in replicas - set(self._tasks):
+        if self._stopped:
+            return
+        self._routed = set(self._state.replicas)
+        for replica in self._routed - set(self._tasks):
             # An empty context: Serve tells calls apart by the request they are made in, and these have none.
-            self._tasks[replica] = self._loop.create_task(self._follow(replica), context=contextvars.Context())
+            task = self._loop.create_task(self._follow(replica), context=contextvars.Context())
+            self._tasks[replica] = task
+            task.add_done_callback(partial(self._ended, replica))
+
+    def _ended(self, replica: str, _: object) -> None:
+        del self._tasks[replica]
+        if replica in self._routed:  # it is back
+            self._sync()
 
     async def _follow(self, replica: str) -> None:
-        while True:
+        while replica in self._routed:
             try:
-                kept = await self._follow_once(replica)
+                await self._follow_once(replica)
+            except (RayError, RayServeException, _Broken, TimeoutError) as error:
+                self._lose(replica, f"{type(error).__name__} {error}".splitlines()[0])
+            except asyncio.CancelledError:
+                # Ours ends this task; the replica's (it shuts down) only ends the call.
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                self._lose(replica, "the replica cancelled it")
             except Exception:
                 # Nobody awaits this task: what ended it would go unseen, and the replica unfollowed.
                 logger.exception(f"Subscription to replica {replica} failed.")
-                kept = False
-            if not kept:
-                self._state.lost_subscription(replica)
-                await asyncio.sleep(RESUBSCRIBE_S)
+                self._lose(replica, "a defect")
+            await asyncio.sleep(RESUBSCRIBE_S)
 
-    async def _follow_once(self, replica: str) -> bool:
-        """One subscription, from its snapshot to its end; False when events were or may have been lost."""
-        updates = cast(DeploymentResponseGenerator, self._subscribe.remote(ReplicaTarget(replica)))
-        ended = False
+    def _lose(self, replica: str, why: str) -> None:
+        logger.warning(f"Subscription to replica {replica} ended: {why}")
+        self._state.lost_subscription(replica)
+        for call in self._inbox.open_calls():
+            if replica in (call.replica, self._state.booked_on(call.request_id)):
+                call.fail(ReplicaLost("its subscription broke off"))
+
+    async def _follow_once(self, replica: str) -> None:
+        """A subscription and those that renew it; returns when the replica has left and our requests there are over."""
+        reading, renewal = self._open(replica, renews=False), None
+        number, renew_at = 0, self._loop.time() + RENEW_S
         try:
-            async for update in updates:
-                if not self._state.apply_update(replica, update):
-                    logger.warning(f"Events of replica {replica} were lost, or it has left.")
-                    return False
-            ended = True
-        except (RayError, RayServeException) as error:
-            logger.warning(f"Subscription to replica {replica} ended: {type(error).__name__}.")
-        except asyncio.CancelledError:
-            # Ours ends this task; the replica's (it shuts down) only ends the call.
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
+            async with asyncio.timeout(SILENT_S) as silence:
+                while True:
+                    async for update in reading:
+                        now = self._loop.time()
+                        silence.reschedule(now + SILENT_S)
+                        if update.number != number + 1 and update.snapshot is None:
+                            raise _Broken(f"item {update.number} came after {number}")
+                        number = update.number
+                        complete = self._state.apply_update(replica, update)
+                        self._inbox.take(replica, update)
+                        if replica not in self._routed:
+                            if not update.open_calls:
+                                return
+                        elif now >= renew_at or (not complete and renewal is None):
+                            _cancel(renewal)  # it has not come through for a whole period
+                            renewal, renew_at = self._open(replica, renews=True), now + RENEW_S
+                    if renewal is None:
+                        raise _Broken("the replica ended it")
+                    reading, renewal = renewal, None
         finally:
-            if not ended:
-                with contextlib.suppress(RayError, RayServeException):
-                    updates.cancel()
-        return ended
+            _cancel(reading)
+            _cancel(renewal)
+
+    def _open(self, replica: str, *, renews: bool) -> DeploymentResponseGenerator:
+        subscription = Subscription(replica, self._inbox.source, self._process, renews)
+        return cast(DeploymentResponseGenerator, self._subscribe.remote(subscription))
+
+
+def _cancel(stream: DeploymentResponseGenerator | None) -> None:
+    if stream is not None:
+        with contextlib.suppress(RayError, RayServeException):
+            stream.cancel()

@@ -12,6 +12,7 @@ import asyncio
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from ray import serve
@@ -21,8 +22,9 @@ from cluster.serve.access import Access
 from cluster.serve.answer import Answers
 from cluster.serve.api_error import ApiError
 from cluster.serve.autoscaling import Autoscaling
+from cluster.serve.channel import Inbox, ReplicaLost
 from cluster.serve.cost import CostCoefficients
-from cluster.serve.engine_client import EngineClient, ReplicaLost
+from cluster.serve.engine_client import EngineClient
 from cluster.serve.events import Subscriptions
 from cluster.serve.gate import Gate
 from cluster.serve.loopback import NodeOnlyServer
@@ -59,8 +61,10 @@ class Ingress:
         self._state = routing_state(serve.get_replica_context().app_name)
         self._state.set_coefficients(config.cost)
         self._model = ServedModel(config.served_name, config.family, Tokenizer.load(directory), self._state)
-        self._client = EngineClient(engines, self._state)
-        self._subscriptions = Subscriptions(engines, self._state)
+        inbox = Inbox(serve.get_replica_context().replica_id.unique_id)
+        self._client = EngineClient(engines, self._state, inbox, config.family)
+        process = ray.get_runtime_context().current_actor
+        self._subscriptions = Subscriptions(engines, self._state, inbox, process)
         self._subscriptions.start()
         self._options = IngressOptions()
         autoscaling = Autoscaling(self._state, lambda: self._options, _leads, ServeClient.of_this_cluster)

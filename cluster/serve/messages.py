@@ -1,6 +1,7 @@
 """What travels between the ingress, the router and the engine replicas. Plain data, no behaviour."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from llama.engine import BlockEvent, CacheSnapshot, Chunk, SamplingParams
 
@@ -13,6 +14,7 @@ class GenerateRequest:
     model that the prompt is for: during a redeployment replicas of two models run. `avoid` names replicas to use only
     if no other is left: those on which this request has already failed. `salt`, `priority` and `timeout_s` are the
     engine's. `source` is the ingress process that asks; `max_wait_s` is how long it may be until the first token.
+    `call` numbers the attempts of all requests of that process: chunks come back under it.
     """
 
     request_id: str
@@ -26,6 +28,7 @@ class GenerateRequest:
     timeout_s: float | None = None
     max_wait_s: float | None = None
     source: str = ""
+    call: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,20 @@ class ReplicaTarget:
     """A control call pinned to one replica (subscribe, flush): nobody else may answer it."""
 
     replica: str
+
+
+@dataclass(frozen=True)
+class Subscription(ReplicaTarget):
+    """Asks a replica for all that happens there, the chunks of this process's requests among it.
+
+    `source` names the asking process and `process` is its Ray actor, by which the replica notices its death (None: it
+    has none, and must say good-bye). `renews`: the stream before this one is read to its end, so nothing gets lost;
+    without it, the requests of `source` that run there end, for some of their chunks may have been.
+    """
+
+    source: str
+    process: Any = None
+    renews: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,10 @@ class ReplicaUpdate:
 
     The first carries `info`, `snapshot` and every admission whose prefill is not over. `admitted` are the requests
     that arrived, from whatever ingress; `prefilled` those whose prefill is over, or that ended before it was.
+
+    `number` counts the items of one ingress process at one replica, over renewals of its subscription, from 1.
+    `chunks` are what has been computed for requests of that process, each with its `GenerateRequest.call`; their block
+    events are in this item or were in one before. `open_calls`: requests of that process that are not over.
     """
 
     epoch: str
@@ -99,14 +120,9 @@ class ReplicaUpdate:
     info: ReplicaInfo | None = None
     admitted: tuple[Admission, ...] = ()
     prefilled: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ReplicaChunk:
-    """An engine chunk and where it comes from."""
-
-    replica: str
-    chunk: Chunk
+    number: int = 0
+    chunks: tuple[tuple[int, Chunk], ...] = ()
+    open_calls: int = 0
 
 
 class WrongModel(RuntimeError):
@@ -115,3 +131,7 @@ class WrongModel(RuntimeError):
 
 class WrongReplica(RuntimeError):
     """A pinned call reached another replica, because the one it names has left."""
+
+
+class NotFollowed(RuntimeError):
+    """A request's chunks cannot be delivered: its ingress has no subscription at this replica, or it broke."""

@@ -1,34 +1,38 @@
 """The engine deployment: one process, one `llama.engine.Engine`, and the calls the ingress makes to it.
 
-    generate    one request's tokens, as a stream; the caller's going away aborts it and frees its blocks
-    subscribe   the prefix cache from a snapshot onwards, and the load; a stream for each ingress process
-    flush_cache drops every reusable block
+    generate        works on one request and returns when it is over; cancelling the call aborts it and frees its blocks
+    subscribe       all that happens here, and the chunks of one ingress process's requests; a stream for each process
+    flush_cache     drops every reusable block
+    reconfigure     swaps the weights in place, when others are declared
 
-Calls that are meant for one replica carry its name and are refused elsewhere, as are requests for another model.
+Calls that are meant for one replica carry its name and are refused elsewhere, as are requests for other weights.
 """
 
 import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import ray
 import torch
 from ray import serve
+from ray.exceptions import RayError
+from torch import Tensor
 
 from cluster.serve.broadcast import Broadcast
 from cluster.serve.loopback import NodeOnlyServer
 from cluster.serve.messages import (
+    Admission,
     GenerateRequest,
-    ReplicaChunk,
     ReplicaInfo,
     ReplicaLoad,
     ReplicaTarget,
     ReplicaUpdate,
+    Subscription,
     WrongModel,
     WrongReplica,
 )
@@ -36,20 +40,23 @@ from cluster.serve.settings import EngineOptions
 from cluster.serve.weights import fetch_model, weights_id
 from cluster.session import node_folder
 from cluster.storage import Store
-from llama.engine import Chunk, Engine, EngineConfig, EngineFailed
+from llama.engine import Engine, EngineConfig, reusable_blocks
 from llama.hf import load_pretrained
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("ray.serve")
 
-HEARTBEAT_S = 0.5
-SUBSCRIPTION_S = 30.0
-COALESCE_S = 0.003
+PING_S = 1.0
+GONE_S = 10.0  # an ingress process that does not answer for so long is frozen, and its outbox only grows
 
 
 @dataclass(frozen=True)
 class ReplicaConfig:
-    """What a replica needs to start. `threads`: torch threads on the CPU."""
+    """What a replica needs to start. `threads`: torch threads on the CPU.
+
+    `stuck_after_s`: a step that takes longer will never end, and Serve replaces the replica; a long prefill on a slow
+    machine must stay below it.
+    """
 
     model: str
     family: str
@@ -57,6 +64,7 @@ class ReplicaConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int = 1
     use_gpu: bool = False
+    stuck_after_s: float = 120.0
 
 
 class EngineReplica:
@@ -64,16 +72,16 @@ class EngineReplica:
 
     def __init__(self, config: ReplicaConfig) -> None:
         self._server = NodeOnlyServer()
+        self._config = config
         torch.set_num_threads(config.threads)
         started = time.monotonic()
         directory = fetch_model(config.model, node_folder("models"))
         device = _device(config.use_gpu)
         model = load_pretrained(directory, dtype=getattr(torch, config.dtype)).to(device)
-        self._config = config
         self._engine = Engine(model, Tokenizer.load(directory), config.engine, weights_id=weights_id(directory))
-        self._broadcast = Broadcast(self._engine)
+        self._broadcast = Broadcast(self._engine, self._load, self._current_info)
         self._engine.on_events = self._broadcast.notify
-        self._failure: EngineFailed | None = None
+        self._draining = False
         self._name = serve.get_replica_context().replica_id.unique_id
         self._info = ReplicaInfo(
             replica=self._name,
@@ -89,39 +97,62 @@ class EngineReplica:
         )
         logger.info(f"Engine of {Store(config.model)} ready in {time.monotonic() - started:.1f} s on {device}.")
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[ReplicaChunk]:
-        """Streams a request's chunks; closing it aborts the request.
+    async def generate(self, request: GenerateRequest) -> None:
+        """Works on a request until it is over; its chunks go into the asking process's subscription.
 
-        Raises WrongModel, and what `Engine.stream` raises.
+        Raises WrongModel, NotFollowed, and what `Engine.add_request` raises.
         """
-        if request.weights_id != self._info.weights_id:
-            raise WrongModel(f"this is a replica of model {self._info.weights_id}, not {request.weights_id}")
-        stream = self._engine.stream(request.token_ids, request.params, request_id=request.request_id)
+        if request.weights_id != self._engine.weights_id:
+            raise WrongModel(f"this replica has the weights {self._engine.weights_id}, not {request.weights_id}")
+        await self._engine.prepare(request.params)
+        answer = await self._broadcast.begin(request)
         try:
-            async with aclosing(cast(AsyncGenerator[Chunk, None], stream)) as chunks:
-                async for chunk in chunks:
-                    yield ReplicaChunk(self._name, chunk)
-        except EngineFailed as error:
-            self._failure = error
-            raise
-
-    async def subscribe(self, target: ReplicaTarget) -> AsyncIterator[ReplicaUpdate]:
-        """A snapshot, then events as they come, and the load at least every HEARTBEAT_S.
-
-        Ends after SUBSCRIPTION_S, for the subscriber to come again: Ray does not tell us when its process has died,
-        and a stream that nobody reads would keep this replica from draining.
-        """
-        self._check(target)
-        subscriber, snapshot = self._broadcast.subscribe()
-        try:
-            yield ReplicaUpdate(snapshot.epoch, self._load(), snapshot=snapshot, info=self._info)
-            deadline = time.monotonic() + SUBSCRIPTION_S
-            while time.monotonic() < deadline:
-                events = await subscriber.take(HEARTBEAT_S)
-                yield ReplicaUpdate(snapshot.epoch, self._load(), events=tuple(events))
-                await asyncio.sleep(COALESCE_S)
+            cached = self._cached_blocks(request)
+            self._engine.add_request(
+                request.token_ids,
+                request.params,
+                request_id=answer.name,
+                salt=request.salt,
+                priority=request.priority,
+                timeout_s=request.timeout_s,
+                sink=self._broadcast.sink(answer),
+            )
+            missing = len(request.token_ids) - cached * self._config.engine.block_size
+            self._broadcast.admit(Admission(request.request_id, missing, request.hashes[cached:]))
+            await answer.done
         finally:
-            self._broadcast.unsubscribe(subscriber)
+            self._engine.abort(answer.name)
+            self._broadcast.end(answer)
+
+    def _cached_blocks(self, request: GenerateRequest) -> int:
+        """Leading blocks of its prompt that it need not compute."""
+        if request.params.prompt_logprobs is not None:
+            return 0
+        most = reusable_blocks(len(request.token_ids), self._config.engine.block_size)
+        return self._engine.cached_blocks(request.hashes[:most])
+
+    async def subscribe(self, subscription: Subscription) -> AsyncIterator[ReplicaUpdate]:
+        """See `Broadcast.follow`. Ends as well when the asking process has died, which Ray does not tell us."""
+        self._check(subscription)
+        watch = None
+        if subscription.process is not None:
+            watch = asyncio.create_task(self._leave_with(subscription))
+        try:
+            async with aclosing(self._broadcast.follow(subscription)) as updates:
+                async for update in updates:
+                    yield update
+        finally:
+            if watch is not None:
+                watch.cancel()
+
+    async def _leave_with(self, subscription: Subscription) -> None:
+        try:
+            while True:
+                await asyncio.sleep(PING_S)
+                await asyncio.wait_for(subscription.process.__ray_ready__.remote(), GONE_S)
+        except (RayError, TimeoutError) as error:
+            logger.warning(f"Ingress {subscription.source} is gone ({type(error).__name__}); its requests end.")
+            self._broadcast.leave(subscription.source)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's call when the replica starts, and when other options are declared (see cluster/serve/declaration.py);
@@ -132,11 +163,12 @@ class EngineReplica:
         options = EngineOptions(**user_config)
         directory = await asyncio.to_thread(fetch_model, options.model, node_folder("models"))
         name = await asyncio.to_thread(weights_id, directory)
-        if name != self._info.weights_id:
+        if name != self._engine.weights_id:
             model = await asyncio.to_thread(load_pretrained, directory, getattr(torch, self._config.dtype))
-            await asyncio.wrap_future(self._engine.load_weights(model.state_dict(), weights_id=name))
+            await self._swap(model.state_dict(), name)
             logger.info(f"Weights of {Store(options.model)} are in place of those of {Store(self._info.model)}.")
-        self._info = replace(self._info, model=options.model, weights_id=name)
+        self._info = replace(self._current_info(), model=options.model)
+        self._broadcast.touch()
 
     async def flush_cache(self, target: ReplicaTarget) -> int:
         """Drops every reusable block; returns the sequence number of the event that says so."""
@@ -144,15 +176,34 @@ class EngineReplica:
         self._engine.flush_cache()
         return self._engine.event_seq
 
-    def check_health(self) -> None:
-        """Serve's probe. Raises once the engine's step loop has died; Serve then replaces the replica."""
+    async def _swap(self, weights: Mapping[str, Tensor], name: str) -> None:
+        swap = self._engine.load_weights(weights, weights_id=name)
+        self._draining = True
+        self._broadcast.touch()
+        loop = asyncio.get_running_loop()
+        swap.add_done_callback(lambda _: loop.call_soon_threadsafe(self._swapped))
+        await asyncio.wrap_future(swap)
+
+    def _swapped(self) -> None:
+        self._draining = False
+        self._broadcast.touch()
+
+    async def check_health(self) -> None:
+        """Serve's probe, on the event loop, so that a loop that is stuck does not answer.
+
+        Raises EngineFailed: a step failed or does not end. Serve then replaces the replica.
+        """
         self._server.check()
-        if self._failure is not None:
-            raise self._failure
+        self._engine.check_health(self._config.stuck_after_s)
 
     def _check(self, target: ReplicaTarget) -> None:
         if target.replica != self._name:
             raise WrongReplica(f"this is replica {self._name}, not {target.replica}, which has left")
+
+    def _current_info(self) -> ReplicaInfo:
+        if self._info.weights_id != self._engine.weights_id:
+            self._info = replace(self._info, weights_id=self._engine.weights_id)
+        return self._info
 
     def _load(self) -> ReplicaLoad:
         stats = self._engine.stats()
@@ -166,6 +217,7 @@ class EngineReplica:
             cached_tokens=stats.cached_tokens,
             generated_tokens=stats.generated_tokens,
             preemptions=stats.preemptions,
+            draining=self._draining,
         )
 
 

@@ -2,23 +2,34 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from cluster.serve import engine_client
 from cluster.serve.api_error import ApiError
+from cluster.serve.channel import Inbox
 from cluster.serve.engine_client import EngineClient
-from cluster.serve.messages import GenerateRequest, ReplicaChunk, ReplicaLoad, ReplicaUpdate, WrongModel
+from cluster.serve.messages import (
+    GenerateRequest,
+    NotFollowed,
+    ReplicaInfo,
+    ReplicaLoad,
+    ReplicaUpdate,
+    WrongModel,
+)
 from cluster.serve.state import RoutingState
 from llama.engine import (
-    BlocksStored,
     CacheSnapshot,
     Chunk,
     EngineFailed,
     PromptTooLong,
     QueueFull,
     SamplingParams,
+    generation_root,
+    hash_blocks,
 )
 
 LOAD = ReplicaLoad(0, 0, 100, 0, 0, 0, 0, 0, 0)
@@ -29,7 +40,7 @@ def _chunk(n: int, reason: str | None = None, event_seq: int = 0) -> Chunk:
 
 
 def _whole(replica: str) -> list:
-    return [ReplicaChunk(replica, _chunk(n, "stop" if n == 2 else None)) for n in range(3)]
+    return [_chunk(n, "stop" if n == 2 else None) for n in range(3)]
 
 
 def _task_error(error: Exception) -> Exception:
@@ -38,19 +49,21 @@ def _task_error(error: Exception) -> Exception:
 
 @dataclass
 class _Response:
+    """A generate call: its chunks go to the inbox first, then it returns, or raises the exception among them."""
+
     items: list
+    deliver: Callable[[Chunk], None]
     cancelled: bool = False
+    hangs: bool = False
 
-    def __aiter__(self):
-        return self
-
-    async def __anext__(self):
-        if not self.items:
-            raise StopAsyncIteration
-        item = self.items.pop(0)
-        if isinstance(item, BaseException):
-            raise item
-        return item
+    def __await__(self):
+        for item in self.items:
+            yield from asyncio.sleep(0).__await__()
+            if isinstance(item, BaseException):
+                raise item
+            self.deliver(item)
+        while self.hangs and not self.cancelled:
+            yield from asyncio.sleep(0.001).__await__()
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -61,25 +74,39 @@ class _Engines:
     """Stands for the deployment handle: routes with the real state, answers what the script says."""
 
     state: RoutingState
+    inbox: Inbox
     script: Callable[[str, int], list]
+    hangs: bool = False
+    requests: list[GenerateRequest] = field(default_factory=list)
     responses: list[_Response] = field(default_factory=list)
 
-    def options(self, *, method_name: str, stream: bool = False) -> "_Engines":
+    def options(self, *, method_name: str) -> "_Engines":
         return self
 
     def remote(self, request: GenerateRequest) -> _Response:
         chosen = self.state.select(request, self.state.replicas)[0]
-        self.responses.append(_Response(self.script(chosen, len(self.responses))))
+        items = self.script(chosen, len(self.responses))
+
+        def deliver(chunk: Chunk) -> None:
+            self.inbox.take(chosen, ReplicaUpdate("e", LOAD, chunks=((request.call, chunk),)))
+
+        self.requests.append(request)
+        self.responses.append(_Response(items, deliver, hangs=self.hangs))
         return self.responses[-1]
 
 
-def _setup(script: Callable[[str, int], list]) -> tuple[EngineClient, _Engines, RoutingState]:
+def _setup(script: Callable[[str, int], list], *, hangs: bool = False) -> tuple[EngineClient, _Engines, RoutingState]:
     state = RoutingState()
     state.set_replicas(["a", "b", "c"])
     for replica in ("a", "b", "c"):
-        state.apply_update(replica, ReplicaUpdate("e", LOAD, snapshot=CacheSnapshot("e", 0, ())))
-    engines = _Engines(state, script)
-    return EngineClient(engines, state), engines, state
+        state.apply_update(replica, ReplicaUpdate("e", LOAD, snapshot=CacheSnapshot("e", 0, ()), info=_info(replica)))
+    inbox = Inbox("me")
+    engines = _Engines(state, inbox, script, hangs)
+    return EngineClient(engines, state, inbox, "family"), engines, state  # type: ignore[arg-type]
+
+
+def _info(replica: str, weights_id: str = "w") -> ReplicaInfo:
+    return ReplicaInfo(replica, 1, "node", weights_id, 100, 64, 16, 100, "family")
 
 
 def _request() -> GenerateRequest:
@@ -107,10 +134,9 @@ def test_chunks_arrive_in_order_and_nothing_is_left():
     [
         ActorDiedError(),
         _task_error(EngineFailed("step")),
-        _task_error(WrongModel("another")),
+        _task_error(NotFollowed("gone")),
         _task_error(QueueFull("full")),
         asyncio.CancelledError(),
-        None,
     ],
     ids=repr,
 )
@@ -119,7 +145,7 @@ def test_a_replica_lost_before_the_first_chunk_is_replaced_by_one_not_tried_yet(
 
     def script(replica: str, n: int) -> list:
         chosen.append(replica)
-        return ([] if loss is None else [loss]) if n < 2 else _whole(replica)
+        return [loss] if n < 2 else _whole(replica)
 
     client, _, state = _setup(script)
     items = asyncio.run(_stream(client))
@@ -192,7 +218,7 @@ def test_full_queues_do_not_use_up_the_attempts_that_lost_replicas_have():
 
 
 def test_a_client_that_goes_away_aborts_the_request_and_frees_its_booking():
-    client, engines, state = _setup(lambda replica, n: _whole(replica))
+    client, engines, state = _setup(lambda replica, n: _whole(replica)[:2], hangs=True)
 
     async def leave_early() -> None:
         chunks = client.stream(_request())
@@ -206,38 +232,123 @@ def test_a_client_that_goes_away_aborts_the_request_and_frees_its_booking():
 
 def test_cancelling_the_task_is_not_taken_for_a_lost_replica():
     async def run() -> None:
-        class _Hanging(_Response):
-            async def __anext__(self):
-                await asyncio.sleep(60)
-
-        client, engines, state = _setup(lambda replica, n: [])
-        hanging = _Hanging([])
-        engines.remote = lambda request: (state.select(request, state.replicas), hanging)[1]  # type: ignore[assignment]
+        client, engines, state = _setup(lambda replica, n: [], hangs=True)
         task = asyncio.create_task(client.complete(_request()))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert hanging.cancelled and _outstanding(state) == 0
+        assert len(engines.responses) == 1 and engines.responses[0].cancelled and _outstanding(state) == 0
 
     asyncio.run(run())
 
 
-def test_the_last_chunk_waits_for_the_requests_own_events():
+def test_every_completion_of_a_request_is_waited_for_and_each_ends_once():
+    def script(replica: str, n: int) -> list:
+        return [replace(_chunk(k, "stop" if k > 1 else None), index=k % 2) for k in range(4)]
+
+    client, _, _ = _setup(script)
+    request = replace(_request(), params=SamplingParams(n=2))
+    items = asyncio.run(client.complete(request))
+    assert [(item.chunk.index, item.chunk.finish_reason) for item in items] == [
+        (0, None),
+        (1, None),
+        (0, "stop"),
+        (1, "stop"),
+    ]
+
+
+def test_a_call_that_returns_without_its_last_chunk_counts_as_lost(monkeypatch):
+    monkeypatch.setattr(engine_client, "LATE_S", 0.02)
+    client, engines, _ = _setup(lambda replica, n: _whole(replica)[: 2 if n == 0 else 3])
+    assert len(asyncio.run(client.complete(_request()))) == 3
+    assert len(engines.responses) == 2
+
+
+def test_chunks_of_an_attempt_given_up_do_not_reach_the_next():
+    client, engines, _ = _setup(lambda replica, n: [_chunk(7), ActorDiedError()] if n == 0 else [])
+
+    async def run() -> list:
+        task = asyncio.create_task(client.complete(_request()))
+        while len(engines.responses) < 2:
+            await asyncio.sleep(0.001)
+        engines.responses[0].deliver(_chunk(8))
+        for chunk in _whole("?"):
+            engines.responses[1].deliver(chunk)
+        return await task
+
+    assert [item.chunk.text for item in asyncio.run(run())] == ["t0", "t1", "t2"]
+    assert [request.call for request in engines.requests] == [1, 2]
+    assert {request.source for request in engines.requests} == {"me"}
+
+
+def test_a_request_for_weights_that_are_gone_is_made_anew_for_those_that_are_there():
+    def script(replica: str, n: int) -> list:
+        if n == 2:  # its replica's own news come a little later
+            for name in ("a", "b", "c"):
+                update = ReplicaUpdate("e", LOAD, info=_info(name, "new"))
+                engines.state.apply_update(name, update)
+        return _whole(replica) if n == 4 else [_task_error(WrongModel("new"))]
+
+    client, engines, state = _setup(script)
+    request = replace(_request(), salt="tenant")
+    assert len(asyncio.run(client.complete(request))) == 3
+    assert [request.weights_id for request in engines.requests] == ["w", "w", "w", "new", "new"]
+    hashes = tuple(hash_blocks(generation_root("new", "", "tenant"), range(40), 16))
+    assert engines.requests[-1].hashes == hashes != engines.requests[0].hashes
+    assert _outstanding(state) == 0
+
+
+def test_weights_of_another_family_are_not_asked():
+    client, engines, state = _setup(lambda replica, n: [_task_error(WrongModel("new"))])
+    for name in ("a", "b", "c"):
+        state.apply_update(name, ReplicaUpdate("e", LOAD, info=replace(_info(name, "new"), family="another")))
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(client.complete(_request()))
+    assert caught.value.code == "replica_lost" and len(engines.requests) == 1
+
+
+def test_who_would_wait_too_long_is_told_at_once_when_to_come_again(monkeypatch):
+    client, engines, state = _setup(lambda replica, n: _whole(replica))
+    monkeypatch.setattr(state, "predicted_wait_s", lambda request: 3.0)
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(client.complete(replace(_request(), max_wait_s=2.0)))
+    assert (caught.value.status, caught.value.retry_after_s) == (429, 1.0)
+    assert engines.requests == [] and _outstanding(state) == 0
+    assert len(asyncio.run(client.complete(replace(_request(), max_wait_s=3.0)))) == 3
+
+
+def test_another_attempt_has_only_the_time_that_is_left():
+    def script(replica: str, n: int) -> list:
+        return _whole(replica) if n == 1 else [_task_error(EngineFailed("step"))]
+
+    client, engines, _ = _setup(script)
+    asyncio.run(client.complete(replace(_request(), timeout_s=5.0)))
+    first, second = (request.timeout_s for request in engines.requests)
+    assert 4 < second < first <= 5
+
+
+def test_a_request_that_no_replica_takes_ends_in_its_time(monkeypatch):
+    monkeypatch.setattr(engine_client, "LATE_S", 0.01)
+    client, engines, state = _setup(lambda replica, n: [], hangs=True)
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(client.complete(replace(_request(), timeout_s=0.02)))
+    assert caught.value.status == 504 and engines.responses[0].cancelled and _outstanding(state) == 0
+
+
+def test_each_call_is_made_in_a_context_of_its_own():
+    outer: ContextVar[str] = ContextVar("outer", default="none")
+    seen = []
+
+    def script(replica: str, n: int) -> list:
+        seen.append(outer.get())
+        return _whole(replica)
+
+    client, _, _ = _setup(script)
+
     async def run() -> None:
-        def script(replica: str, n: int) -> list:
-            return [ReplicaChunk(replica, _chunk(0)), ReplicaChunk(replica, _chunk(1, "stop", event_seq=1))]
-
-        client, _, state = _setup(script)
-        chunks = client.stream(_request())
-        first = await anext(chunks)
-        last = asyncio.ensure_future(anext(chunks))
-        await asyncio.sleep(0.02)
-        assert not last.done()
-        state.apply_update(first.replica, ReplicaUpdate("e", LOAD, (BlocksStored(1, _request().hashes),)))
-        assert (await last).chunk.finish_reason == "stop"
-        state.begin("r")
-        ranking = state.select(_request(), state.replicas)
-        assert ranking[0] == first.replica and state.placed(_request(), first.replica) == 32
+        outer.set("the HTTP request")
+        await asyncio.gather(client.complete(_request()), client.complete(replace(_request(), request_id="s")))
 
     asyncio.run(run())
+    assert seen == ["none", "none"]
