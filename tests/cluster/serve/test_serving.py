@@ -1,6 +1,5 @@
 """The whole of serving on a local cluster: one Ray, one application, the real `openai` client."""
 
-import logging
 import os
 import signal
 import socket
@@ -15,10 +14,8 @@ import httpx
 import openai
 import pytest
 import ray
-from ray._private import ray_constants
 
 from cluster import processes
-from cluster.head import prepare_environment
 from cluster.serve import control
 from cluster.serve.checks import check_port_free
 from cluster.serve.errors import DeployFailed, NotDeployed, PortTaken, ServeError
@@ -26,50 +23,19 @@ from cluster.serve.request_body import MAX_BODY_BYTES
 from cluster.serve.settings import AppArgs
 from cluster.serve.view import Endpoint
 from cluster.session import ray_processes
+from tests.cluster.serve.local_ray import local_ray
 from tests.cluster.serve.tiny_model import save_tiny_model
+from tests.conftest import find_free_port
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[3]
 MODEL = "tiny"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[str]:
-    """A Ray of our own, with fake GPUs; yields the dashboard's URL."""
-    folder = tmp_path_factory.mktemp("serving")
-    with pytest.MonkeyPatch.context() as patch:
-        # Not in the repository: Ray's processes must find our packages because they are shipped, not by accident.
-        patch.chdir(folder)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)  # put back at the end
-        prepare_environment(loopback=True)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        port = _free_port()
-        ray.init(
-            address="local",
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=port,
-            num_cpus=2,
-            num_gpus=3,
-            resources={"accelerator_type:T4": 1},
-            runtime_env={"py_modules": [str(ROOT / package) for package in ("llama", "cluster")]},
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            ray.shutdown()
+    with local_ray(tmp_path_factory.mktemp("serving")) as dashboard_url:
+        yield dashboard_url
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +53,7 @@ def args(cluster, tmp_path_factory) -> AppArgs:
 @pytest.fixture(scope="module")
 def endpoint(cluster, args) -> Endpoint:
     return control.deploy(
-        args, replicas=2, dashboard_url=cluster, runtime_env=control.shipped_runtime_env(), port=_free_port()
+        args, replicas=2, dashboard_url=cluster, runtime_env=control.shipped_runtime_env(), port=find_free_port()
     )
 
 
@@ -336,7 +302,7 @@ def test_deploying_the_same_again_and_scaling_keep_processes_and_caches(cluster,
         control.check_can_deploy(cluster, port, replace=False)
     control.check_can_deploy(cluster, port, replace=True)
     with pytest.raises(PortTaken, match="Serve already listens"):
-        control.deploy(args, replicas=2, dashboard_url=cluster, port=_free_port())
+        control.deploy(args, replicas=2, dashboard_url=cluster, port=find_free_port())
 
     control.scale(3, dashboard_url=cluster)
     after = _replicas(http)
@@ -446,7 +412,7 @@ def test_what_cannot_start_is_told_in_one_line_and_removed(cluster, args, tmp_pa
             replicas=1,
             dashboard_url=cluster,
             runtime_env=control.shipped_runtime_env(),
-            port=_free_port(),
+            port=find_free_port(),
         )
     assert "\n" not in str(caught.value)
     with pytest.raises(NotDeployed):
