@@ -14,10 +14,10 @@ A real Serve, a tiny random model, the `openai` client with its default retries.
     proxy        kill -9 of Serve's HTTP proxy
 
 Every answer is compared with what one engine alone gives (greedy, for the weights of either generation). No request
-that is not a stream may be lost. Streams may break only where the process that was killed served them, after their first
-token, and with an error event, unless it is the ingress or the proxy that dies: then nobody is left to send one. In the
-end the router's index must hold just what the replicas' caches hold. Prints the counts; exits with 1 when a claim
-fails.
+that is not a stream may be lost. Streams may break only where the process that was killed served them, after their
+first token, and with an error event, unless it is the ingress or the proxy that dies: then nobody is left to send one.
+In the end the router's index must hold just what the replicas' caches hold. Prints the counts; exits with 1 when a
+claim fails.
 """
 
 from __future__ import annotations

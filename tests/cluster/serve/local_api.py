@@ -59,7 +59,7 @@ def routing_state(directory: str, vocab_size: int, max_seq_len: int) -> RoutingS
     """One replica that has told of itself."""
     state = RoutingState()
     state.set_replicas(["replica-1"])
-    info = ReplicaInfo("replica-1", 1, "node", directory, vocab_size, max_seq_len, 16, 512)
+    info = ReplicaInfo("replica-1", 1, "node", directory, vocab_size, max_seq_len, 16, 512, "family")
     load = ReplicaLoad(0, 0, 512, 0, 0, 0, 0, 0, 0)
     state.apply_update("replica-1", ReplicaUpdate("e", load, snapshot=CacheSnapshot("e", 0, ()), info=info))
     return state
@@ -76,7 +76,7 @@ class LocalApi:
         self.app = FastAPI(title="Caravan")
         state = routing_state("w", model.config.vocab_size, model.config.max_seq_len)
         self.answers = Answers(cast(Any, self.engine))
-        add_openai_routes(self.app, ServedModel(MODEL, "w", self.tokenizer, state), self.answers)
+        add_openai_routes(self.app, ServedModel(MODEL, "family", self.tokenizer, state), self.answers)
         access = Access()
         access.set(None)
         self.app.add_middleware(Gate, access=access)

@@ -36,7 +36,7 @@ class _Tokenizer:
 
 def _model() -> tuple[ServedModel, _Tokenizer]:
     tokenizer = _Tokenizer()
-    return ServedModel("m", "w", tokenizer, routing_state("w", 100, MAX_SEQ_LEN)), tokenizer  # type: ignore[arg-type]
+    return ServedModel("m", "family", tokenizer, routing_state("w", 100, MAX_SEQ_LEN)), tokenizer  # type: ignore[arg-type]
 
 
 def _encode(model: ServedModel, text: str, chat: bool) -> list[int]:
@@ -58,17 +58,17 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised_and_long_ones_
 def test_a_request_waits_for_a_replica_of_its_own_model(monkeypatch):
     monkeypatch.setattr(served_model, "FIRST_REPLICA_TIMEOUT_S", 0.02)
     model, _ = _model()
-    model.weights_id = "other"
+    model.family = "other"
     with pytest.raises(ApiError) as caught:
         _encode(model, "x", chat=False)
     assert (caught.value.status, caught.value.code) == (503, "no_replica")
-    model.weights_id = "w"
+    model.family = "family"
     assert _encode(model, "x", chat=False) == [1]
 
 
 def test_a_replica_that_comes_is_found():
     state = RoutingState()
-    model = ServedModel("m", "w", TOKENIZER, state)
+    model = ServedModel("m", "family", TOKENIZER, state)
 
     async def run() -> str:
         task = asyncio.create_task(model.info())
