@@ -53,6 +53,7 @@ def deploy(
     origins or --max-wait-s differ; else it is restarted, unless --update says to keep everything but the weights.
     """
     from cluster.serve import control
+    from cluster.serve.keys import check_keys
     from cluster.serve.settings import IngressOptions
     from pipelines.deploy import app_args
     from pipelines.recipe import ServeConfig, validated
@@ -87,7 +88,7 @@ def deploy(
         validated(
             IngressOptions,
             {
-                "api_keys": api_key_file,
+                "api_keys": None if api_key_file is None else check_keys(api_key_file),
                 "cors_origins": tuple(cors_origin or ()),
                 "max_wait_s": max_wait_s,
                 "min_replicas": least,

@@ -28,7 +28,7 @@ class ChatCompletions:
         limit = body.token_limit or info.max_seq_len - len(token_ids)
         params = body.sampling(limit, (body.top_logprobs or 0) if body.logprobs else None)
         name = unique_name(http)
-        requests = generate_requests(http, name, [token_ids], params, body, info)
+        requests = generate_requests(http, name, [token_ids], params, body, info, self._model.max_wait_s)
         wishes = Wishes(
             n=body.n, logprobs=body.logprobs, usage=body.include_usage, continuous_usage=body.continuous_usage
         )

@@ -25,7 +25,8 @@ class Completions:
         prompts = [await self._token_ids(prompt) for prompt in body.prompts]
         params = body.sampling(max(1, body.max_tokens), body.logprobs, _prompt_logprobs(body))
         name = unique_name(http)
-        requests = generate_requests(http, name, prompts, params, body, await self._model.info())
+        info = await self._model.info()
+        requests = generate_requests(http, name, prompts, params, body, info, self._model.max_wait_s)
         wishes = Wishes(
             prompts=len(prompts),
             n=body.n,

@@ -13,12 +13,14 @@ from urllib.parse import urlsplit
 from cluster.serve.checks import LOOPBACK, check_port, check_room, proxy_listens
 from cluster.serve.declaration import declaration, declared_args, declared_engine, with_model, without_autoscaling
 from cluster.serve.errors import DeployFailed, NotDeployed, ServeError, last_line
+from cluster.serve.keys import check_exposure, check_keys
 from cluster.serve.settings import APP_NAME, ENGINE_DEPLOYMENT, AppArgs, EngineOptions, IngressOptions
 from cluster.serve.view import (
     AppStatus,
     Endpoint,
     declared,
     endpoint_of,
+    followed,
     reason,
     replicas_of,
     routing,
@@ -90,15 +92,18 @@ def deploy(
         timeout_s: for everything to be up.
 
     Raises:
-        ModelNotFound, NoRoom, PortTaken: before anything is started.
+        ModelNotFound, KeysError, NoRoom, PortTaken: before anything is started.
         DeployFailed: with the reason.
-        ServeError: the dashboard does not answer.
+        ServeError: the dashboard does not answer; a host beyond loopback and no keys.
 
     However it is left other than by returning, an application that was not there before is removed again.
     """
+    check_exposure(host, args.api_keys)
     if urlsplit(dashboard_url).hostname in LOOPBACK:
         # The cluster is here, so what it would find can be told at once.
         check_model(args.model)
+        if args.api_keys is not None:
+            check_keys(args.api_keys)
     client = _connect(dashboard_url)
     details = client.details()
     check_port(details, host, port)
@@ -280,7 +285,7 @@ def _wait_until_serving(client: "ServeClient", endpoint: Endpoint, replicas: int
         wanted = replicas or target_replicas(details) or 1
         listed = replicas_of(app)
         states = [replica.state for replica in listed]
-        seen = routing(endpoint) if app["status"] == "RUNNING" and states == ["RUNNING"] * wanted else None
+        seen = followed(endpoint) if app["status"] == "RUNNING" and states == ["RUNNING"] * wanted else None
         if seen is not None and sum(entry["fresh"] for entry in seen) == len(seen) == wanted:
             _check_port_is_ours(endpoint, {replica.replica for replica in listed})
             return
@@ -299,6 +304,6 @@ def _check_port_is_ours(endpoint: Endpoint, replicas: set[str]) -> None:
     kernel deals out new connections among all who listen.
     """
     for _ in range(_PORT_PROBES):
-        answering = {entry["replica"] for entry in routing(endpoint) or []}
+        answering = {entry["replica"] for entry in followed(endpoint) or []}
         if answering and not answering & replicas:
             raise DeployFailed(f"another endpoint answers at {endpoint.url} too; undeploy that, or choose another port")

@@ -23,8 +23,9 @@ def generate_requests(
     params: SamplingParams,
     body: SamplingRequest,
     info: ReplicaInfo,
+    max_wait_s: float | None = None,
 ) -> list[GenerateRequest]:
-    """One for each prompt; of several, each has its number in its id.
+    """One for each prompt; of several, each has its number in its id. `max_wait_s`: where the body does not say.
 
     Raises ApiError: 403 and 429, where the caller may not ask for so much.
     """
@@ -42,7 +43,7 @@ def generate_requests(
             salt=caller.salt,
             priority=priority,
             timeout_s=body.timeout_s,
-            max_wait_s=body.max_wait_s,
+            max_wait_s=max_wait_s if body.max_wait_s is None else body.max_wait_s,
         )
         for number, token_ids in enumerate(prompts)
     ]

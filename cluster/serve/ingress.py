@@ -56,7 +56,6 @@ class Ingress:
     def __init__(self, config: IngressConfig, engines: DeploymentHandle) -> None:
         self._server = NodeOnlyServer()
         self._access = Access(lambda: serve.get_replica_context().world_size)
-        self._access.set(None)
         directory = fetch_model(config.model, node_folder("models"))
         self._state = routing_state(serve.get_replica_context().app_name)
         self._state.set_coefficients(config.cost)
@@ -68,16 +67,24 @@ class Ingress:
         self._subscriptions.start()
         self._options = IngressOptions()
         autoscaling = Autoscaling(self._state, lambda: self._options, _leads, ServeClient.of_this_cluster)
-        self._autoscaling = asyncio.get_running_loop().create_task(autoscaling.run())
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(autoscaling.run()), loop.create_task(self._access.follow())]
 
     async def __del__(self) -> None:
         """Serve's shutdown hook: the replicas, which drain after us, must not wait for our subscriptions."""
-        self._autoscaling.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._subscriptions.stop()
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve's call when the ingress starts, and when other options are declared."""
-        self._options = IngressOptions(**user_config)
+        """Serve's call when the ingress starts, before it is asked anything, and when other options are declared.
+
+        Raises KeysError when the file of keys cannot be read.
+        """
+        options = IngressOptions(**user_config)
+        self._access.set(options.api_keys, options.cors_origins)
+        self._model.max_wait_s = options.max_wait_s
+        self._options = options
 
     def check_health(self) -> None:
         """Serve's probe."""
@@ -95,11 +102,10 @@ class Ingress:
     # -- the operator's endpoints --------------------------------------------------------------------------
 
     async def ready(self) -> Response:
-        """200 when every replica that Serve routes to is followed, 503 before that."""
-        replicas = self._state.status()
-        fresh = sum(status.fresh for status in replicas)
-        ready = bool(replicas) and fresh == len(replicas)
-        return JSONResponse({"ready": ready, "replicas": len(replicas), "fresh": fresh}, 200 if ready else 503)
+        """200 when every replica that Serve routes to is followed, 503 before that. Nobody needs a key for it."""
+        replicas = [{"replica": status.replica, "fresh": status.fresh} for status in self._state.status()]
+        ready = bool(replicas) and all(entry["fresh"] for entry in replicas)
+        return JSONResponse({"ready": ready, "replicas": replicas}, 200 if ready else 503)
 
     async def replicas(self) -> Response:
         """Every replica as this ingress sees it: process, load, cached blocks, freshness of its event feed."""

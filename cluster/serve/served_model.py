@@ -26,6 +26,7 @@ class ServedModel:
     def __init__(self, name: str, family: str, tokenizer: Tokenizer, state: RoutingState) -> None:
         self.name = name
         self.family = family
+        self.max_wait_s: float | None = None  # of requests that do not say how long they may wait
         self.tokens = TokenText(tokenizer)
         self.created = int(time.time())
         self._tokenizer = tokenizer

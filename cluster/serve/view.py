@@ -72,13 +72,26 @@ def replicas_of(app: dict[str, Any]) -> list[ReplicaProcess]:
     ]
 
 
-def routing(endpoint: Endpoint) -> list[dict[str, Any]] | None:
-    """The replicas as one of the ingress processes sees them; None when none answers."""
+def followed(endpoint: Endpoint) -> list[dict[str, Any]] | None:
+    """Which replicas one of the ingress processes knows, and whether it hears them (`replica`, `fresh`); it needs no
+    key. None when none answers."""
+    answer = _get(f"{endpoint.url}/ready", None)
+    return None if answer is None or "replicas" not in answer else answer["replicas"]
+
+
+def routing(endpoint: Endpoint, api_key: str | None = None) -> list[dict[str, Any]] | None:
+    """All that one of the ingress processes knows of the replicas; None when none answers, or not without a key."""
+    answer = _get(f"{endpoint.url}/caravan/replicas", api_key)
+    return None if answer is None or "replicas" not in answer else answer["replicas"]
+
+
+def _get(url: str, api_key: str | None) -> dict[str, Any] | None:
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
         # Environment proxies are for other hosts; the endpoint is loopback unless asked otherwise.
-        with httpx.Client(trust_env=False, timeout=_REQUEST_TIMEOUT_S) as http:
-            return http.get(f"{endpoint.url}/caravan/replicas").raise_for_status().json()["replicas"]
-    except httpx.HTTPError:
+        with httpx.Client(trust_env=False, timeout=_REQUEST_TIMEOUT_S, headers=headers) as http:
+            return http.get(url).json()
+    except (httpx.HTTPError, ValueError):
         return None
 
 

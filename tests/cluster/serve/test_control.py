@@ -114,7 +114,7 @@ def test_replicas_that_there_is_no_room_for_are_not_asked_for_any_longer(monkeyp
 def test_a_port_that_another_cluster_answers_on_as_well_is_refused(monkeypatch):
     endpoint = Endpoint("http://127.0.0.1:8123", "x")
     answers = [[{"replica": "ours"}], None, [{"replica": "ours"}], [{"replica": "theirs"}]]
-    monkeypatch.setattr(control, "routing", lambda endpoint: answers.pop(0) if answers else None)
+    monkeypatch.setattr(control, "followed", lambda endpoint: answers.pop(0) if answers else None)
     with pytest.raises(DeployFailed, match="another endpoint answers at http://127.0.0.1:8123"):
         control._check_port_is_ours(endpoint, {"ours", "new"})
     control._check_port_is_ours(endpoint, {"ours"})
