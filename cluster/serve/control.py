@@ -99,6 +99,7 @@ def deploy(
     However it is left other than by returning, an application that was not there before is removed again.
     """
     check_exposure(host, args.api_keys)
+    args = args.model_copy(update={"listen": (host, port)})
     if urlsplit(dashboard_url).hostname in LOOPBACK:
         # The cluster is here, so what it would find can be told at once.
         check_model(args.model)

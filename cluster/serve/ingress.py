@@ -27,6 +27,7 @@ from cluster.serve.cost import CostCoefficients
 from cluster.serve.engine_client import EngineClient
 from cluster.serve.events import Subscriptions
 from cluster.serve.gate import Gate
+from cluster.serve.listener import Listener
 from cluster.serve.loopback import NodeOnlyServer
 from cluster.serve.openapi import add_route
 from cluster.serve.request_body import require_json
@@ -74,9 +75,10 @@ class Ingress:
         """Serve's shutdown hook: the replicas, which drain after us, must not wait for our subscriptions."""
         for task in self._tasks:
             task.cancel()
+        await self._listener.close()
         await self._subscriptions.stop()
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's call when the ingress starts, before it is asked anything, and when other options are declared.
 
         Raises KeysError when the file of keys cannot be read.
@@ -85,6 +87,7 @@ class Ingress:
         self._access.set(options.api_keys, options.cors_origins)
         self._model.max_wait_s = options.max_wait_s
         self._options = options
+        await self._listener.listen(options.listen)
 
     def check_health(self) -> None:
         """Serve's probe."""
@@ -97,6 +100,7 @@ class Ingress:
         add_route(api, "GET", "/caravan/replicas", self.replicas)
         add_route(api, "POST", "/caravan/replicas/{replica_id}/flush", self.flush)
         api.add_middleware(Gate, access=self._access)  # type: ignore[arg-type]
+        self._listener = Listener(api)
         return api
 
     # -- the operator's endpoints --------------------------------------------------------------------------

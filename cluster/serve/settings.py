@@ -47,7 +47,8 @@ class IngressOptions(_Settings):
 
     `api_keys`: URI of the file of keys; None: no key is asked for. `cors_origins`: web origins that may call.
     `max_wait_s`: seconds that a request may be predicted to wait for its first token, where it does not say so itself.
-    `min_replicas`, `max_replicas`: between which the number of replicas follows the load; None: it does not.
+    `min_replicas`, `max_replicas`: between which the number of replicas follows the load; None: it does not. `listen`:
+    host and port that they answer on themselves (see cluster/serve/listener.py); None: Serve's proxy alone answers.
     """
 
     api_keys: str | None = None
@@ -55,6 +56,7 @@ class IngressOptions(_Settings):
     max_wait_s: float | None = Field(default=None, gt=0)
     min_replicas: int | None = Field(default=None, ge=1)
     max_replicas: int | None = Field(default=None, ge=1)
+    listen: tuple[str, int] | None = None
 
     @field_validator("api_keys")
     @classmethod

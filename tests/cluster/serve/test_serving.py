@@ -22,6 +22,7 @@ from cluster.serve.errors import DeployFailed, NotDeployed, PortTaken, ServeErro
 from cluster.serve.request_body import MAX_BODY_BYTES
 from cluster.serve.settings import AppArgs
 from cluster.serve.view import Endpoint
+from cluster.serve.weights import AnotherModel
 from cluster.session import ray_processes
 from tests.cluster.serve.local_ray import local_ray
 from tests.cluster.serve.tiny_model import save_tiny_model
@@ -351,6 +352,62 @@ def test_requests_on_a_killed_replica_are_served_by_another(client, http):
     assert outcomes["error event: replica_lost"] <= 4  # no more than were running there
     _wait_until(lambda: victim not in _replicas(http), 10, "the victim's departure")
     assert _totals(http)["active"] == 0
+
+
+def test_numbers_and_options_change_while_processes_run(cluster, args, endpoint, http):
+    pids, port = _pids(http), int(endpoint.url.rsplit(":", 1)[1])
+    options = {"ingresses": 2, "cors_origins": ("https://chat.example.org",), "min_replicas": 2, "max_replicas": 3}
+    environment = control.shipped_runtime_env()
+    control.deploy(args.model_copy(update=options), dashboard_url=cluster, runtime_env=environment, port=port)
+    assert _pids(http) == pids and control.status(dashboard_url=cluster).autoscaling == (2, 3)
+    allowed = http.get("/ready", headers={"Origin": "https://chat.example.org"}).headers
+    assert allowed["access-control-allow-origin"] == "https://chat.example.org"
+    # Somebody takes one away; the autoscaler, with no load at all, sees that there are as many as must be.
+    control._connect(cluster).scale("caravan", "engine", 1)
+    _wait_until(lambda: len(control.status(dashboard_url=cluster).replicas) == 2, 20, "the least number")
+    assert control.scale(2, dashboard_url=cluster)
+    assert control.status(dashboard_url=cluster).autoscaling is None
+    assert not control.scale(2, dashboard_url=cluster)
+    assert len(pids.items() & _pids(http).items()) == 1
+
+
+def test_weights_are_exchanged_while_requests_are_answered(cluster, args, endpoint, client, http, tmp_path):
+    new = str(save_tiny_model(tmp_path / "new", seed=7))
+    pids, over = _pids(http), threading.Event()
+
+    def ask() -> str:
+        answer = client.completions.create(model=MODEL, prompt=[30, 31] * 20, max_tokens=20, temperature=0)
+        return answer.choices[0].text
+
+    def ask_on() -> list[str]:
+        texts = []
+        while not over.is_set():
+            texts.append(ask())
+        return texts
+
+    old_text = ask()
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask_on) for _ in range(4)]
+        try:
+            control.update(new, dashboard_url=cluster)
+            new_text = ask()
+        finally:
+            over.set()
+        texts = [text for future in asking for text in future.result()]
+    assert _pids(http) == pids and old_text != new_text
+    assert set(texts) == {old_text, new_text}
+    assert {ask() for _ in range(4)} == {new_text}
+    assert control.status(dashboard_url=cluster).model == new
+
+    os.kill(next(iter(pids.values())), signal.SIGKILL)
+    _wait_until(lambda: len(set(_pids(http).values()) - set(pids.values())) == 1, 30, "a replica in its place")
+    assert {entry["info"]["model"] for entry in _replicas(http).values()} == {new}
+    assert {ask() for _ in range(4)} == {new_text}
+
+    with pytest.raises(AnotherModel, match="another architecture.*without --update"):
+        control.update(str(save_tiny_model(tmp_path / "wide", dim=32)), dashboard_url=cluster)
+    control.update(args.model, dashboard_url=cluster)
+    assert ask() == old_text
 
 
 def test_while_another_model_is_deployed_no_model_answers_under_the_others_name(cluster, args, endpoint, tmp_path):

@@ -13,7 +13,7 @@ from llama.tokenizer import SPECIAL_TOKENS, Tokenizer
 MAX_SEQ_LEN = 512
 
 
-def save_tiny_model(directory: Path, seed: int = 0) -> Path:
+def save_tiny_model(directory: Path, seed: int = 0, dim: int = 64) -> Path:
     """Writes it as a Hugging Face directory; it answers in ordinary tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,7 +28,7 @@ def save_tiny_model(directory: Path, seed: int = 0) -> Path:
     tokenizer = Tokenizer(backend)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
-        dim=64,
+        dim=dim,
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,
