@@ -1,0 +1,62 @@
+"""What a simulated replica tells the router's state: the items of a subscription, without Ray."""
+
+from collections.abc import Callable
+
+from cluster.serve.messages import ReplicaInfo, ReplicaLoad, ReplicaUpdate
+from cluster.serve.replay.modelled_engine import ModelledEngine
+from cluster.serve.state import RoutingState
+from llama.engine import EngineStats
+
+HEARTBEAT_S = 0.5
+
+
+class Feed:
+    """Makes one replica's updates: everything since the last one."""
+
+    def __init__(self, replica: str, engine: ModelledEngine, state: RoutingState) -> None:
+        self._replica = replica
+        self._engine = engine
+        self._state = state
+        engine.drain_events()
+        self._epoch = engine.snapshot().epoch
+
+    def first(self) -> None:
+        """The item that a subscription begins with; at once."""
+        engine = self._engine
+        info = ReplicaInfo(
+            replica=self._replica,
+            pid=0,
+            node_id="",
+            weights_id=engine.weights_id,
+            vocab_size=engine.vocab_size,
+            max_seq_len=engine.max_total_tokens,
+            block_size=engine.config.block_size,
+            num_blocks=engine.config.num_blocks,
+        )
+        self._state.apply_update(
+            self._replica, ReplicaUpdate(self._epoch, load_of(engine.stats()), snapshot=engine.snapshot(), info=info)
+        )
+
+    def next(self) -> Callable[[], None]:
+        """Takes what there is; the result, called when it arrives, applies it."""
+        update = ReplicaUpdate(self._epoch, load_of(self._engine.stats()), events=tuple(self._engine.drain_events()))
+
+        def apply() -> None:
+            if not self._state.apply_update(self._replica, update):
+                raise RuntimeError(f"simulated events of {self._replica} were lost: a defect of the simulation")
+
+        return apply
+
+
+def load_of(stats: EngineStats) -> ReplicaLoad:
+    return ReplicaLoad(
+        running=stats.running,
+        waiting=stats.waiting,
+        free_blocks=stats.free_blocks,
+        pending_prefill_tokens=stats.pending_prefill_tokens,
+        decode_context_tokens=stats.decode_context_tokens,
+        prompt_tokens=stats.prompt_tokens,
+        cached_tokens=stats.cached_tokens,
+        generated_tokens=stats.generated_tokens,
+        preemptions=stats.preemptions,
+    )

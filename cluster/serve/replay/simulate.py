@@ -1,0 +1,192 @@
+"""One policy in virtual time: production router, index, ledger and cost, Ray's own classes, modelled engines."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.serve._private.common import DeploymentID
+from ray.serve.request_router import RequestRouter
+
+from cluster.serve.cost import CostCoefficients
+from cluster.serve.messages import GenerateRequest
+from cluster.serve.replay import virtual_time
+from cluster.serve.replay.feed import HEARTBEAT_S, Feed
+from cluster.serve.replay.local_actors import LocalQueue, LocalTree, blocking_get
+from cluster.serve.replay.measure import Outcome, Replay
+from cluster.serve.replay.modelled_engine import ModelledEngine
+from cluster.serve.replay.policies import YARDSTICKS, Variant, router_class
+from cluster.serve.replay.simulated_serve import (
+    Refused,
+    SimulatedHandle,
+    SimulatedReplica,
+    make_router,
+    seed_routers,
+)
+from cluster.serve.replay.timing import MODELLED_ENGINE, StepTime
+from cluster.serve.replay.trace import Prompts, TraceRequest
+from cluster.serve.replay.yardsticks import Omniscience, YardstickRouter, oracle, perfect
+from cluster.serve.state import RoutingState
+from llama.engine import Chunk, EngineConfig, SamplingParams, generation_root, hash_blocks
+
+DEPLOYMENT = DeploymentID("engine", "replay")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What every policy is given."""
+
+    requests: Sequence[TraceRequest]
+    replicas: int = 4
+    engine: EngineConfig = MODELLED_ENGINE
+    timing: StepTime = field(default_factory=StepTime)
+    cost: CostCoefficients = field(default_factory=CostCoefficients)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TextRequest(GenerateRequest):
+    """With the prompt's text: what Ray's affinity router looks for."""
+
+    prompt: str = ""
+
+
+def simulate(scenario: Scenario, variant: Variant) -> Replay:
+    """Replays the scenario under one policy; the same arguments give the same result."""
+    seed_routers(scenario.seed)
+    return virtual_time.run(_Simulation(scenario, variant).run())
+
+
+class _Simulation:
+    def __init__(self, scenario: Scenario, variant: Variant) -> None:
+        self._scenario = scenario
+        self._variant = variant
+        self._prompts = Prompts()
+        self._picks_s: list[float] = []
+
+    async def run(self) -> Replay:
+        scenario, variant = self._scenario, self._variant
+        self._loop = asyncio.get_running_loop()
+        self._state = RoutingState(scenario.cost, clock=self._loop.time) if variant.policy == "caravan" else None
+        engines = [ModelledEngine(scenario.engine, scenario.timing) for _ in range(scenario.replicas)]
+        # Names of one length, as Serve's are: the consistent hash and the ties depend on them.
+        replicas = [
+            SimulatedReplica(f"replica-{number:04d}", DEPLOYMENT, engine, variant.max_ongoing)
+            for number, engine in enumerate(engines)
+        ]
+        self._engines = {replica.name: replica.engine for replica in replicas}
+        with blocking_get() if variant.policy == "prefix_affinity" else nullcontext():
+            router = self._router(replicas)
+            self._time_picks(router)
+            handle = SimulatedHandle(router, replicas)
+            heartbeats = self._follow(replicas)
+            outcomes = await asyncio.gather(
+                *(self._request(handle, number, request) for number, request in enumerate(scenario.requests))
+            )
+        seconds = self._loop.time()
+        for task in heartbeats:
+            task.cancel()
+        busy = {replica.name: replica.engine.busy_s for replica in replicas}
+        for engine in engines:
+            engine.check_integrity()
+            engine.close()
+        return Replay(list(outcomes), busy, seconds, self._picks_s)
+
+    def _router(self, replicas: Sequence[SimulatedReplica]) -> RequestRouter:
+        policy = self._variant.policy
+        if policy in YARDSTICKS:
+            truth, names = Omniscience(replicas), [replica.name for replica in replicas]
+            pick = (
+                oracle(truth, names, self._loop.time)
+                if policy == "oracle"
+                else perfect(truth, names, self._scenario.cost)
+            )
+            return make_router(YardstickRouter, {"choose": pick}, DEPLOYMENT)
+        cls, kwargs = router_class(policy), dict(self._variant.kwargs)
+        if self._state is not None:
+            cls, kwargs = _with_state(cls), {"state": self._state}
+        if policy == "prefix_affinity":
+            kwargs["tree_actor"] = LocalTree()
+        if policy == "capacity_queue":
+            kwargs["capacity_queue_actor_name"] = "capacity_queue"
+        router = make_router(cls, kwargs, DEPLOYMENT)
+        if policy == "capacity_queue":
+            router._capacity_queue = LocalQueue(replicas)  # type: ignore[attr-defined]
+        return router
+
+    def _time_picks(self, router: RequestRouter) -> None:
+        name = "_choose_replica_for_request" if self._variant.policy == "capacity_queue" else "choose_replicas"
+        pick = getattr(router, name)
+
+        async def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            chosen = await pick(*args, **kwargs)
+            self._picks_s.append(time.perf_counter() - began)
+            return chosen
+
+        setattr(router, name, timed)
+
+    def _follow(self, replicas: Sequence[SimulatedReplica]) -> list[asyncio.Task[None]]:
+        if self._state is None:
+            return []
+        for replica in replicas:
+            feed = Feed(replica.name, replica.engine, self._state)
+            feed.first()
+            replica.on_report = feed.next
+        return [self._loop.create_task(_heartbeat(replica)) for replica in replicas]
+
+    async def _request(self, handle: SimulatedHandle, number: int, traced: TraceRequest) -> Outcome:
+        await asyncio.sleep(traced.at - self._loop.time())
+        outcome = Outcome(self._loop.time(), self._prompts.length(traced))
+        request = self._make_request(number, traced)
+        state = self._state
+
+        def on_chunk(replica: str, chunk: Chunk) -> None:
+            if outcome.first_token is None:
+                outcome.first_token = self._loop.time()
+                outcome.replica, outcome.cached_tokens = replica, chunk.num_cached_tokens
+                if state is not None:
+                    outcome.predicted_tokens = state.placed(request, replica)
+                    state.first_token(request.request_id)
+            if state is not None:
+                state.progress(request.request_id, chunk.completion_tokens)
+
+        if state is not None:
+            state.begin(request.request_id)
+        try:
+            await handle.call(request, f"session-{traced.session}", on_chunk)
+            outcome.ended = self._loop.time()
+        except Refused as error:
+            outcome.error = str(error)
+        finally:
+            if state is not None:
+                state.finish(request.request_id)
+        return outcome
+
+    def _make_request(self, number: int, traced: TraceRequest) -> GenerateRequest:
+        tokens = self._prompts.tokens(traced)
+        params = SamplingParams(max_tokens=self._prompts.output(traced), ignore_eos=True)
+        if self._variant.policy == "prefix_affinity":
+            return TextRequest(f"request-{number}", tuple(tokens), (), params, "modelled", prompt=self._prompts.text(traced))
+        hashes: tuple[bytes, ...] = ()
+        if self._state is not None or self._variant.policy in YARDSTICKS:
+            hashes = tuple(hash_blocks(generation_root("modelled"), tokens, self._scenario.engine.block_size))
+        return GenerateRequest(f"request-{number}", tuple(tokens), hashes, params, "modelled")
+
+
+def _with_state(cls: type[RequestRouter]) -> type[RequestRouter]:
+    """The production router, on a state whose clock is virtual."""
+
+    class Simulated(cls):  # type: ignore[misc, valid-type]
+        def initialize_state(self, state: RoutingState) -> None:
+            self._state = state
+
+    return Simulated
+
+
+async def _heartbeat(replica: SimulatedReplica) -> None:
+    while True:
+        await asyncio.sleep(HEARTBEAT_S)
+        replica.report()
