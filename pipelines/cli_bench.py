@@ -141,6 +141,53 @@ def bench_tokenizers(
     _print(tokenizers.as_json(report) if as_json else tokenizers.as_text(report))
 
 
+@bench.command("router")
+def bench_router(
+    trace: Annotated[str | None, typer.Option(help="File in Mooncake's format [default: one is made up]")] = None,
+    replicas: Annotated[int, typer.Option(help="Replicas of every policy.")] = 4,
+    mode: Annotated[Literal["sim", "modelled", "real"], typer.Option(help="sim, modelled or real")] = "sim",
+    seconds: Annotated[float | None, typer.Option(help="Of traffic, at most.", show_default="no limit")] = None,
+    requests: Annotated[int, typer.Option(help="The trace's first ones, at most.")] = 1500,
+    policies: Annotated[str, typer.Option(help="Such as caravan,prefix_affinity [default: all]")] = "",
+    load: Annotated[float, typer.Option(help="Offered work over what the replicas can do.")] = 0.8,
+    stamps: Annotated[
+        Literal["raw", "spread"], typer.Option(help="As recorded, in bursts, or spread inside their 3 s grid.")
+    ] = "raw",
+    burst: Annotated[int, typer.Option(help="Requests that come at once in a trace that is made up.")] = 1,
+    deadline: Annotated[float, typer.Option(help="Seconds to the first token, for goodput.")] = 5.0,
+    repeat: Annotated[int, typer.Option(help="Runs of caravan and of the best peer, to know the noise.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes of sim [default: one on each CPU]", show_default=False)] = 0,
+    together: Annotated[int, typer.Option(help="Policies that run on Serve at a time.")] = 3,
+    model: Annotated[str | None, typer.Option(help="Of real engines [default: a small random one]")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Replays a trace under several routing policies, Ray's own beside Caravan's."""
+    from pipelines.bench import router
+
+    names = tuple(name.strip() for name in policies.split(",") if name.strip())
+    settings = router.RouterBench(
+        trace=trace,
+        replicas=replicas,
+        mode=mode,
+        seconds=seconds,
+        requests=requests,
+        policies=names,
+        load=load,
+        stamps=stamps,
+        burst=burst,
+        deadline=deadline,
+        repeat=repeat,
+        seed=seed,
+        jobs=jobs,
+        together=together,
+        model=model,
+    )
+    signal.signal(signal.SIGTERM, terminate)
+    report = router.measure(settings, _say)
+    _print(report if as_json else router.as_text(report))
+
+
 def _say(message: str) -> None:
     """Progress, on stderr: stdout is the result's alone."""
     err.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)

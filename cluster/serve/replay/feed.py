@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from cluster.serve.messages import ReplicaInfo, ReplicaLoad, ReplicaUpdate
+from cluster.serve.messages import Admission, GenerateRequest, ReplicaInfo, ReplicaLoad, ReplicaUpdate
 from cluster.serve.replay.modelled_engine import ModelledEngine
 from cluster.serve.state import RoutingState
-from llama.engine import EngineStats
+from llama.engine import EngineStats, reusable_blocks
 
 HEARTBEAT_S = 0.5
 
@@ -17,6 +17,8 @@ class Feed:
         self._replica = replica
         self._engine = engine
         self._state = state
+        self._admitted: list[Admission] = []
+        self._prefilled: list[str] = []
         engine.drain_events()
         self._epoch = engine.snapshot().epoch
 
@@ -37,9 +39,28 @@ class Feed:
             self._replica, ReplicaUpdate(self._epoch, load_of(engine.stats()), snapshot=engine.snapshot(), info=info)
         )
 
+    def arrived(self, request: GenerateRequest) -> None:
+        """A request has reached the replica."""
+        size = self._engine.config.block_size
+        cached = min(self._engine.num_cached(request.hashes), reusable_blocks(len(request.token_ids), size))
+        missing = len(request.token_ids) - cached * size
+        self._admitted.append(Admission(request.request_id, missing, request.hashes[cached:]))
+
+    def prefilled(self, request_id: str) -> None:
+        """A request's prefill is over, or it has ended before."""
+        self._prefilled.append(request_id)
+
     def next(self) -> Callable[[], None]:
         """Takes what there is; the result, called when it arrives, applies it."""
-        update = ReplicaUpdate(self._epoch, load_of(self._engine.stats()), events=tuple(self._engine.drain_events()))
+        update = ReplicaUpdate(
+            self._epoch,
+            load_of(self._engine.stats()),
+            events=tuple(self._engine.drain_events()),
+            admitted=tuple(self._admitted),
+            prefilled=tuple(self._prefilled),
+        )
+        self._admitted.clear()
+        self._prefilled.clear()
 
         def apply() -> None:
             if not self._state.apply_update(self._replica, update):

@@ -42,3 +42,18 @@ def duration_s(requests: Sequence[TraceRequest]) -> float:
 def within(requests: Sequence[TraceRequest], seconds: float, load: float, replicas: int, work_s: float) -> int:
     """How many of the first requests come within `seconds` at this load; at least one."""
     return max(1, min(len(requests), int(len(requests) * seconds * load * replicas / work_s)))
+
+
+def endless_hit_rate(requests: Sequence[TraceRequest], prompts: Prompts) -> float:
+    """The share of the prompts that one cache without bounds would have, if every answer came at once."""
+    seen: set[int] = set()
+    cached = total = 0
+    for request in requests:
+        known = 0
+        while known < len(request.hash_ids) and request.hash_ids[known] in seen:
+            known += 1
+        seen.update(request.hash_ids)
+        length = prompts.length(request)
+        cached += min(known * prompts.tokens_per_id, length - 1)
+        total += length
+    return cached / total

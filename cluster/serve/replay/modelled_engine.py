@@ -8,13 +8,12 @@ takes is part of the step, as it is where a GPU computes meanwhile.
 """
 
 import asyncio
-import contextlib
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from cluster.serve.replay.timing import MODELLED_ENGINE, StepTime
 from cluster.serve.replay.trace import VOCAB_SIZE
-from llama.engine import BlockEvent, CacheSnapshot, Chunk, EngineConfig, EngineStats, SamplingParams
+from llama.engine import BlockEvent, CacheSnapshot, Chunk, EngineConfig, EngineStats, PromptTooLong, SamplingParams
 from llama.engine.core import EngineCore
 from llama.engine.output import ActiveRequest, EngineClosed, EngineFailed, Sink
 from llama.engine.request import ComputedTokens, Request
@@ -40,7 +39,7 @@ class ModelledEngine:
     ) -> None:
         self.config = config
         self.timing = timing or StepTime()
-        self.on_events: Callable[[], None] | None = None
+        self.on_events: Callable[[], None] = lambda: None
         self.busy_s = 0.0
         """Seconds of the steps computed so far."""
         self.steps = 0
@@ -67,22 +66,37 @@ class ModelledEngine:
     def max_total_tokens(self) -> int:
         return self._core.max_total_tokens
 
-    def submit(
+    def add_request(
         self,
         token_ids: Sequence[int],
         params: SamplingParams,
-        sink: Sink,
         *,
+        sink: Sink,
         request_id: str | None = None,
         salt: str = "",
         priority: int = 0,
         timeout_s: float | None = None,
+    ) -> str:
+        """Queues a request whose chunks `sink` takes; returns its id. Raises ValueError, QueueFull or EngineClosed."""
+        active = self._submit(token_ids, params, sink, request_id, salt, priority, timeout_s)
+        return active[0].request.request_id
+
+    def _submit(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        sink: Sink,
+        request_id: str | None,
+        salt: str,
+        priority: int,
+        timeout_s: float | None,
     ) -> list[ActiveRequest]:
-        """Queues a request whose chunks `sink` takes. Raises ValueError, QueueFull or EngineClosed."""
         if self._closed:
             raise EngineClosed("the engine is closed")
         if not 0 < len(token_ids) < self.max_total_tokens:
-            raise ValueError(f"a prompt of {len(token_ids)} tokens does not fit; the limit is {self.max_total_tokens}")
+            raise PromptTooLong(
+                f"a prompt of {len(token_ids)} tokens does not fit; the limit is {self.max_total_tokens - 1}"
+            )
         loop = asyncio.get_running_loop()
         deadline = math.inf if timeout_s is None else loop.time() + timeout_s
         active = self._core.prepare(
@@ -104,17 +118,9 @@ class ModelledEngine:
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Chunk]:
-        """Yields a request's chunks as they are due. Closing the iterator aborts it. Raises as `submit`."""
+        """Yields a request's chunks as they are due. Closing the iterator aborts it. Raises as `add_request`."""
         queue: asyncio.Queue[Chunk | EngineFailed] = asyncio.Queue()
-        active = self.submit(
-            prompt,
-            params,
-            queue.put_nowait,
-            request_id=request_id,
-            salt=salt,
-            priority=priority,
-            timeout_s=timeout_s,
-        )
+        active = self._submit(prompt, params, queue.put_nowait, request_id, salt, priority, timeout_s)
         unfinished = len(active)
         try:
             while unfinished:
@@ -165,9 +171,13 @@ class ModelledEngine:
             self.steps += 1
             computed = [_ANY_TOKEN if item.samples else _NO_TOKEN for item in scheduled]
             outputs = core.commit(scheduled, computed)
-            if core.blocks.event_seq != first_seq and self.on_events is not None:
+            if core.blocks.event_seq != first_seq:
                 self.on_events()
             core.hand_out(outputs)
+
+    def num_cached(self, hashes: Sequence[bytes]) -> int:
+        """How many leading blocks of a chain are in the cache."""
+        return self._core.blocks.num_cached(hashes)
 
     def unfinished(self) -> list[Request]:
         """Every request in it, in the order in which they are computed as things stand."""
@@ -176,8 +186,7 @@ class ModelledEngine:
     def flush_cache(self) -> None:
         """Forgets every reusable block."""
         self._core.blocks.clear(self._core.scheduler.tables)
-        if self.on_events is not None:
-            self.on_events()
+        self.on_events()
 
     def drain_events(self) -> list[BlockEvent]:
         """Block events since the last call."""
@@ -206,12 +215,3 @@ class ModelledEngine:
         if self._task is not None:
             self._task.cancel()
             self._task = None
-
-
-async def ended(engine: ModelledEngine) -> None:
-    """Closes an engine and waits until its task is over."""
-    task = engine._task
-    engine.close()
-    if task is not None:
-        with contextlib.suppress(asyncio.CancelledError):
-            await task

@@ -58,7 +58,7 @@ def rollout(
             if not prefills:
                 job = jobs[waiting[0]]
                 # One that needs more than there is starts alone.
-                if job.blocks > free_blocks and decoding:
+                if job.blocks > free_blocks and (decoding or chunk):
                     break
                 free_blocks -= job.blocks
                 prefills.append(waiting.popleft())

@@ -56,10 +56,12 @@ class TextRequest(GenerateRequest):
 def simulate(scenario: Scenario, variant: Variant) -> Replay:
     """Replays the scenario under one policy; the same arguments give the same result."""
     seed_routers(scenario.seed)
-    return virtual_time.run(_Simulation(scenario, variant).run())
+    return virtual_time.run(Simulation(scenario, variant).run())
 
 
-class _Simulation:
+class Simulation:
+    """One run; `state` (of our own policy only) and `engines`, by replica, can be looked at afterwards."""
+
     def __init__(self, scenario: Scenario, variant: Variant) -> None:
         self._scenario = scenario
         self._variant = variant
@@ -69,14 +71,14 @@ class _Simulation:
     async def run(self) -> Replay:
         scenario, variant = self._scenario, self._variant
         self._loop = asyncio.get_running_loop()
-        self._state = RoutingState(scenario.cost, clock=self._loop.time) if variant.policy == "caravan" else None
+        self.state = RoutingState(scenario.cost, clock=self._loop.time) if variant.policy == "caravan" else None
         engines = [ModelledEngine(scenario.engine, scenario.timing) for _ in range(scenario.replicas)]
         # Names of one length, as Serve's are: the consistent hash and the ties depend on them.
         replicas = [
             SimulatedReplica(f"replica-{number:04d}", DEPLOYMENT, engine, variant.max_ongoing)
             for number, engine in enumerate(engines)
         ]
-        self._engines = {replica.name: replica.engine for replica in replicas}
+        self.engines = {replica.name: replica.engine for replica in replicas}
         with blocking_get() if variant.policy == "prefix_affinity" else nullcontext():
             router = self._router(replicas)
             self._time_picks(router)
@@ -86,6 +88,7 @@ class _Simulation:
                 *(self._request(handle, number, request) for number, request in enumerate(scenario.requests))
             )
         seconds = self._loop.time()
+        await asyncio.sleep(HEARTBEAT_S)  # whatever is on its way arrives
         for task in heartbeats:
             task.cancel()
         busy = {replica.name: replica.engine.busy_s for replica in replicas}
@@ -105,8 +108,8 @@ class _Simulation:
             )
             return make_router(YardstickRouter, {"choose": pick}, DEPLOYMENT)
         cls, kwargs = router_class(policy), dict(self._variant.kwargs)
-        if self._state is not None:
-            cls, kwargs = _with_state(cls), {"state": self._state}
+        if self.state is not None:
+            cls, kwargs = _with_state(cls), {"state": self.state}
         if policy == "prefix_affinity":
             kwargs["tree_actor"] = LocalTree()
         if policy == "capacity_queue":
@@ -129,19 +132,19 @@ class _Simulation:
         setattr(router, name, timed)
 
     def _follow(self, replicas: Sequence[SimulatedReplica]) -> list[asyncio.Task[None]]:
-        if self._state is None:
+        if self.state is None:
             return []
         for replica in replicas:
-            feed = Feed(replica.name, replica.engine, self._state)
+            feed = Feed(replica.name, replica.engine, self.state)
             feed.first()
-            replica.on_report = feed.next
+            replica.feed = feed
         return [self._loop.create_task(_heartbeat(replica)) for replica in replicas]
 
     async def _request(self, handle: SimulatedHandle, number: int, traced: TraceRequest) -> Outcome:
         await asyncio.sleep(traced.at - self._loop.time())
-        outcome = Outcome(self._loop.time(), self._prompts.length(traced))
+        outcome = Outcome(traced.at, self._prompts.length(traced))
         request = self._make_request(number, traced)
-        state = self._state
+        state = self.state
 
         def on_chunk(replica: str, chunk: Chunk) -> None:
             if outcome.first_token is None:
@@ -149,7 +152,7 @@ class _Simulation:
                 outcome.replica, outcome.cached_tokens = replica, chunk.num_cached_tokens
                 if state is not None:
                     outcome.predicted_tokens = state.placed(request, replica)
-                    state.first_token(request.request_id)
+                    state.first_token(request.request_id, chunk.prompt_tokens - chunk.num_cached_tokens)
             if state is not None:
                 state.progress(request.request_id, chunk.completion_tokens)
 
@@ -169,9 +172,11 @@ class _Simulation:
         tokens = self._prompts.tokens(traced)
         params = SamplingParams(max_tokens=self._prompts.output(traced), ignore_eos=True)
         if self._variant.policy == "prefix_affinity":
-            return TextRequest(f"request-{number}", tuple(tokens), (), params, "modelled", prompt=self._prompts.text(traced))
+            return TextRequest(
+                f"request-{number}", tuple(tokens), (), params, "modelled", prompt=self._prompts.text(traced)
+            )
         hashes: tuple[bytes, ...] = ()
-        if self._state is not None or self._variant.policy in YARDSTICKS:
+        if self.state is not None or self._variant.policy in YARDSTICKS:
             hashes = tuple(hash_blocks(generation_root("modelled"), tokens, self._scenario.engine.block_size))
         return GenerateRequest(f"request-{number}", tuple(tokens), hashes, params, "modelled")
 

@@ -1,9 +1,9 @@
 """Serve in virtual time: replicas around modelled engines, and what happens around a router's pick.
 
-The routers are the real classes. What Serve's `AsyncioRouter` (ray/serve/_private/router.py) does with them is done here
-at the same moments: the queue-length cache is raised when a call is sent, set when the replica answers that it took
-the call, lowered when the call ends; `on_request_routed` comes with that answer, one round trip after the pick, and not
-before: so a burst is routed on what was known before it. A call that the replica refuses is routed again.
+The routers are the real classes. What Serve's `AsyncioRouter` (ray/serve/_private/router.py) does with them is done
+here at the same moments: the queue-length cache is raised when a call is sent, set when the replica answers that it
+took the call, lowered when the call ends; `on_request_routed` comes with that answer, one round trip after the pick and
+not before, so a burst is routed on what was known before it. A call that the replica refuses is routed again.
 
     pick ── RPC ──► replica takes it ── RPC ──► on_request_routed          every message takes RPC_S
                     engine's steps   ── RPC ──► tokens, cache events, load
@@ -13,6 +13,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,13 +21,12 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
 from cluster.serve.messages import GenerateRequest
+from cluster.serve.replay.feed import Feed
 from cluster.serve.replay.modelled_engine import ModelledEngine
 from llama.engine import Chunk, EngineFailed, QueueFull
 
 RPC_S = 0.001
 """One way, between two processes of one machine."""
-
-Deliver = Callable[["SimulatedCall", Chunk], None]
 
 
 class Refused(Exception):
@@ -46,9 +46,7 @@ class SimulatedCall:
 class SimulatedReplica:
     """What a router sees of a replica, and the replica itself.
 
-    Args:
-        on_step: called on the replica's side, after a step's chunks and whenever a call arrives; returns what is to
-            happen on the ingress's side, RPC_S later.
+    `feed`, if there is one, is told what happens, and says what the ingress is to learn of it with the chunks.
     """
 
     node_id = "node"
@@ -62,7 +60,7 @@ class SimulatedReplica:
         self.max_ongoing_requests = max_ongoing
         self.engine = engine
         self.ongoing = 0
-        self.on_report: Callable[[], Callable[[], None]] | None = None
+        self.feed: Feed | None = None
         self._loop = asyncio.get_running_loop()
         self._chunks: list[tuple[SimulatedCall, Chunk]] = []
         self._reporting = False
@@ -90,15 +88,17 @@ class SimulatedReplica:
         def sink(item: Chunk | EngineFailed) -> None:
             assert isinstance(item, Chunk)
             self.ongoing -= item.finish_reason is not None
+            if self.feed is not None and item.completion_tokens <= 1:
+                self.feed.prefilled(item.request_id)
             self._chunks.append((call, item))
             self.report()
 
         request = call.request
         try:
-            self.engine.submit(
+            self.engine.add_request(
                 request.token_ids,
                 request.params,
-                sink,
+                sink=sink,
                 request_id=request.request_id,
                 salt=request.salt,
                 priority=request.priority,
@@ -106,7 +106,10 @@ class SimulatedReplica:
         except QueueFull as error:
             self.ongoing -= 1
             self._loop.call_later(RPC_S, call.ended.set_result, Refused(str(error)))
-        self.report()
+        else:
+            if self.feed is not None:
+                self.feed.arrived(request)
+            self.report()
 
     def report(self) -> None:
         """Sends off, once what happens now is over, what the ingress is to know."""
@@ -117,7 +120,7 @@ class SimulatedReplica:
     def _send_report(self) -> None:
         self._reporting = False
         chunks, self._chunks = self._chunks, []
-        inform = self.on_report() if self.on_report is not None else None
+        inform = self.feed.next() if self.feed is not None else None
         if chunks or inform is not None:
             self._loop.call_later(RPC_S, _deliver, self.name, inform, chunks)
 
@@ -154,9 +157,7 @@ class SimulatedHandle:
         self._loop = asyncio.get_running_loop()
         router.update_replicas(list(replicas))  # type: ignore[arg-type]  # they have what a router uses
 
-    async def call(
-        self, request: GenerateRequest, session_id: str, on_chunk: Callable[[str, Chunk], None]
-    ) -> None:
+    async def call(self, request: GenerateRequest, session_id: str, on_chunk: Callable[[str, Chunk], None]) -> None:
         """Makes a call and waits for its end; `on_chunk` takes the replica and each chunk. Raises Refused."""
         pending = PendingRequest(
             args=[request],
@@ -182,16 +183,21 @@ class SimulatedHandle:
             call = SimulatedCall(pending.args[0], on_chunk, self._loop.create_future(), self._loop.create_future())
             self._replicas[replica_id].send(call)
             router.on_send_request(replica_id)
-            internal_id = pending.metadata.internal_request_id
-            call.ended.add_done_callback(lambda _, id=replica_id: router.on_request_completed(id, internal_id))
+            call.ended.add_done_callback(partial(self._completed, replica_id, pending.metadata.internal_request_id))
             taken, ongoing = await call.taken
             router.on_new_queue_len_info(replica_id, ongoing)
             if taken:
                 router.on_request_routed(pending, replica_id, SimpleNamespace())  # type: ignore[arg-type]
-                call.ended.add_done_callback(lambda _, id=replica_id: router.decrement_queue_len_cache(id))
+                call.ended.add_done_callback(partial(self._decrement, replica_id))
                 return call
             call.ended.set_result(None)
             is_retry = True
+
+    def _completed(self, replica_id: ReplicaID, internal_id: str, _: object) -> None:
+        self._router.on_request_completed(replica_id, internal_id)
+
+    def _decrement(self, replica_id: ReplicaID, _: object) -> None:
+        self._router.decrement_queue_len_cache(replica_id)
 
 
 def seed_routers(seed: int) -> None:

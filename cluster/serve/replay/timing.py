@@ -37,9 +37,7 @@ class StepTime:
     def of(self, prefill_tokens: int, context_tokens: int) -> float:
         """Of a step that prefills so many tokens and whose decoding requests attend to so many."""
         return (
-            self.fixed_s
-            + self.prefill_s_per_token * prefill_tokens
-            + self.decode_s_per_context_token * context_tokens
+            self.fixed_s + self.prefill_s_per_token * prefill_tokens + self.decode_s_per_context_token * context_tokens
         )
 
     def work_s(self, missing_tokens: int, input_tokens: int, output_tokens: int, max_batched_tokens: int) -> float:

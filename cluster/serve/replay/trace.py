@@ -82,7 +82,7 @@ def _is_count(value: object, least: int) -> bool:
 
 
 def with_sessions(requests: Iterable[TraceRequest]) -> list[TraceRequest]:
-    """The requests with their conversations: that of the longest chain of at least two blocks seen before, or a new one.
+    """The requests with their conversations: that of the longest known chain of at least two blocks, or a new one.
 
     One block is too little: unrelated conversations begin with the same system prompt.
     """
@@ -156,7 +156,7 @@ class SyntheticTrace:
     burst: int = 1
     concurrent: int = 60
     turns: int = 5
-    system_blocks: int = 2
+    system_blocks: int = 1
     turn_tokens: int = 3000
     output_tokens: int = 350
     seed: int = 0

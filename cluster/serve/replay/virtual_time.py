@@ -1,8 +1,8 @@
 """asyncio in virtual time: nobody waits, the clock jumps to the next timer.
 
 An event loop asks its selector to wait for I/O until the next timer is due. Ours has no I/O to wait for: it moves the
-clock by that time and returns at once. So `loop.time`, `asyncio.sleep`, timeouts and call_later all run in virtual time,
-thousands of times as fast as the clock on the wall, and in the same order every time.
+clock by that time and returns at once. So `loop.time`, `asyncio.sleep`, timeouts and call_later all run in virtual
+time, faster than the clock on the wall, and in the same order every time.
 """
 
 import asyncio

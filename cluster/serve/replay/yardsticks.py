@@ -1,8 +1,8 @@
 """Two routers that know what no router can: the modelled engines as they are at this moment, and every answer's length.
 
-    perfect   our cost function, on the truth
-    oracle    rolls every replica forward with and without the request, and takes the replica whose requests, old and
-              new, lose least by it. It is greedy: it knows nothing of what comes next.
+perfect   our cost function, on the truth
+oracle    rolls every replica forward with and without the request, and takes the replica whose requests, old and
+          new, lose least by it. It is greedy: it knows nothing of what comes next.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,9 @@ from cluster.serve.replay.rollout import Job, rollout
 from cluster.serve.replay.simulated_serve import SimulatedReplica
 from llama.engine import reusable_blocks
 from llama.engine.request import Request
+
+FIRST_TOKEN_WEIGHT = 5.0
+"""What the oracle takes a second until a first token to be worth, in seconds until an end."""
 
 
 @dataclass
@@ -130,9 +133,6 @@ def oracle(truth: Omniscience, names: Sequence[str], now: Callable[[], float]) -
     return pick
 
 
-FIRST_TOKEN_WEIGHT = 1.0
-END_WEIGHT = 1.0
-
 def _loss(truth: Omniscience, name: str, request: GenerateRequest, matched: int, now: float) -> float:
     known = truth.replica(name)
     engine = known.replica.engine
@@ -143,12 +143,10 @@ def _loss(truth: Omniscience, name: str, request: GenerateRequest, matched: int,
     after = rollout(jobs, start_s=start, free_blocks=free, max_batched_tokens=budget, timing=timing)
     first = sum(first for first, _ in after) - sum(first for first, _ in before)
     ends = sum(end for _, end in after) - sum(end for _, end in before)
-    return FIRST_TOKEN_WEIGHT * first + END_WEIGHT * ends
+    return FIRST_TOKEN_WEIGHT * first + ends
 
 
-def perfect(
-    truth: Omniscience, names: Sequence[str], cost: CostCoefficients
-) -> Callable[[GenerateRequest], str]:
+def perfect(truth: Omniscience, names: Sequence[str], cost: CostCoefficients) -> Callable[[GenerateRequest], str]:
     """Our cost on what is, instead of what is known of it."""
 
     def pick(request: GenerateRequest) -> str:
