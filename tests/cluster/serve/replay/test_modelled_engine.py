@@ -15,7 +15,7 @@ from llama.engine.request import Chunk
 from llama.engine.scheduler import ScheduledTokens
 from llama.engine.simulation import Simulation
 
-CONFIG = EngineConfig(num_blocks=60, block_size=8, max_batched_tokens=32, max_running=8, max_waiting=80)
+CONFIG = EngineConfig(num_blocks=24, block_size=8, max_batched_tokens=32, max_running=8, max_waiting=80)
 TIMING = StepTime(fixed_s=0.01, prefill_s_per_token=0.001, decode_s_per_context_token=0.0001)
 
 
