@@ -42,7 +42,7 @@ class Feed:
     def arrived(self, request: GenerateRequest) -> None:
         """A request has reached the replica."""
         size = self._engine.config.block_size
-        cached = min(self._engine.num_cached(request.hashes), reusable_blocks(len(request.token_ids), size))
+        cached = min(self._engine.cached_blocks(request.hashes), reusable_blocks(len(request.token_ids), size))
         missing = len(request.token_ids) - cached * size
         self._admitted.append(Admission(request.request_id, missing, request.hashes[cached:]))
 

@@ -53,6 +53,7 @@ class ModelledEngine:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
+        self._failure: EngineFailed | None = None
 
     @property
     def weights_id(self) -> str:
@@ -136,13 +137,21 @@ class ModelledEngine:
         """Ends a request with `finish_reason="abort"`; unknown and finished ids are ignored."""
         self._core.abort(request_id)
 
+    async def prepare(self, params: SamplingParams) -> None:
+        """Nothing: no output is constrained."""
+
+    def check_health(self, stuck_after_s: float) -> None:
+        """Raises EngineFailed: a step failed. None gets stuck."""
+        if self._failure is not None:
+            raise self._failure
+
     async def _run(self) -> None:
         try:
             await self._steps()
         except Exception as error:
             failure = EngineFailed(f"the engine has failed: {error!r}")
             failure.__cause__ = error
-            self._closed = True
+            self._failure, self._closed = failure, True
             for active in self._core.forget_all():
                 if active.sink is not None:
                     active.sink(failure)
@@ -175,7 +184,7 @@ class ModelledEngine:
                 self.on_events()
             core.hand_out(outputs)
 
-    def num_cached(self, hashes: Sequence[bytes]) -> int:
+    def cached_blocks(self, hashes: Sequence[bytes]) -> int:
         """How many leading blocks of a chain are in the cache."""
         return self._core.blocks.num_cached(hashes)
 

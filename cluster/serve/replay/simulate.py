@@ -11,13 +11,13 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.request_router import RequestRouter
 
 from cluster.serve.cost import CostCoefficients
-from cluster.serve.messages import GenerateRequest
 from cluster.serve.replay import virtual_time
 from cluster.serve.replay.feed import HEARTBEAT_S, Feed
 from cluster.serve.replay.local_actors import LocalQueue, LocalTree, blocking_get
 from cluster.serve.replay.measure import Outcome, Replay
 from cluster.serve.replay.modelled_engine import ModelledEngine
 from cluster.serve.replay.policies import YARDSTICKS, Variant, router_class
+from cluster.serve.replay.requests import make_request
 from cluster.serve.replay.simulated_serve import (
     Refused,
     SimulatedHandle,
@@ -29,7 +29,7 @@ from cluster.serve.replay.timing import MODELLED_ENGINE, StepTime
 from cluster.serve.replay.trace import Prompts, TraceRequest
 from cluster.serve.replay.yardsticks import Omniscience, YardstickRouter, oracle, perfect
 from cluster.serve.state import RoutingState
-from llama.engine import Chunk, EngineConfig, SamplingParams, generation_root, hash_blocks
+from llama.engine import Chunk, EngineConfig
 
 DEPLOYMENT = DeploymentID("engine", "replay")
 
@@ -44,13 +44,6 @@ class Scenario:
     timing: StepTime = field(default_factory=StepTime)
     cost: CostCoefficients = field(default_factory=CostCoefficients)
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class TextRequest(GenerateRequest):
-    """With the prompt's text: what Ray's affinity router looks for."""
-
-    prompt: str = ""
 
 
 def simulate(scenario: Scenario, variant: Variant) -> Replay:
@@ -143,7 +136,9 @@ class Simulation:
     async def _request(self, handle: SimulatedHandle, number: int, traced: TraceRequest) -> Outcome:
         await asyncio.sleep(traced.at - self._loop.time())
         outcome = Outcome(traced.at, self._prompts.length(traced))
-        request = self._make_request(number, traced)
+        request = make_request(
+            self._variant.policy, number, traced, self._prompts, self._scenario.engine.block_size, "modelled"
+        )
         state = self.state
 
         def on_chunk(replica: str, chunk: Chunk) -> None:
@@ -167,18 +162,6 @@ class Simulation:
             if state is not None:
                 state.finish(request.request_id)
         return outcome
-
-    def _make_request(self, number: int, traced: TraceRequest) -> GenerateRequest:
-        tokens = self._prompts.tokens(traced)
-        params = SamplingParams(max_tokens=self._prompts.output(traced), ignore_eos=True)
-        if self._variant.policy == "prefix_affinity":
-            return TextRequest(
-                f"request-{number}", tuple(tokens), (), params, "modelled", prompt=self._prompts.text(traced)
-            )
-        hashes: tuple[bytes, ...] = ()
-        if self.state is not None or self._variant.policy in YARDSTICKS:
-            hashes = tuple(hash_blocks(generation_root("modelled"), tokens, self._scenario.engine.block_size))
-        return GenerateRequest(f"request-{number}", tuple(tokens), hashes, params, "modelled")
 
 
 def _with_state(cls: type[RequestRouter]) -> type[RequestRouter]:

@@ -110,7 +110,7 @@ def test_events_come_before_the_chunks_they_belong_to():
         await done.wait()
         assert [chunk.completion_tokens for chunk in chunks] == [1, 2]
         assert set(engine.snapshot().hashes) == {digest for event in log for digest in event.hashes}
-        assert engine.num_cached(engine.snapshot().hashes) == 5
+        assert engine.cached_blocks(engine.snapshot().hashes) == 5
         engine.flush_cache()
         return log
 
