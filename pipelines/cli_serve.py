@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from pipelines.screen import AddressOption, JsonOption, StoreOption, fail, open_store, out, print_json
+from pipelines.screen import AddressOption, JsonOption, StoreOption, err, fail, open_store, out, print_json
 
 if TYPE_CHECKING:
+    from cluster.serve.errors import ServeError
     from cluster.serve.view import Endpoint
     from cluster.session import Session
+    from pipelines.serve_status import Look
+
+OperatorKeyOption = Annotated[
+    str | None, typer.Option(envvar="CARAVAN_API_KEY", help="An operator's key, where the endpoint asks for one.")
+]
 
 
 def deploy(
@@ -147,33 +157,105 @@ def scale(
     out.print(f"{replicas} replica{'s' if replicas > 1 else ''} running{ended}", highlight=False)
 
 
-def status(address: AddressOption = None, as_json: JsonOption = False) -> None:
-    """Show the endpoint and its replicas."""
-    from cluster.serve import control
+def status(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    address: AddressOption = None,
+    api_key: OperatorKeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the endpoint and its replicas: load, cache, hit rate, speed."""
+    from pipelines.serve_status import Look
 
-    found = control.status(dashboard_url=_dashboard_url(address))
+    looks = _looks(_dashboard_url(address), api_key, every)
+    found = next(looks)
+    if not isinstance(found, Look):
+        raise found
+    if not watch:
+        # Speed is told from two looks; where nothing answers there is nothing to wait for.
+        later = next(looks) if found.reported else found
+        _show_look(later if isinstance(later, Look) else found, as_json)
+    elif as_json or not out.is_terminal:
+        for each in chain([found], looks):
+            _print_look(each, as_json)
+    else:
+        _watch(chain([found], looks))
+
+
+def _looks(dashboard_url: str, api_key: str | None, every: float) -> Iterator[Look | ServeError]:
+    """The application now, and again after so many seconds each time; an error when it cannot be seen."""
+    from cluster.serve import control
+    from cluster.serve.errors import ServeError
+    from pipelines.serve_status import look
+
+    before: Look | None = None
+    while True:
+        try:
+            before = look(control.status(dashboard_url=dashboard_url, api_key=api_key), time.monotonic(), before)
+            yield before
+        except ServeError as error:
+            yield error
+        time.sleep(every)
+
+
+def _show_look(found: Look, as_json: bool) -> None:
+    from pipelines.serve_status import headline, table
+
     if as_json:
-        print_json(asdict(found))
+        print_json(found.as_json())
+    else:
+        out.print(headline(found), markup=False, highlight=False, soft_wrap=True)
+        out.print(table(found, out.width))
+
+
+def _print_look(found: Look | ServeError, as_json: bool) -> None:
+    """Plain lines, or one line of JSON."""
+    from pipelines.serve_status import Look, lines
+
+    if not isinstance(found, Look):
+        err.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    elif as_json:
+        print(json.dumps(found.as_json()), flush=True)
+    else:
+        print("\n".join(lines(found, time.localtime())), flush=True)
+
+
+def _watch(looks: Iterable[Look | ServeError]) -> None:
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from pipelines.serve_status import Look, headline, table
+
+    with Live(console=out, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        for found in looks:
+            if isinstance(found, Look):
+                live.update(Group(Text(headline(found)), table(found, out.width)), refresh=True)
+            else:
+                live.update(Text(str(found), "red"), refresh=True)
+
+
+def trace(
+    request_id: Annotated[str, typer.Argument(help="The id in an answer, or its X-Request-Id.")],
+    address: AddressOption = None,
+    api_key: OperatorKeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one request's way: what it would have cost on each replica, what was chosen, and how it fared there."""
+    from cluster.serve import control
+    from cluster.serve.records_client import find_request
+    from pipelines.serve_trace import attempt_line, scores, summary
+
+    found = find_request(control.status(dashboard_url=_dashboard_url(address)).endpoint.url, request_id, api_key)
+    if as_json:
+        print_json({"requests": found})
         return
-    state = f"{found.endpoint.served_name} at {found.endpoint.url}/v1: {found.state} {found.message}".rstrip()
-    out.print(state, markup=False)
-    if found.autoscaling is not None:
-        out.print("between {} and {} replicas, as the load asks".format(*found.autoscaling), highlight=False)
-    routing = {entry["replica"]: entry for entry in found.routing or []}
-    if found.routing is None:
-        out.print("[red]the endpoint does not answer[/]")
-    table = Table("replica", "state", "pid", "active", "cached blocks", "events")
-    for replica in found.replicas:
-        view = routing.get(replica.replica, {})
-        table.add_row(
-            replica.replica,
-            replica.state,
-            str(replica.pid or ""),
-            str(view.get("active_requests", "")),
-            str(view.get("cached_blocks", "")),
-            {True: "live", False: "stale", None: ""}[view.get("fresh")],
-        )
-    out.print(table)
+    for record in found:
+        for line in summary(record):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+        for number, attempt in enumerate(record["attempts"], start=1):
+            out.print(attempt_line(number, attempt), markup=False, highlight=False, soft_wrap=True)
+            out.print(scores(attempt, out.width))
 
 
 def undeploy(address: AddressOption = None) -> None:

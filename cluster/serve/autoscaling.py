@@ -39,6 +39,8 @@ class Autoscaling:
         self._connect = connect
         self._client: ServeClient | None = None
         self._scaler = Autoscaler()
+        self.wanted: int | None = None
+        """Replicas, by the last decision; None: this process decides nothing."""
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -46,7 +48,7 @@ class Autoscaling:
             await asyncio.sleep(PERIOD_S)
             options = self._options()
             if options.min_replicas is None or options.max_replicas is None or not self._leads():
-                self._scaler = Autoscaler()
+                self._scaler, self.wanted = Autoscaler(), None
                 continue
             try:
                 await self._turn(Bounds(options.min_replicas, options.max_replicas))
@@ -66,7 +68,7 @@ class Autoscaling:
             return  # so nothing is known of the load
         seconds = fmean(status.prefill_s_per_token for status in heard.values())
         loads = {replica: load_of(status) for replica, status in heard.items()}
-        wanted = self._scaler.decide(time.monotonic(), loads, target, bounds, seconds)
+        wanted = self.wanted = self._scaler.decide(time.monotonic(), loads, target, bounds, seconds)
         if wanted != target:
             logger.info(f"Autoscaling: from {target} to {wanted} replicas.")
             await asyncio.to_thread(self._client.scale, APP_NAME, ENGINE_DEPLOYMENT, wanted)

@@ -13,6 +13,7 @@ The engine's thread calls `notify` and the sinks; all else lives on one event lo
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
@@ -69,6 +70,7 @@ class Outbox:
         self.reader: object = None  # the subscription that empties it
         self.number = 0  # of the last item
         self._events: list[BlockEvent] = []
+        self._made_at = 0.0  # of the first of them, Unix time
         self._admitted: list[Admission] = []
         self._prefilled: list[str] = []
         self._chunks: dict[tuple[int, int], Chunk] = {}  # by call and completion
@@ -81,6 +83,8 @@ class Outbox:
     def put_events(self, events: list[BlockEvent]) -> None:
         """The events that follow those put before."""
         self._bound(len(events))
+        if not self._events:
+            self._made_at = time.time()
         self._events += events
         self.wake(urgent=False)
 
@@ -150,6 +154,7 @@ class Outbox:
             number=self.number,
             chunks=tuple((call, chunk) for (call, _), chunk in self._chunks.items()),
             open_calls=len(self.answers),
+            made_at=self._made_at if self._events else None,
         )
         self._events, self._admitted, self._prefilled, self._chunks = [], [], [], {}
         return update

@@ -7,7 +7,7 @@ from fastapi import Request
 from cluster.serve.api_error import ApiError
 from cluster.serve.limits import Allowance
 
-CALLER, METER, REQUEST_ID = "caller", "meter", "request_id"
+CALLER, METER, REQUEST_ID, ARRIVED = "caller", "meter", "request_id", "arrived"
 """Keys of `scope["state"]`."""
 
 
@@ -70,6 +70,11 @@ def caller_of(http: Request) -> Caller:
 
 def meter_of(http: Request) -> Meter:
     return http.scope.get("state", {}).get(METER) or Meter()
+
+
+def arrived_of(http: Request) -> float | None:
+    """When the whole request was there, by `time.monotonic()`."""
+    return http.scope.get("state", {}).get(ARRIVED)
 
 
 def request_id_of(http: Request) -> str:

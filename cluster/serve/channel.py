@@ -11,6 +11,8 @@ from llama.engine import Chunk
 class ReplicaLost(Exception):
     """A replica went away while it served a request."""
 
+    code = "replica_lost"
+
 
 class Call:
     """One attempt at one request. `replica`: the one that answers; None before its first chunk."""

@@ -187,8 +187,8 @@ def scale(replicas: int, *, dashboard_url: str, timeout_s: float = 120.0) -> boo
     return fixed is not None
 
 
-def status(*, dashboard_url: str) -> AppStatus:
-    """What runs now. Raises NotDeployed."""
+def status(*, dashboard_url: str, api_key: str | None = None) -> AppStatus:
+    """What runs now. `api_key`: an operator's, where keys are set. Raises NotDeployed."""
     details = _connect(dashboard_url).details()
     if APP_NAME not in details["applications"]:
         raise NotDeployed(f"nothing is deployed on the cluster at {dashboard_url}")
@@ -202,7 +202,7 @@ def status(*, dashboard_url: str) -> AppStatus:
         app["message"],
         endpoint,
         replicas_of(app),
-        routing(endpoint),
+        routing(endpoint, api_key),
         None if engine is None else engine.model,
         bounds,
     )

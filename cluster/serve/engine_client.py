@@ -4,8 +4,8 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -16,6 +16,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from cluster.serve.api_error import ApiError
 from cluster.serve.channel import Call, Inbox, ReplicaLost
 from cluster.serve.messages import GenerateRequest, NotFollowed, ReplicaTarget, WrongModel
+from cluster.serve.observer import Observer
+from cluster.serve.record import Recording
 from cluster.serve.state import RoutingState
 from llama.engine import (
     Chunk,
@@ -38,6 +40,8 @@ LATE_S = 10.0  # for chunks that are on their way when their call is over
 class ReplicaFull(Exception):
     """A replica has as many waiting requests as it may have."""
 
+    code = "replica_full"
+
 
 @dataclass(frozen=True)
 class RoutedChunk:
@@ -51,6 +55,8 @@ class RoutedChunk:
 class WeightsChanged(Exception):
     """A replica has other weights than the request was prepared for."""
 
+    code = "weights_changed"
+
 
 class EngineClient:
     """The engine deployment, as seen from one ingress process.
@@ -61,14 +67,23 @@ class EngineClient:
     Args:
         inbox: where `Subscriptions` puts the chunks.
         family: of the replicas that may answer; their weights change.
+        observer: sees every request and its attempts.
     """
 
-    def __init__(self, engines: DeploymentHandle, state: RoutingState, inbox: Inbox, family: str) -> None:
+    def __init__(
+        self,
+        engines: DeploymentHandle,
+        state: RoutingState,
+        inbox: Inbox,
+        family: str,
+        observer: Observer | None = None,
+    ) -> None:
         self._generate = engines.options(method_name="generate")
         self._flush = engines.options(method_name="flush_cache")
         self._state = state
         self._inbox = inbox
         self._family = family
+        self._observer = observer or Observer(state)
         self._watching: set[asyncio.Task[None]] = set()
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[RoutedChunk, None]:
@@ -80,34 +95,28 @@ class EngineClient:
                 within its time, 500 when its engine failed.
         """
         tries = _Tries(self._state, request, self._family)
-        self._begin(request)
-        try:
+        with self._followed(request) as recording:
             while True:
                 started = False
                 try:
-                    async with aclosing(self._attempt(tries.request())) as items:
+                    async with aclosing(self._attempt(tries.request(), recording)) as items:
                         async for item in items:
                             started = True
                             yield item
                     return
                 except (ReplicaFull, ReplicaLost, WeightsChanged) as error:
                     await tries.after(error, final=started)
-        finally:
-            self._state.finish(request.request_id)
 
     async def complete(self, request: GenerateRequest) -> list[RoutedChunk]:
         """All of a request's chunks; a replica that dies at any time is replaced by another. Raises as `stream`."""
         tries = _Tries(self._state, request, self._family)
-        self._begin(request)
-        try:
+        with self._followed(request) as recording:
             while True:
                 try:
-                    async with aclosing(self._attempt(tries.request())) as items:
+                    async with aclosing(self._attempt(tries.request(), recording)) as items:
                         return [item async for item in items]
                 except (ReplicaFull, ReplicaLost, WeightsChanged) as error:
                     await tries.after(error)
-        finally:
-            self._state.finish(request.request_id)
 
     async def flush(self, replica: str) -> int:
         """Empties one replica's prefix cache; returns the sequence number of the event. Raises ReplicaLost."""
@@ -115,6 +124,15 @@ class EngineClient:
             return await self._flush.remote(ReplicaTarget(replica))
         except (RayActorError, RayTaskError) as error:
             raise ReplicaLost(type(error).__name__) from error
+
+    @contextmanager
+    def _followed(self, request: GenerateRequest) -> Iterator[Recording]:
+        with self._observer.following(request) as recording:
+            self._begin(request)
+            try:
+                yield recording
+            finally:
+                self._state.finish(request.request_id)
 
     def _begin(self, request: GenerateRequest) -> None:
         """Announces a request, if it need not wait for too long."""
@@ -134,7 +152,7 @@ class EngineClient:
                 )
         self._state.begin(request.request_id)
 
-    async def _attempt(self, request: GenerateRequest) -> AsyncGenerator[RoutedChunk, None]:
+    async def _attempt(self, request: GenerateRequest, recording: Recording) -> AsyncGenerator[RoutedChunk, None]:
         call = self._inbox.open(request.request_id)
         request = replace(request, source=self._inbox.source, call=call.number)
         # A context of its own: Serve tells calls apart by the HTTP request they are made in, and siblings would hang.
@@ -144,19 +162,21 @@ class EngineClient:
         watch.add_done_callback(self._watching.discard)
         unfinished, predicted, generated = request.params.n, None, 0
         try:
-            while unfinished:
-                chunk = await call.next()
-                if chunk.finish_reason == "abort":
-                    raise ReplicaLost("its engine aborted the request")
-                assert call.replica is not None
-                if predicted is None:
-                    predicted = self._state.placed(request, call.replica)
-                    missing = chunk.prompt_tokens - chunk.num_cached_tokens
-                    self._state.first_token(request.request_id, missing)
-                generated += len(chunk.token_ids)
-                self._state.progress(request.request_id, generated)
-                unfinished -= chunk.finish_reason is not None
-                yield RoutedChunk(call.replica, predicted, chunk)
+            with recording.attempt(lambda: self._state.routed(request.request_id)):
+                while unfinished:
+                    chunk = await call.next()
+                    if chunk.finish_reason == "abort":
+                        raise ReplicaLost("its engine aborted the request")
+                    assert call.replica is not None
+                    if predicted is None:
+                        predicted = self._state.placed(request, call.replica)
+                        missing = chunk.prompt_tokens - chunk.num_cached_tokens
+                        self._state.first_token(request.request_id, missing)
+                    generated += len(chunk.token_ids)
+                    self._state.progress(request.request_id, generated)
+                    self._observer.chunk(recording, call.replica, predicted, chunk)
+                    unfinished -= chunk.finish_reason is not None
+                    yield RoutedChunk(call.replica, predicted, chunk)
         finally:
             self._inbox.close(call)
             if unfinished:

@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
@@ -23,7 +24,7 @@ from starlette.responses import JSONResponse
 
 from cluster.serve.access import Access, Headers
 from cluster.serve.api_error import ApiError
-from cluster.serve.callers import CALLER, METER, REQUEST_ID, Meter
+from cluster.serve.callers import ARRIVED, CALLER, METER, REQUEST_ID, Meter
 from cluster.serve.limits import Allowance
 from cluster.serve.request_body import BodyLimits, Message, Receive, read_body
 
@@ -101,7 +102,7 @@ class Gate:
                 if body is None:
                     return
                 meter = Meter(allowance)
-                state = {CALLER: caller, METER: meter, REQUEST_ID: request_id}
+                state = {CALLER: caller, METER: meter, REQUEST_ID: request_id, ARRIVED: time.monotonic()}
                 inner = {
                     **scope,
                     "state": {**scope.get("state", {}), **state},

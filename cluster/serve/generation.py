@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from fastapi import Request
 
-from cluster.serve.callers import caller_of, meter_of, request_id_of
+from cluster.serve.callers import arrived_of, caller_of, meter_of, request_id_of
 from cluster.serve.messages import GenerateRequest, ReplicaInfo
 from cluster.serve.protocol import SamplingRequest
 from llama.engine import SamplingParams, generation_root, hash_blocks
@@ -40,6 +40,8 @@ def generate_requests(
             hashes=tuple(hash_blocks(root, token_ids, info.block_size)),
             params=params,
             weights_id=info.weights_id,
+            caller=caller.name,
+            arrived=arrived_of(http),
             salt=caller.salt,
             priority=priority,
             timeout_s=body.timeout_s,

@@ -29,12 +29,17 @@ from cluster.serve.events import Subscriptions
 from cluster.serve.gate import Gate
 from cluster.serve.listener import Listener
 from cluster.serve.loopback import NodeOnlyServer
+from cluster.serve.metrics import RaySink
+from cluster.serve.observer import Observer
+from cluster.serve.observing import Observing
 from cluster.serve.openapi import add_route
+from cluster.serve.refusals import Refusals
 from cluster.serve.request_body import require_json
 from cluster.serve.rest import ServeClient
 from cluster.serve.routes import add_openai_routes
 from cluster.serve.served_model import ServedModel
 from cluster.serve.settings import IngressOptions
+from cluster.serve.siblings import Sibling, Siblings
 from cluster.serve.state import routing_state
 from cluster.serve.weights import fetch_model
 from cluster.session import node_folder
@@ -51,7 +56,7 @@ class IngressConfig:
     cost: CostCoefficients
 
 
-class Ingress:
+class Ingress(Sibling):
     """The ingress deployment. Deploy it with `cluster.serve.app.build`."""
 
     def __init__(self, config: IngressConfig, engines: DeploymentHandle) -> None:
@@ -62,12 +67,15 @@ class Ingress:
         self._state.set_coefficients(config.cost)
         self._model = ServedModel(config.served_name, config.family, Tokenizer.load(directory), self._state)
         inbox = Inbox(serve.get_replica_context().replica_id.unique_id)
-        self._client = EngineClient(engines, self._state, inbox, config.family)
+        self._observer = Observer(self._state, model=config.served_name, ingress=inbox.source)
+        self._observer.start(RaySink((config.served_name, inbox.source)))
+        self._client = EngineClient(engines, self._state, inbox, config.family, self._observer)
         process = ray.get_runtime_context().current_actor
         self._subscriptions = Subscriptions(engines, self._state, inbox, process)
         self._subscriptions.start()
         self._options = IngressOptions()
         autoscaling = Autoscaling(self._state, lambda: self._options, _leads, ServeClient.of_this_cluster)
+        self._observer.wanted_replicas = lambda: autoscaling.wanted
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(autoscaling.run()), loop.create_task(self._access.follow())]
 
@@ -75,6 +83,7 @@ class Ingress:
         """Serve's shutdown hook: the replicas, which drain after us, must not wait for our subscriptions."""
         for task in self._tasks:
             task.cancel()
+        self._observer.stop()
         await self._listener.close()
         await self._subscriptions.stop()
 
@@ -99,7 +108,10 @@ class Ingress:
         add_route(api, "GET", "/ready", self.ready, statuses=(200, 503))
         add_route(api, "GET", "/caravan/replicas", self.replicas)
         add_route(api, "POST", "/caravan/replicas/{replica_id}/flush", self.flush)
+        siblings = Siblings(serve.get_replica_context().app_name)
+        Observing(self._observer, siblings, self._state).add_routes(api)
         api.add_middleware(Gate, access=self._access)  # type: ignore[arg-type]
+        api.add_middleware(Refusals, refused=self._observer.refused)  # type: ignore[arg-type]
         self._listener = Listener(api)
         return api
 

@@ -15,6 +15,7 @@ class GenerateRequest:
     if no other is left: those on which this request has already failed. `salt`, `priority` and `timeout_s` are the
     engine's. `source` is the ingress process that asks; `max_wait_s` is how long it may be until the first token.
     `call` numbers the attempts of all requests of that process: chunks come back under it.
+    `caller` is whose key it came with, and `arrived` when: `time.monotonic()` of the ingress.
     """
 
     request_id: str
@@ -29,6 +30,8 @@ class GenerateRequest:
     max_wait_s: float | None = None
     source: str = ""
     call: int = 0
+    caller: str = ""
+    arrived: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class ReplicaUpdate:
     `number` counts the items of one ingress process at one replica, over renewals of its subscription, from 1.
     `chunks` are what has been computed for requests of that process, each with its `GenerateRequest.call`; their block
     events are in this item or were in one before. `open_calls`: requests of that process that are not over.
+    `made_at`: Unix time of the oldest of `events`.
     """
 
     epoch: str
@@ -123,6 +127,7 @@ class ReplicaUpdate:
     number: int = 0
     chunks: tuple[tuple[int, Chunk], ...] = ()
     open_calls: int = 0
+    made_at: float | None = None
 
 
 class WrongModel(RuntimeError):

@@ -43,6 +43,7 @@ class _Replica:
     updated_at: float = -math.inf
     in_step: bool = False  # no gap in its events since the last snapshot
     alarmed: bool = False
+    lag_s: float | None = None
 
     def is_fresh(self, now: float) -> bool:
         return self.in_step and now - self.updated_at <= SILENCE_S
@@ -53,7 +54,8 @@ class ReplicaStatus:
     """One replica as this process sees it.
 
     `fresh`: its cache is known here and its updates keep coming. `age_s`: seconds since the last one (None: never
-    heard). `prefill_s_per_token`: as learnt from its first tokens.
+    heard). `prefill_s_per_token`: as learnt from its first tokens. `lag_s`: from the making of the last cache events
+    heard to their being applied here; between two machines as true as their clocks.
     """
 
     replica: str
@@ -64,6 +66,7 @@ class ReplicaStatus:
     active_requests: int
     age_s: float | None
     prefill_s_per_token: float
+    lag_s: float | None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,10 @@ class RoutingState:
         with self._lock:
             self._coefficients = coefficients
             self._calibration = Calibration(coefficients.prefill_s_per_token)
+
+    @property
+    def coefficients(self) -> CostCoefficients:
+        return self._coefficients
 
     # -- the set of replicas -------------------------------------------------------------------------------
 
@@ -164,6 +171,7 @@ class RoutingState:
                     self._ledger.load(replica).active_requests,
                     now - known.updated_at if known.load else None,
                     self._calibration.speed(replica).s_per_token,
+                    known.lag_s,
                 )
                 for replica, known in self._replicas.items()
             ]
@@ -190,6 +198,8 @@ class RoutingState:
             for request_id in update.prefilled:
                 self._promises.remove(request_id)
             known.load, known.updated_at = update.load, self._clock()
+            if update.made_at is not None:
+                known.lag_s = max(0.0, time.time() - update.made_at)
             known.in_step = self._index.is_fresh(replica)
             known.alarmed = known.alarmed and not known.in_step
             ready = self._take_ready_waiters()
@@ -280,6 +290,11 @@ class RoutingState:
         """The last routing decision about an unfinished request of this process."""
         with self._lock:
             return self._selections.get(request_id)
+
+    def routed(self, request_id: str) -> tuple[str | None, Selection | None]:
+        """The replica that an unfinished request is booked on, and the last decision about it."""
+        with self._lock:
+            return self._ledger.replica_of(request_id), self._selections.get(request_id)
 
     def booked_on(self, request_id: str) -> str | None:
         """The replica a request is booked on at present."""

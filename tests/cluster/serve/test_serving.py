@@ -25,6 +25,7 @@ from cluster.serve.view import Endpoint
 from cluster.serve.weights import AnotherModel
 from cluster.session import ray_processes
 from tests.cluster.serve.local_ray import local_ray
+from tests.cluster.serve.test_metrics import _samples, _total, _value
 from tests.cluster.serve.tiny_model import save_tiny_model
 from tests.conftest import find_free_port
 
@@ -277,6 +278,28 @@ def _totals(http: httpx.Client) -> Counter:
         load = entry["load"] or {}  # a replica that has just come has not told it yet
         totals.update({**load, "active": entry["active_requests"]})
     return totals
+
+
+def test_a_request_is_found_by_its_id_with_its_scores_and_times(client, http):
+    for cached in (0, 48):  # of 64 tokens the last is computed always, and so its block
+        answer = client.completions.create(model=MODEL, prompt=list(range(30, 94)), max_tokens=6)
+        (record,) = http.get(f"/caravan/requests/{answer.id}").raise_for_status().json()["requests"]
+        assert record["predicted_cached_tokens"] == record["cached_tokens"] == cached
+        assert record["generated_tokens"] == record["steps"] == answer.usage.completion_tokens
+        assert 0 <= record["queue_s"] <= record["first_token_s"] <= record["end_s"] < 60
+        assert record["attempts"][0]["scores"][0]["replica"] == record["replica"]
+        assert {score["replica"] for score in record["attempts"][0]["scores"]} == set(_replicas(http))
+
+
+def test_metrics_show_at_the_ingress_and_at_rays_agent(conversations, http):
+    found = _samples(http.get("/metrics").raise_for_status().content)
+    ended, cached = _value(found, "caravan_requests_total"), _value(found, "caravan_cached_tokens_total")
+    assert ended >= 60 and 0 < cached == _value(found, "caravan_predicted_cached_tokens_total")
+    assert _value(found, "caravan_replicas_fresh", model=MODEL) == 2
+    assert 0 <= max(value for key, value in found.items() if key[0] == "caravan_index_lag_seconds") < 10
+    node, name = ray.nodes()[0], "ray_caravan_requests_total"
+    agent = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    _wait_until(lambda: ended <= _total(_samples(http.get(agent).content), name), 30, "the arrival at Ray's agent")
 
 
 @pytest.mark.parametrize("stream", [True, False])
