@@ -10,7 +10,7 @@ replicas, so what describes a replica is to be read with `max by (replica)`. At 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -88,6 +88,9 @@ WEIGHTS = _gauge("replica_weights", "1 for the weights that the replica has.", "
 
 METRICS: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 
+MAX_OBSERVATIONS = 100_000
+"""Of a batch; the oldest go first. Five seconds bring a few hundred, but somebody may never ask for them."""
+
 Key = tuple[Metric, tuple[str, ...]]
 
 
@@ -96,7 +99,7 @@ class Batch:
     """What came together since the last one. Gauges are all there are now: what is missing is gone."""
 
     counts: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
-    observations: list[tuple[Metric, float]] = field(default_factory=list)
+    observations: deque[tuple[Metric, float]] = field(default_factory=lambda: deque(maxlen=MAX_OBSERVATIONS))
     gauges: dict[Key, float] = field(default_factory=dict)
 
 

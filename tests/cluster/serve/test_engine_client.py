@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,8 @@ from cluster.serve.messages import (
     ReplicaUpdate,
     WrongModel,
 )
+from cluster.serve.observer import Observer
+from cluster.serve.record import RequestRecord
 from cluster.serve.state import RoutingState
 from llama.engine import (
     CacheSnapshot,
@@ -352,3 +355,35 @@ def test_each_call_is_made_in_a_context_of_its_own():
 
     asyncio.run(run())
     assert seen == ["none", "none"]
+
+
+def _record(script: Callable[[str, int], list], call) -> RequestRecord:
+    client, _, state = _setup(script)
+    observer = client._observer = Observer(state)
+    with suppress(ApiError):
+        asyncio.run(call(client))
+    (record,) = observer.records.newest(2)
+    return record
+
+
+def test_a_record_tells_of_every_attempt_and_of_what_the_router_said_at_each():
+    record = _record(
+        lambda replica, n: (
+            [_task_error(QueueFull("full"))] if not n else [_chunk(0), ActorDiedError()] if n == 1 else _whole(replica)
+        ),
+        lambda client: client.complete(_request()),
+    )
+    assert [attempt.outcome for attempt in record.attempts] == ["replica_full", "replica_lost", "answered"]
+    assert len({attempt.replica for attempt in record.attempts}) == 3
+    for attempt in record.attempts:
+        assert {score.replica for score in attempt.scores} == {"a", "b", "c"}
+    assert (record.status, record.outcome, record.replica) == (200, "stop", record.attempts[-1].replica)
+    assert (record.prompt_tokens, record.generated_tokens) == (40, 3)
+
+
+def test_a_record_tells_how_a_request_failed():
+    broken = _record(lambda replica, n: [_chunk(0), ActorDiedError()], _stream)
+    assert (broken.status, broken.outcome, broken.generated_tokens) == (503, "replica_lost", 1)
+    refused = _record(lambda replica, n: [_task_error(PromptTooLong("long"))], _stream)
+    assert (refused.status, refused.outcome) == (400, "context_length_exceeded")
+    assert [attempt.outcome for attempt in refused.attempts] == ["context_length_exceeded"]

@@ -82,6 +82,14 @@ def test_counters_go_on_and_the_gauges_of_who_has_left_go():
     assert collected.take({}) == Batch()
 
 
+def test_observations_that_nobody_takes_do_not_grow_for_ever(monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_OBSERVATIONS", 10)
+    collected = Metrics()
+    for _ in range(5):
+        collected.record(RECORD)
+    assert len(collected.take({}).observations) == 10
+
+
 def test_what_has_not_happened_yet_is_zero_and_not_absent():
     found = _samples(exposition(PrometheusSink(("m", "one")).families()))
     assert _value(found, "caravan_prompt_tokens_total") == 0

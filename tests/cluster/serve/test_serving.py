@@ -295,7 +295,6 @@ def test_metrics_show_at_the_ingress_and_at_rays_agent(conversations, http):
     found = _samples(http.get("/metrics").raise_for_status().content)
     ended, cached = _value(found, "caravan_requests_total"), _value(found, "caravan_cached_tokens_total")
     assert ended >= 60 and 0 < cached == _value(found, "caravan_predicted_cached_tokens_total")
-    assert _value(found, "caravan_replicas_fresh", model=MODEL) == 2
     assert 0 <= max(value for key, value in found.items() if key[0] == "caravan_index_lag_seconds") < 10
     node, name = ray.nodes()[0], "ray_caravan_requests_total"
     agent = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
