@@ -111,6 +111,7 @@ def test_an_empty_source_is_one_line(
         (["deploy", "/no/such/model", "--cpus-per-replica", "0"], ["cpus_per_replica", "greater than 0"]),
         (["deploy", "/no/such/model"], ["no cluster is up", "caravan up"]),
         (["status"], ["no cluster is up", "--address auto"]),
+        (["trace", "cmpl-1"], ["no cluster is up", "--address auto"]),
         (["status", "--address", "127.0.0.1:1"], ["127.0.0.1:1"]),
         (["logs", "some-run"], ["caravan up", "--address"]),
         (["down"], ["no cluster is up"]),
