@@ -23,7 +23,8 @@ from typing import Any, TypeAlias
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llama.template_sandbox import TemplateSandbox
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -66,21 +67,19 @@ class ChatTemplate:
         self._tokens = sorted(control_tokens, key=len, reverse=True)
         self._any_token = _any_of(self._tokens)
         self._edges = sorted({token[0] for token in self._tokens} | {token[-1] for token in self._tokens})
-        # A sandbox without access to Python: templates come with models from outside.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
+        environment = TemplateSandbox(extensions=["jinja2.ext.loopcontrols", _Generation])
+        self._sandbox = environment
         environment.globals["raise_exception"] = _raise_exception
         environment.filters["tojson"] = _to_json
         self._compiled: Template | Exception
         self._marks_generation = False
         sought: set[str] = set()
         try:
-            self._compiled = environment.from_string(text)
             parsed = environment.parse(text)
             self._marks_generation = any(name.name == _MARKS[0] for name in parsed.find_all(nodes.Name))
             constants = {node.value for node in parsed.find_all(nodes.Const)}
             sought = _harmless({constant for constant in constants if isinstance(constant, str)}, self._tokens)
+            self._compiled = environment.guarded(parsed)
         except Exception as error:  # Jinja's own, and what Python thinks of the code that Jinja makes
             self._compiled = error
         # Letters stay: the template has to know its fields' names again.
@@ -131,7 +130,7 @@ class ChatTemplate:
                 "tokenizer_config.json's chat_template"
             ) from template
         variables = {**special_tokens, "tools": None, "documents": None, "strftime_now": now.strftime}
-        return _Renderer(template, variables)
+        return _Renderer(template, self._sandbox, variables)
 
     def _tell_apart(
         self,
@@ -187,11 +186,12 @@ class ChatTemplate:
 @dataclass(frozen=True)
 class _Renderer:
     template: Template
+    sandbox: TemplateSandbox
     variables: dict[str, Any]
 
     def __call__(self, messages: Sequence[Any], add_generation_prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
         """The template's text; `marks` surround its `{% generation %}` blocks. Raises ChatTemplateError."""
-        variables = {**self.variables, **dict(zip(_MARKS, marks, strict=True))}
+        variables = {**self.variables, **dict(zip(_MARKS, marks, strict=True)), **self.sandbox.variables()}
         try:
             return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
         except Exception as error:  # a template may fail in any way Jinja's sandbox can
