@@ -14,10 +14,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from tests.cluster.serve.ground import free_port, local_ray, save_model  # noqa: E402
+
 from cluster.serve import control  # noqa: E402
 from cluster.serve.settings import AppArgs  # noqa: E402
 from llama.engine import EngineConfig  # noqa: E402
-from tests.cluster.serve.ground import free_port, local_ray, save_model  # noqa: E402
 
 MODEL = "tiny"
 ENGINE = EngineConfig(num_blocks=1024, max_batched_tokens=512, max_running=32)
