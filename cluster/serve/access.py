@@ -2,17 +2,14 @@
 while requests run."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 from cluster.serve.api_error import ApiError
 from cluster.serve.callers import ANONYMOUS, Caller
 from cluster.serve.keys import MAX_KEY_BYTES, REREAD_S, KeyFile, LiveKeys
 from cluster.serve.limits import Allowance, Clock, Limits
-
-logger = logging.getLogger("ray.serve")
+from cluster.serve.settings import check_origin
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -109,13 +106,3 @@ def _bearer_key(headers: Headers) -> bytes:
         message = "The Authorization header is not understood; send it once, as Authorization: Bearer YOUR_KEY."
         raise ApiError(401, message, code="invalid_api_key")
     return key
-
-
-def check_origin(origin: str) -> str:
-    """Raises ValueError unless it is one exact origin, as a browser sends it: `https://chat.example.org`."""
-    parts = urlsplit(origin)
-    if parts.scheme not in ("http", "https") or not parts.hostname or origin != f"{parts.scheme}://{parts.netloc}":
-        raise ValueError(f"cors_origins: {origin!r} is no origin; write it as https://host or https://host:port")
-    if "*" in origin or "@" in origin or origin != origin.lower():
-        raise ValueError(f"cors_origins: {origin!r} is not exact; name each origin, in lower case")
-    return origin

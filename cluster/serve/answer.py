@@ -1,21 +1,18 @@
 """How an answer goes out: as one body, or as server-sent events while it is made."""
 
 import json
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 from fastapi.responses import Response, StreamingResponse
 
-from cluster.serve.api_error import ApiError, internal_error
+from cluster.serve.api_error import ApiError, internal_error, log_defect
 from cluster.serve.callers import Meter
 from cluster.serve.engine_client import EngineClient, RoutedChunk
 from cluster.serve.fan_out import Numbered, complete_all, stream_all
 from cluster.serve.messages import GenerateRequest
 from cluster.serve.reply import Reply
-
-logger = logging.getLogger("ray.serve")
 
 _EVENT_STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies: neither keep nor collect
 
@@ -70,7 +67,7 @@ async def _events(
         except ApiError as error:
             yield _error_event(error)
         except Exception as error:
-            logger.exception(f"A stream failed: {type(error).__name__}.")
+            log_defect(reply.request_id, error)
             yield _error_event(internal_error())
 
 

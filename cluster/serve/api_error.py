@@ -1,9 +1,13 @@
 """What a request is answered with when it is refused or fails: OpenAI's error object."""
 
+import logging
 import math
+import traceback
 from typing import Any
 
 from pydantic import BaseModel
+
+logger = logging.getLogger("ray.serve")
 
 
 class ErrorObject(BaseModel):
@@ -54,3 +58,9 @@ class ApiError(Exception):
 def internal_error() -> ApiError:
     """What a client is told of a defect of ours: nothing but that."""
     return ApiError(500, "The server failed on this request.", kind="server_error", code="internal_error")
+
+
+def log_defect(request_id: str, error: BaseException) -> None:
+    """The error's type and the lines of code it came through. Not what it says: that may be of a prompt."""
+    lines = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %s failed with %s:\n%s", request_id, type(error).__name__, lines)

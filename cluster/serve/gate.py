@@ -3,38 +3,37 @@
 In this order, so that a stranger costs nothing: the key (401; 403 for an operator's route), the key's limits (429), the
 body's length and pace (413, 408), then the application, for REQUEST_S at most (504).
 
-Every response has an `X-Request-Id`. In Serve the proxy puts it on: it takes the client's or makes one, and hands it
-to us in the request's headers; where none came, the gate does. Neither the key nor anything of a body is ever logged:
-of an exception that nobody expected, the log has the type and the lines of code, and not the message.
+Every response has an `X-Request-Id`. Serve's proxy puts it on: it takes the client's or makes one, and hands it to us
+in the request's headers; where a request came to us directly, or without one, the gate does. Neither the key nor
+anything of a body is ever logged: of an exception that nobody expected, the log has the type and the lines of code,
+and not the message.
 """
 
 import asyncio
 import json
-import logging
 import re
 import time
-import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
 from cluster.serve.access import Access, Headers
-from cluster.serve.api_error import ApiError
+from cluster.serve.api_error import ApiError, internal_error, log_defect
 from cluster.serve.callers import ARRIVED, CALLER, METER, REQUEST_ID, Meter
 from cluster.serve.limits import Allowance
 from cluster.serve.request_body import BodyLimits, Message, Receive, read_body
-
-logger = logging.getLogger("ray.serve")
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 REQUEST_S = 1800.0
+DIRECT = "caravan.direct"
+"""In the scope of a request that no proxy of Serve's has handed on."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 _EXPOSED = ("x-request-id", "retry-after", "x-caravan-replica") + tuple(
@@ -61,22 +60,12 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._live(scope, receive, send)
+            await self._app(scope, receive, send)
         elif scope["type"] == "http":
             # A browser asks first without the key, so this comes before the check.
             await self._cors()(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})  # there are none; no way around the check either
-
-    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The application's life, during which the key file is followed."""
-        follower = asyncio.create_task(self._access.follow())
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            follower.cancel()
-            with suppress(asyncio.CancelledError):
-                await follower
 
     def _cors(self) -> App:
         """What lets web pages of the origins ask. Without credentials: a key is a header that the page must know."""
@@ -93,7 +82,7 @@ class Gate:
         return self._with_cors
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id, extra = _request_id(scope["headers"])
+        request_id, extra = _request_id(scope["headers"], DIRECT in scope)
         response = _Response(send, extra)
         try:
             caller, allowance = self._access.admit(_path(scope), scope["headers"])
@@ -128,10 +117,8 @@ class Gate:
                 return
             if isinstance(error, ApiError):
                 raise
-            lines = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("request %s failed with %s:\n%s", request_id, type(error).__name__, lines)
-            what = "The server failed on this request."
-            await response.fail(ApiError(500, what, code="internal_error", kind="server_error"))
+            log_defect(request_id, error)
+            await response.fail(internal_error())
 
 
 class _Response:
@@ -199,13 +186,12 @@ def _path(scope: Scope) -> str:
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
-def _request_id(headers: Headers) -> tuple[str, Headers]:
+def _request_id(headers: Headers, direct: bool) -> tuple[str, Headers]:
     """The request's id, and the header that the response still needs."""
     came = next((value for name, value in headers if name == b"x-request-id"), None)
-    if came is not None and _REQUEST_ID.fullmatch(came):
-        return came.decode(), []
-    request_id = uuid.uuid4().hex
-    return request_id, [] if came is not None else [(b"x-request-id", request_id.encode())]
+    plain = came is not None and _REQUEST_ID.fullmatch(came)
+    request_id = came.decode() if came is not None and plain else uuid.uuid4().hex
+    return request_id, [(b"x-request-id", request_id.encode())] if direct or came is None else []
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

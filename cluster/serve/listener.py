@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.serve.gate import DIRECT
+
 logger = logging.getLogger("ray.serve")
 
 KEEP_ALIVE_S = 90  # as Serve's proxy
@@ -91,7 +93,7 @@ def _ended_with_its_client(app: ASGIApp) -> ASGIApp:
 
     async def run(scope: Scope, receive: Receive, send: Send) -> None:
         messages: asyncio.Queue[Message] = asyncio.Queue(maxsize=1)
-        work = asyncio.ensure_future(app(scope, messages.get, send))
+        work = asyncio.ensure_future(app({**scope, DIRECT: True}, messages.get, send))
 
         async def listen() -> None:
             while (message := await receive())["type"] != "http.disconnect":

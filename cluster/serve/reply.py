@@ -66,6 +66,7 @@ class Reply(ABC):
     id_prefix: ClassVar[str]
 
     def __init__(self, request_id: str, model: str, tokens: TokenText, wishes: Wishes) -> None:
+        self.request_id = request_id
         self._head: dict[str, Any] = {
             "id": f"{self.id_prefix}-{request_id}",
             "object": self.event_kind,

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from cluster.serve.answer import Answers
-from cluster.serve.api_error import ApiError, internal_error
+from cluster.serve.api_error import ApiError
 from cluster.serve.chat import ChatCompletions
 from cluster.serve.chat_reply import ChatBody
 from cluster.serve.chat_request import UNSUPPORTED_IN_CHAT, ChatRequest
@@ -80,7 +80,6 @@ def add_openai_routes(api: FastAPI, model: ServedModel, answers: Answers) -> Non
     add_route(api, "POST", "/detokenize", tokenizing.detokenize, body=DetokenizeRequest, answer=DetokenizeResponse)
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_error)
-    api.add_exception_handler(Exception, _answer_server_error)
     bodies: Bodies = {CompletionRequest: UNSUPPORTED_IN_COMPLETIONS, ChatRequest: UNSUPPORTED_IN_CHAT}
     publish(api, model.name, bodies | {TokenizeRequest: {}, DetokenizeRequest: {}})
 
@@ -94,7 +93,3 @@ async def _answer_http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{http.method} {http.url.path}: {error.detail}"
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers=error.headers)
-
-
-async def _answer_server_error(_: Request, __: Exception) -> Response:
-    return JSONResponse(internal_error().body(), internal_error().status)

@@ -63,6 +63,11 @@ class IngressOptions(_Settings):
     def _keys_have_no_credentials(cls, api_keys: str | None) -> str | None:
         return None if api_keys is None else without_credentials("api_keys", api_keys)
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_exact(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(check_origin, origins))
+
     @model_validator(mode="after")
     def _bounds(self) -> Self:
         low, high = self.min_replicas, self.max_replicas
@@ -102,3 +107,13 @@ def without_credentials(name: str, uri: str) -> str:
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on the cluster's nodes"
         )
     return uri
+
+
+def check_origin(origin: str) -> str:
+    """Raises ValueError unless it is one exact origin, as a browser sends it: `https://chat.example.org`."""
+    parts = urlsplit(origin)
+    if parts.scheme not in ("http", "https") or not parts.hostname or origin != f"{parts.scheme}://{parts.netloc}":
+        raise ValueError(f"cors_origins: {origin!r} is no origin; write it as https://host or https://host:port")
+    if "*" in origin or "@" in origin or origin != origin.lower():
+        raise ValueError(f"cors_origins: {origin!r} is not exact; name each origin, in lower case")
+    return origin

@@ -77,9 +77,9 @@ class LocalApi:
         state = routing_state("w", model.config.vocab_size, model.config.max_seq_len)
         self.answers = Answers(cast(Any, self.engine))
         add_openai_routes(self.app, ServedModel(MODEL, "family", self.tokenizer, state), self.answers)
-        access = Access()
-        access.set(None)
-        self.app.add_middleware(Gate, access=access)
+        self.access = Access()
+        self.access.set(None)
+        self.app.add_middleware(Gate, access=self.access)  # type: ignore[arg-type]
 
     @asynccontextmanager
     async def http(self) -> AsyncIterator[httpx.AsyncClient]:

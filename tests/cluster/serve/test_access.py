@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from cluster.serve.access import Access, check_origin
+from cluster.serve.access import Access
 from cluster.serve.api_error import ApiError
 from cluster.serve.keys import KeyFile, Keys, NoKeyFile
 
@@ -75,26 +75,15 @@ def test_limits_are_shared_among_as_many_processes_as_there_are_now(file):
         allowance.enter()
 
 
-@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://a.b", "http://[::1]:80"])
-def test_origins(origin):
-    assert check_origin(origin) == origin
+def test_a_key_file_that_changes_is_read_again(file):
+    async def scenario() -> None:
+        access = Access()
+        _write(file)
+        access.set(file.uri)
+        follower = asyncio.create_task(access.follow(period_s=0.001))
+        key = _write(file)
+        while _status(access, key=key) != 200:
+            await asyncio.sleep(0.001)
+        follower.cancel()
 
-
-@pytest.mark.parametrize(
-    "origin",
-    [
-        "*",
-        "",
-        "null",
-        "https://*.a.b",
-        "https://a.b/",
-        "https://a.b/x",
-        "a.b",
-        "ftp://a.b",
-        "https://A.b",
-        "http://u@a.b",
-    ],
-)
-def test_no_origins(origin):
-    with pytest.raises(ValueError, match="cors_origins"):
-        check_origin(origin)
+    asyncio.run(asyncio.wait_for(scenario(), 20))

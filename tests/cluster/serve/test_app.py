@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ray.serve.exceptions import RayServeException
 
 from cluster.serve.app import build
-from cluster.serve.settings import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT, AppArgs, BuildArgs
+from cluster.serve.settings import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT, AppArgs, BuildArgs, IngressOptions
 
 
 @pytest.fixture
@@ -106,3 +106,28 @@ def test_arguments_survive_json(model):
 def test_settings_and_control_leave_ray_alone_until_they_are_used():
     code = "import sys; import cluster.serve.settings, cluster.serve.control; sys.exit('ray' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://a.b", "http://[::1]:80"])
+def test_origins(origin):
+    assert IngressOptions(cors_origins=(origin,)).cors_origins == (origin,)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "*",
+        "",
+        "null",
+        "https://*.a.b",
+        "https://a.b/",
+        "https://a.b/x",
+        "a.b",
+        "ftp://a.b",
+        "https://A.b",
+        "http://u@a.b",
+    ],
+)
+def test_no_origins(origin):
+    with pytest.raises(ValueError, match="cors_origins"):
+        IngressOptions(cors_origins=(origin,))

@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from cluster.serve.access import Access
 from cluster.serve.api_error import ApiError
 from cluster.serve.callers import caller_of, meter_of, request_id_of
-from cluster.serve.gate import Gate, ResponseBroken
+from cluster.serve.gate import DIRECT, Gate, ResponseBroken
 from cluster.serve.keys import KeyFile, Keys
 from cluster.serve.request_body import BodyLimits
 from tests.cluster.serve.test_limits import Clock
@@ -202,36 +202,6 @@ def test_a_removed_key_is_out_and_what_others_have_used_stays_used(door):
             assert (await client.get("/v1/models", headers=slow)).status_code == 429
 
     asyncio.run(scenario())
-
-
-def test_the_file_is_followed_as_long_as_the_application_lives(door, monkeypatch):
-    monkeypatch.setattr(Access.follow, "__defaults__", (0.001,))
-    tasks: list[int] = []
-
-    async def scenario() -> None:
-        alive, ends = asyncio.Event(), asyncio.Event()
-
-        async def app(scope: Any, receive: Any, send: Any) -> None:
-            if scope["type"] == "lifespan":
-                alive.set()
-                await ends.wait()
-            else:
-                await _tell(scope, receive, send)
-
-        gate = Gate(app, door.access)
-        life = asyncio.create_task(_call(gate, {"type": "lifespan"}))
-        await alive.wait()
-        keys, new = door.file.read().with_key("late")
-        door.write(keys)
-        bearer = [(b"authorization", f"Bearer {new}".encode())]
-        while (await _call(gate, _scope(headers=bearer)))[0]["status"] == 401:
-            await asyncio.sleep(0.001)
-        ends.set()
-        await life
-        tasks.append(len(asyncio.all_tasks()))
-
-    asyncio.run(asyncio.wait_for(scenario(), 20))
-    assert tasks == [2]  # the scenario and what waits for it: no follower is left
 
 
 # -- how much
@@ -473,6 +443,9 @@ def test_an_id_that_came_is_kept_when_it_is_plain_and_its_giver_says_it(came, ke
         told = json.loads(sent[1]["body"])["id"]
         assert (told == came.decode(errors="replace")) is kept and len(told) <= 64 and told.isascii()
         assert not [name for name, _ in sent[0]["headers"] if name == b"x-request-id"]
+        sent = await _call(_open(), _scope(headers=[(b"x-request-id", came)], **{DIRECT: True}))
+        said = [value.decode() for name, value in sent[0]["headers"] if name == b"x-request-id"]
+        assert said == [json.loads(sent[1]["body"])["id"]] and (said == [came.decode(errors="replace")]) is kept
         sent = await _call(_open(), _scope())
         made = dict(sent[0]["headers"])[b"x-request-id"].decode()
         assert json.loads(sent[1]["body"])["id"] == made and len(made) == 32
