@@ -93,8 +93,8 @@ def test_whatever_breaks_a_request_is_tried_again_or_told(monkeypatch, fault, be
     monkeypatch.setattr(broadcast, "HEARTBEAT_S", 0.05)
 
     async def run() -> None:
-        async with World("a", "b", step_s=0.01) as world:
-            request = make_request(1, max_tokens=40)
+        async with World("a", "b", step_s=0.005) as world:
+            request = make_request(1, max_tokens=30)
             got: list[RoutedChunk] = []
 
             async def ask() -> list[RoutedChunk]:
