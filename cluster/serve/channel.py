@@ -55,9 +55,13 @@ class Inbox:
         self._calls: dict[int, Call] = {}
         self._numbers = itertools.count(1)
 
-    def open(self, request_id: str) -> Call:
-        """A new attempt at a request; end it with `close`."""
-        call = Call(next(self._numbers), request_id)
+    def next_number(self) -> int:
+        """For a new call."""
+        return next(self._numbers)
+
+    def open(self, request_id: str, number: int) -> Call:
+        """An attempt at a request, which was just sent; end it with `close`."""
+        call = Call(number, request_id)
         self._calls[call.number] = call
         return call
 

@@ -153,10 +153,11 @@ class EngineClient:
         self._state.begin(request.request_id)
 
     async def _attempt(self, request: GenerateRequest, recording: Recording) -> AsyncGenerator[RoutedChunk, None]:
-        call = self._inbox.open(request.request_id)
-        request = replace(request, source=self._inbox.source, call=call.number)
+        number = self._inbox.next_number()
+        request = replace(request, source=self._inbox.source, call=number)
         # A context of its own: Serve tells calls apart by the HTTP request they are made in, and siblings would hang.
         response = cast(DeploymentResponse, contextvars.Context().run(self._generate.remote, request))
+        call = self._inbox.open(request.request_id, number)
         watch = asyncio.create_task(_watch(response, call, request.timeout_s))
         self._watching.add(watch)
         watch.add_done_callback(self._watching.discard)

@@ -110,7 +110,7 @@ def test_a_subscription_is_renewed_in_time_and_read_to_its_end(monkeypatch):
         state, engines = RoutingState(), _Engines()
         state.set_replicas(["a"])
         _, inbox = _follow(engines, state)
-        call = inbox.open("r")
+        call = inbox.open("r", inbox.next_number())
         await _until(lambda: len(engines.calls) == 1)
         first = engines.calls[0][1].queue
         first.put_nowait(_snapshot())
@@ -139,7 +139,7 @@ def test_a_gap_in_the_events_costs_the_copy_and_no_chunk():
         state, engines = RoutingState(), _Engines()
         state.set_replicas(["a"])
         _, inbox = _follow(engines, state)
-        call = inbox.open("r")
+        call = inbox.open("r", inbox.next_number())
         await _until(lambda: len(engines.calls) == 1)
         first = engines.calls[0][1].queue
         for item in (_snapshot(), _stored(1), replace(_stored(5, number=3), chunks=((call.number, _chunk()),))):
@@ -178,7 +178,7 @@ def test_a_broken_subscription_empties_the_copy_fails_its_calls_and_begins_anew(
         state, engines = RoutingState(), _Engines()
         state.set_replicas(["a", "b"])
         _, inbox = _follow(engines, state)
-        here, elsewhere = inbox.open("here"), inbox.open("elsewhere")
+        here, elsewhere = inbox.open("here", inbox.next_number()), inbox.open("elsewhere", inbox.next_number())
         await _until(lambda: len(engines.calls) == 2)
         calls = dict(engines.calls)
         for number, call in enumerate((here, elsewhere)):
@@ -210,7 +210,7 @@ def test_a_departed_replica_is_heard_until_our_requests_there_are_over():
         state, engines = RoutingState(), _Engines()
         state.set_replicas(["a"])
         _, inbox = _follow(engines, state)
-        call = inbox.open("r")
+        call = inbox.open("r", inbox.next_number())
         await _until(lambda: len(engines.calls) == 1)
         updates = engines.calls[0][1]
         updates.queue.put_nowait(_snapshot(open_calls=1))

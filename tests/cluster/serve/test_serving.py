@@ -339,9 +339,21 @@ def test_deploying_the_same_again_and_scaling_keep_processes_and_caches(cluster,
     assert status.state == "RUNNING" and status.endpoint == endpoint
     assert {replica.pid for replica in status.replicas} == set(_pids(http).values())
 
-    started = time.monotonic()
-    control.scale(2, dashboard_url=cluster)
-    assert time.monotonic() - started < 15  # our subscription does not hold up the draining replica
+    def stream(number: int) -> str | None:
+        prompt = [70 + number] * 40
+        return (
+            list(client.completions.create(model=MODEL, prompt=prompt, max_tokens=150, stream=True))[-1]
+            .choices[0]
+            .finish_reason
+        )
+
+    with ThreadPoolExecutor(9) as pool:
+        streams = [pool.submit(stream, number) for number in range(9)]
+        _wait_until(lambda: all(entry["active_requests"] for entry in _replicas(http).values()), 5, "streams on all")
+        started = time.monotonic()
+        control.scale(2, dashboard_url=cluster)
+        assert time.monotonic() - started < 15  # our subscription does not hold up the draining replica
+        assert {future.result() for future in streams} <= {"length", "stop"}
     assert _pids(http) == pids
 
 
