@@ -35,8 +35,10 @@ import httpx  # noqa: E402
 from fastapi import FastAPI, Request  # noqa: E402
 from fastapi.responses import Response, StreamingResponse  # noqa: E402
 from ray import serve  # noqa: E402
+from ray.serve.handle import DeploymentHandle  # noqa: E402
 
 from cluster.serve import app  # noqa: E402
+from cluster.serve.ingress import Ingress, IngressConfig  # noqa: E402
 from cluster.serve.replica import EngineReplica, ReplicaConfig  # noqa: E402
 from cluster.serve.settings import APP_NAME, ENGINE_DEPLOYMENT, BuildArgs  # noqa: E402
 from cluster.session import ray_processes  # noqa: E402
@@ -96,6 +98,14 @@ class PacedReplica(EngineReplica):
         return self._idle_at
 
 
+class OpenIngress(Ingress):
+    """Asks for no key. It listens behind Serve's proxy only, as the other one does."""
+
+    def __init__(self, config: IngressConfig, engines: DeploymentHandle) -> None:
+        super().__init__(config, engines)
+        self._access.set(None)
+
+
 def nothing_app() -> FastAPI:
     """Answers `/v1/completions` as long as it is told to, with the bytes it is told."""
     api = FastAPI()
@@ -120,7 +130,7 @@ def nothing_app() -> FastAPI:
 
 def deploy(model: Path) -> str:
     """Both applications behind one proxy; returns its address."""
-    app.EngineReplica = PacedReplica  # type: ignore[misc]
+    app.EngineReplica, app.Ingress = PacedReplica, OpenIngress  # type: ignore[misc]
     port = find_free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = BuildArgs(model=str(model), served_name=MODEL, cpus_per_replica=0.1, engine=ENGINE)
@@ -234,7 +244,8 @@ def abort_times(url: str, replica: Any, times: int) -> list[float]:
             httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
             http.stream("POST", "/v1/completions", json=body) as response,
         ):
-            next(response.iter_lines())
+            response.raise_for_status()
+            next(response.iter_raw())
             replica.forget_idle.remote().result()
             time.sleep(0.05)
             left = time.monotonic()
