@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from openai.types import completion_create_params
 from pydantic import Field
 
+from cluster.serve.api_error import ApiError
 from cluster.serve.protocol import (
     MAX_CHOICES,
     SamplingRequest,
@@ -53,7 +54,14 @@ class CompletionRequest(SamplingRequest):
 def parse_completion(body: bytes) -> CompletionRequest:
     """Reads a `/v1/completions` body; raises ApiError (400)."""
     fields = supported_fields(json_object(body), CompletionRequest, UNSUPPORTED_IN_COMPLETIONS)
-    request = validated(CompletionRequest, fields)
+    try:
+        request = validated(CompletionRequest, fields)
+    except ApiError as error:
+        if (error.param or "").partition("[")[0] != "prompt" or error.code != "invalid_value":
+            raise
+        # Of a union pydantic tells what the first type has against it.
+        message = f"prompt: give a text, token ids, or a list of at most {MAX_CHOICES} of either, none of them empty"
+        raise ApiError(400, message, param=error.param, code=error.code) from None
     if request.best_of is not None and request.best_of != request.n:
         refuse("best_of", f"best_of={request.best_of} is only supported where it equals n={request.n}; leave it out")
     if request.stream and request.prompt_logprobs is not None:

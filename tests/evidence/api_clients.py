@@ -293,7 +293,9 @@ def check_aiperf(url: str, directory: Path, claims: Claims) -> None:
         command += ["--request-count", str(REQUESTS), "--concurrency", str(CONCURRENCY), "--workers-max", "2"]
         command += ["--synthetic-input-tokens-mean", "60", "--output-tokens-mean", "16"]
         command += ["--extra-inputs", "ignore_eos:true", "--output-artifact-dir", Path(folder, "out")]
-        variables = tool_variables() | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "HOME": folder}
+        # Told to stay offline, it looks for a local tokenizer in the hub's cache, in vain.
+        online = {name: value for name, value in tool_variables().items() if not name.endswith("OFFLINE")}
+        variables = online | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "HOME": folder}
         subprocess.run(command, env=variables, check=True, cwd=folder, stdout=subprocess.DEVNULL)
         (file,) = Path(folder, "out").rglob("profile_export_aiperf.json")
         report = json.loads(file.read_text())

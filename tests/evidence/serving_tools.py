@@ -14,11 +14,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from tests.cluster.serve.ground import free_port, local_ray, save_model  # noqa: E402
-
 from cluster.serve import control  # noqa: E402
 from cluster.serve.settings import AppArgs  # noqa: E402
 from llama.engine import EngineConfig  # noqa: E402
+from tests.cluster.serve.local_ray import local_ray  # noqa: E402
+from tests.cluster.serve.tiny_model import save_tiny_model  # noqa: E402
+from tests.conftest import find_free_port  # noqa: E402
 
 MODEL = "tiny"
 ENGINE = EngineConfig(num_blocks=1024, max_batched_tokens=512, max_running=32)
@@ -36,23 +37,23 @@ def environment(name: str, *packages: str) -> Path:
 
 
 def tool_variables() -> dict[str, str]:
-    """For a program of such an environment: nothing of ours on its path, nothing fetched, nothing reported."""
+    """For a program of such an environment: nothing of ours on its path, nothing fetched from a hub."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return kept | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
 
 
 @contextmanager
-def served(replicas: int = 2) -> Iterator[tuple[str, Path]]:
+def served(replicas: int = 2, engine: EngineConfig = ENGINE) -> Iterator[tuple[str, Path]]:
     """A tiny random model on Ray Serve; yields the endpoint's URL and the model's directory."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        model = save_model(folder / "model")
+        model = save_tiny_model(folder / "model")
         with local_ray(folder) as dashboard_url:
             endpoint = control.deploy(
-                AppArgs(model=str(model), served_name=MODEL, cpus_per_replica=0.1, engine=ENGINE),
+                AppArgs(model=str(model), served_name=MODEL, cpus_per_replica=0.1, engine=engine),
                 replicas=replicas,
                 dashboard_url=dashboard_url,
                 runtime_env=control.shipped_runtime_env(),
-                port=free_port(),
+                port=find_free_port(),
             )
             yield endpoint.url, model

@@ -40,7 +40,8 @@ def test_prompts_are_text_or_token_ids_one_or_several(prompt, prompts):
     "prompt", ["", [], [""], [[]], [-1], [1.5], [True], {"a": 1}, 7, ["a", 1], [[1], "a"], ["a"] * (MAX_CHOICES + 1)]
 )
 def test_other_prompts_are_refused(prompt):
-    assert _error(prompt=prompt)["param"].startswith("prompt")
+    error = _error(prompt=prompt)
+    assert error["param"].startswith("prompt") and "token ids" in error["message"]
 
 
 def test_prompts_times_n_are_limited():
