@@ -27,7 +27,7 @@ class Observing:
         self._state = state
 
     def add_routes(self, api: FastAPI) -> None:
-        add_route(api, "GET", "/metrics", self.metrics)
+        add_route(api, "GET", "/metrics", self.metrics, text=True)
         add_route(api, "GET", "/caravan/requests", self.requests)
         add_route(api, "GET", "/caravan/requests/{request_id}", self.request)
         add_route(api, "GET", "/caravan/grafana.json", self.dashboard)

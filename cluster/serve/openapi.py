@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -15,6 +16,7 @@ from cluster.serve.api_error import ErrorBody
 
 _REF = "#/components/schemas/{model}"
 _EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: server-sent events."}}}
+_TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 Bodies = dict[type[BaseModel], dict[str, tuple[Any, ...]]]
 """The types of request bodies, and beyond their members those that are accepted only at one of these values."""
@@ -30,6 +32,7 @@ def add_route(
     answer: type[BaseModel] | None = None,
     statuses: tuple[int, ...] = (200,),
     events: bool = False,
+    text: bool = False,
 ) -> None:
     """Adds an endpoint together with what it takes and gives.
 
@@ -37,15 +40,17 @@ def add_route(
         answer: the JSON it answers; None when that is no fixed type.
         statuses: with which it does so; every other one carries OpenAI's error object.
         events: it may answer with a stream of events instead.
+        text: it answers plain text.
     """
     good: dict[str, Any] = {"description": "Done."} if answer is None else {"description": "Done.", "model": answer}
-    good |= {"content": _EVENTS} if events else {}
+    good |= {"content": _EVENTS} if events else {"content": _TEXT} if text else {}
     bad = {"description": "Refused or failed.", "model": ErrorBody}
     content = {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}} if body else {}
     api.add_api_route(
         path,
         endpoint,
         methods=[method],
+        response_class=Response if text else JSONResponse,
         responses={**{status: good for status in statuses}, "4XX": bad, "5XX": bad},
         openapi_extra={"requestBody": {"required": True, "content": content}} if body else None,
     )

@@ -4,7 +4,9 @@ import asyncio
 
 import jsonschema
 import pytest
+from fastapi import FastAPI
 
+from cluster.serve.openapi import add_route
 from tests.cluster.serve.local_api import MODEL, LocalApi
 from tests.cluster.serve.request_errors import CHAT
 from tests.cluster.serve.tiny_model import save_tiny_model
@@ -81,6 +83,19 @@ def test_streams_are_named_where_there_are_any(published):
         for operation in operations.values():
             streams = "text/event-stream" in operation["responses"]["200"]["content"]
             assert streams == path.endswith("completions")
+
+
+def test_errors_of_what_answers_text_are_json():
+    async def nothing() -> None: ...
+
+    api = FastAPI()
+    add_route(api, "GET", "/metrics", nothing, text=True)
+    answers = api.openapi()["paths"]["/metrics"]["get"]["responses"]
+    assert {status: list(answer["content"]) for status, answer in answers.items()} == {
+        "200": ["text/plain"],
+        "4XX": ["application/json"],
+        "5XX": ["application/json"],
+    }
 
 
 def test_the_description_is_a_description(published):
