@@ -20,6 +20,7 @@ from cluster.serve.observer import Observer
 from cluster.serve.record import Recording
 from cluster.serve.state import RoutingState
 from llama.engine import (
+    CacheSnapshot,
     Chunk,
     EngineClosed,
     EngineFailed,
@@ -80,6 +81,7 @@ class EngineClient:
     ) -> None:
         self._generate = engines.options(method_name="generate")
         self._flush = engines.options(method_name="flush_cache")
+        self._cache = engines.options(method_name="cache")
         self._state = state
         self._inbox = inbox
         self._family = family
@@ -117,6 +119,13 @@ class EngineClient:
                         return [item async for item in items]
                 except (ReplicaFull, ReplicaLost, WeightsChanged) as error:
                     await tries.after(error)
+
+    async def cache(self, replica: str) -> CacheSnapshot:
+        """What one replica has cached. Raises ReplicaLost."""
+        try:
+            return await self._cache.remote(ReplicaTarget(replica))
+        except (RayActorError, RayTaskError) as error:
+            raise ReplicaLost(type(error).__name__) from error
 
     async def flush(self, replica: str) -> int:
         """Empties one replica's prefix cache; returns the sequence number of the event. Raises ReplicaLost."""

@@ -66,6 +66,15 @@ class BlockIndex:
         copy = self._copies.get(replica)
         return copy is not None and block_hash in copy.hashes
 
+    def difference(self, replica: str, snapshot: CacheSnapshot) -> tuple[int, int] | None:
+        """How many of the snapshot's hashes the replica's copy lacks, and how many it has beyond them; None when they
+        are not of the same moment."""
+        copy = self._copies.get(replica)
+        if copy is None or not copy.fresh or (copy.epoch, copy.seq) != (snapshot.epoch, snapshot.seq):
+            return None
+        true = set(snapshot.hashes)
+        return len(true - copy.hashes), len(copy.hashes - true)
+
     def load_snapshot(self, replica: str, snapshot: CacheSnapshot, *, capacity: float = math.inf) -> None:
         """Replaces whatever was known about a replica of `capacity` blocks; events after `snapshot.seq` follow on."""
         copy = self._copies.get(replica)

@@ -9,8 +9,9 @@ Every POST, the one without a body as well, must say `Content-Type: application/
 """
 
 import asyncio
+from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from fastapi import FastAPI, Request
@@ -44,6 +45,10 @@ from cluster.serve.state import routing_state
 from cluster.serve.weights import fetch_model
 from cluster.session import node_folder
 from llama.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+_COMPARISONS = 10
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Ingress(Sibling):
         add_openai_routes(api, self._model, Answers(self._client))
         add_route(api, "GET", "/ready", self.ready, statuses=(200, 503))
         add_route(api, "GET", "/caravan/replicas", self.replicas)
+        add_route(api, "GET", "/caravan/replicas/{replica_id}/cache", self.cache)
         add_route(api, "POST", "/caravan/replicas/{replica_id}/flush", self.flush)
         siblings = Siblings(serve.get_replica_context().app_name)
         Observing(self._observer, siblings, self._state).add_routes(api)
@@ -127,19 +133,40 @@ class Ingress(Sibling):
         """Every replica as this ingress sees it: process, load, cached blocks, freshness of its event feed."""
         return JSONResponse({"replicas": [asdict(status) for status in self._state.status()]})
 
+    async def cache(self, replica_id: str) -> Response:
+        """Compares one replica's prefix cache with what this ingress's index says of it: `missing` and `stale` blocks,
+        both 0 unless there is a defect. 409 while it changes too fast to be compared."""
+        self._check_replica(replica_id)
+        for _ in range(_COMPARISONS):
+            snapshot = await _unless_lost(replica_id, self._client.cache(replica_id))
+            await self._state.wait_applied(replica_id, snapshot.seq, timeout_s=1.0)
+            difference = self._state.difference(replica_id, snapshot)
+            if difference is not None:
+                missing, stale = difference
+                found = {"replica": replica_id, "blocks": len(snapshot.hashes), "missing": missing, "stale": stale}
+                return JSONResponse(found)
+        raise ApiError(409, f"The cache of replica {replica_id!r} changes all the time; ask when it is quiet.")
+
     async def flush(self, replica_id: str, http: Request) -> Response:
         """Empties one replica's prefix cache and waits until this ingress has heard of it."""
         require_json(http)
+        self._check_replica(replica_id)
+        seq = await _unless_lost(replica_id, self._client.flush(replica_id))
+        applied = await self._state.wait_applied(replica_id, seq, timeout_s=1.0)
+        return JSONResponse({"replica": replica_id, "event_seq": seq, "applied": applied})
+
+    def _check_replica(self, replica_id: str) -> None:
         if replica_id not in self._state.replicas:
             message = f"There is no replica {replica_id!r}; see /caravan/replicas."
             raise ApiError(404, message, param="replica_id", code="replica_not_found")
-        try:
-            seq = await self._client.flush(replica_id)
-        except ReplicaLost as error:
-            message = f"Replica {replica_id!r} has just left."
-            raise ApiError(503, message, code="replica_lost", kind="server_error") from error
-        applied = await self._state.wait_applied(replica_id, seq, timeout_s=1.0)
-        return JSONResponse({"replica": replica_id, "event_seq": seq, "applied": applied})
+
+
+async def _unless_lost(replica_id: str, answer: Awaitable[T]) -> T:
+    try:
+        return await answer
+    except ReplicaLost as error:
+        message = f"Replica {replica_id!r} has just left."
+        raise ApiError(503, message, code="replica_lost", kind="server_error") from error
 
 
 def _leads() -> bool:

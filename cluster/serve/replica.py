@@ -40,7 +40,7 @@ from cluster.serve.settings import EngineOptions
 from cluster.serve.weights import fetch_model, weights_id
 from cluster.session import node_folder
 from cluster.storage import Store
-from llama.engine import Engine, EngineConfig, reusable_blocks
+from llama.engine import CacheSnapshot, Engine, EngineConfig, reusable_blocks
 from llama.hf import load_pretrained
 from llama.tokenizer import Tokenizer
 
@@ -169,6 +169,12 @@ class EngineReplica:
             logger.info(f"Weights of {Store(options.model)} are in place of those of {Store(self._info.model)}.")
         self._info = replace(self._current_info(), model=options.model)
         self._broadcast.touch()
+
+    async def cache(self, target: ReplicaTarget) -> CacheSnapshot:
+        """What is cached, for whoever checks an index; following it is `subscribe`'s."""
+        self._check(target)
+        self._broadcast.publish()
+        return self._engine.snapshot()
 
     async def flush_cache(self, target: ReplicaTarget) -> int:
         """Drops every reusable block; returns the sequence number of the event that says so."""

@@ -26,6 +26,7 @@ from cluster.serve.index import BlockIndex
 from cluster.serve.ledger import Ledger, Reservation
 from cluster.serve.messages import GenerateRequest, ReplicaInfo, ReplicaLoad, ReplicaUpdate
 from cluster.serve.promises import Promises
+from llama.engine import CacheSnapshot
 
 logger = logging.getLogger("ray.serve")
 
@@ -175,6 +176,11 @@ class RoutingState:
                 )
                 for replica, known in self._replicas.items()
             ]
+
+    def difference(self, replica: str, snapshot: CacheSnapshot) -> tuple[int, int] | None:
+        """Of what is cached there and what the index holds: see `BlockIndex.difference`."""
+        with self._lock:
+            return self._index.difference(replica, snapshot)
 
     # -- what replicas report ------------------------------------------------------------------------------
 

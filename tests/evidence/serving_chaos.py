@@ -1,6 +1,6 @@
 """Evidence that serving survives what ends its parts, under steady load of streams and whole answers.
 
-    python tests/evidence/serving_chaos.py [--part replica --part ...] [--seed N] [--clients 6]
+    python tests/evidence/serving_chaos.py [--part replica --part ...] [--seed N] [--clients 10]
 
 A real Serve, a tiny random model, the `openai` client with its default retries. One after the other:
 
@@ -16,7 +16,7 @@ A real Serve, a tiny random model, the `openai` client with its default retries.
 Every answer is compared with what one engine alone gives (greedy, for the weights of either generation). No request
 that is not a stream may be lost. Streams may break only where the process that was killed served them, after their
 first token, and with an error event, unless it is the ingress or the proxy that dies: then nobody is left to send one.
-In the end the router's index must hold just what the replicas' caches hold. Prints the counts; exits with 1 when a
+After each part the router's index must hold just what the replicas' caches hold. Prints the counts; exits with 1 when a
 claim fails.
 """
 
@@ -343,6 +343,21 @@ def proxy(ground: Ground) -> None:
         print(f"      proxy: back after {6 + ground.wait_for(2):.1f} s", flush=True)
 
 
+def index(ground: Ground) -> None:
+    """Every ingress process's index beside what the replicas have cached; several looks, for it is not said who
+    answers."""
+    time.sleep(1)
+    blocks, wrong, looks = 0, 0, 0
+    with httpx.Client(trust_env=False, timeout=10) as http:
+        for name in ground.replicas():
+            for _ in range(6):
+                url = f"{ground.endpoint.url}/caravan/replicas/{name}/cache"
+                found = http.get(url, headers={"Connection": "close"}).raise_for_status().json()
+                looks, blocks = looks + 1, max(blocks, found["blocks"])
+                wrong += found["missing"] + found["stale"]
+    ground.claims.check("index: blocks missing or stale", f"{wrong} in {looks} looks, up to {blocks} blocks", not wrong)
+
+
 PARTS: dict[str, Callable[[Ground], None]] = {
     "replica": replica,
     "controller": controller,
@@ -364,7 +379,7 @@ def expected_answers(model: str, prompts: list[list[int]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append")
-    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     draw, claims = random.Random(arguments.seed), Claims()
@@ -393,6 +408,7 @@ def main() -> None:
             for name in arguments.part or PARTS:
                 began = time.monotonic()
                 PARTS[name](ground)
+                index(ground)
                 print(f"      {name}: {time.monotonic() - began:.0f} s in all", flush=True)
             control.undeploy(dashboard_url=dashboard_url)
     sys.exit(1 if claims.failed else 0)

@@ -169,3 +169,15 @@ def test_a_copy_of_more_blocks_than_the_replica_has_is_not_trusted():
     assert not index.apply("a", BlocksStored(2, (b"4",)), epoch="e")
     assert not index.is_fresh("a") and not index.holds("a", b"1") and index.num_hashes == 0
     assert not index.holds("nobody", b"1")
+
+
+def test_a_copy_is_compared_with_a_snapshot_of_the_same_moment_only():
+    index = BlockIndex()
+    index.load_snapshot("a", CacheSnapshot("e", 5, (b"1", b"2", b"3")))
+    assert index.difference("a", CacheSnapshot("e", 5, (b"1", b"2", b"3"))) == (0, 0)
+    assert index.difference("a", CacheSnapshot("e", 5, (b"3", b"4", b"5"))) == (2, 2)
+    assert index.difference("a", CacheSnapshot("e", 6, (b"1",))) is None
+    assert index.difference("a", CacheSnapshot("f", 5, (b"1",))) is None
+    assert index.difference("b", CacheSnapshot("e", 5, ())) is None
+    index.mark_stale("a")
+    assert index.difference("a", CacheSnapshot("e", 5, ())) is None

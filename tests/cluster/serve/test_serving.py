@@ -141,6 +141,13 @@ def test_flushing_one_replica_ends_its_predictions_at_once(conversations, client
     assert last["predicted_cached_tokens"] == last["cached_tokens"] > 0
 
 
+def test_the_index_holds_what_the_replicas_have_cached(conversations, http):
+    for replica, entry in _replicas(http).items():
+        found = http.get(f"/caravan/replicas/{replica}/cache").raise_for_status().json()
+        assert found == {"replica": replica, "blocks": entry["cached_blocks"], "missing": 0, "stale": 0}
+    assert http.get("/caravan/replicas/nobody/cache").status_code == 404
+
+
 def test_flushing_an_unknown_replica_is_an_error(http):
     response = http.post("/caravan/replicas/nobody/flush")
     assert response.status_code == 404 and response.json()["error"]["code"] == "replica_not_found"
