@@ -29,7 +29,6 @@ def build(args: BuildArgs) -> Application:
         # Of all exceptions, Serve takes this one as final; after others it builds three times more.
         raise RayServeException(str(error)) from error
     replica = ReplicaConfig(
-        model=args.model,
         family=kin,
         engine=args.engine,
         dtype=args.dtype,

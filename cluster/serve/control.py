@@ -148,7 +148,7 @@ def update(model: str, *, dashboard_url: str, timeout_s: float = 600.0) -> Endpo
     app, endpoint = with_model(before, model, replicas=target), endpoint_of(details)
     client.declare({**apps, APP_NAME: app}, details["http_options"])
     try:
-        _wait_until_serving(client, endpoint, None, timeout_s)
+        _wait_until_serving(client, endpoint, None, timeout_s, declared_engine(app).revision)
     except DeployFailed as error:
         back = with_model(app, declared_engine(before).model, replicas=target)
         client.declare({**apps, APP_NAME: back}, details["http_options"])
@@ -272,9 +272,11 @@ def _serve(client: "ServeClient", endpoint: Endpoint, replicas: int, args: AppAr
     _wait_until_serving(client, endpoint, None if autoscales else replicas, deadline - time.monotonic())
 
 
-def _wait_until_serving(client: "ServeClient", endpoint: Endpoint, replicas: int | None, timeout_s: float) -> None:
-    """Until the controller runs exactly `replicas` of them (None: as many as it is to) and the ingress follows every
-    one."""
+def _wait_until_serving(
+    client: "ServeClient", endpoint: Endpoint, replicas: int | None, timeout_s: float, revision: int | None = None
+) -> None:
+    """Until the controller runs exactly `replicas` of them (None: as many as it is to), the ingress follows every one,
+    and they have loaded `revision` (None: whichever)."""
     deadline = time.monotonic() + timeout_s
     while True:
         details = client.details()
@@ -287,7 +289,8 @@ def _wait_until_serving(client: "ServeClient", endpoint: Endpoint, replicas: int
         listed = replicas_of(app)
         states = [replica.state for replica in listed]
         seen = followed(endpoint) if app["status"] == "RUNNING" and states == ["RUNNING"] * wanted else None
-        if seen is not None and sum(entry["fresh"] for entry in seen) == len(seen) == wanted:
+        ready = [entry for entry in seen or [] if entry["fresh"] and revision in (None, entry["revision"])]
+        if seen is not None and len(ready) == len(seen) == wanted:
             _check_port_is_ours(endpoint, {replica.replica for replica in listed})
             return
         if time.monotonic() > deadline:

@@ -125,7 +125,14 @@ class Ingress(Sibling):
 
     async def ready(self) -> Response:
         """200 when every replica that Serve routes to is followed, 503 before that. Nobody needs a key for it."""
-        replicas = [{"replica": status.replica, "fresh": status.fresh} for status in self._state.status()]
+        replicas = [
+            {
+                "replica": status.replica,
+                "fresh": status.fresh,
+                "revision": None if status.info is None else status.info.revision,
+            }
+            for status in self._state.status()
+        ]
         ready = bool(replicas) and all(entry["fresh"] for entry in replicas)
         return JSONResponse({"ready": ready, "replicas": replicas}, 200 if ready else 503)
 

@@ -57,8 +57,8 @@ class Subscription(ReplicaTarget):
 
 @dataclass(frozen=True)
 class ReplicaInfo:
-    """What a replica is. Only `weights_id` and `model`, the URI of those weights, change while it lives: when they are
-    swapped.
+    """What a replica is. Only its weights change while it lives: their `weights_id`, the URI `model` they come from,
+    and the `revision`, which tells apart two loads from there.
 
     `max_seq_len`: tokens of a prompt and its answer, at most. `family` names what a swap leaves as it is, the tokenizer
     among it (see cluster/serve/weights.py): an ingress asks only replicas of its own.
@@ -74,6 +74,7 @@ class ReplicaInfo:
     num_blocks: int
     family: str = ""
     model: str = ""
+    revision: int = 0
 
 
 @dataclass(frozen=True)

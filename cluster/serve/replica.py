@@ -52,13 +52,12 @@ GONE_S = 10.0  # an ingress process that does not answer for so long is frozen, 
 
 @dataclass(frozen=True)
 class ReplicaConfig:
-    """What a replica needs to start. `threads`: torch threads on the CPU.
+    """What a replica needs to start, beside the model, which `reconfigure` names. `threads`: torch threads on the CPU.
 
     `stuck_after_s`: a step that takes longer will never end, and Serve replaces the replica; a long prefill on a slow
     machine must stay below it.
     """
 
-    model: str
     family: str
     engine: EngineConfig
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -73,29 +72,36 @@ class EngineReplica:
     def __init__(self, config: ReplicaConfig) -> None:
         self._server = NodeOnlyServer()
         self._config = config
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._reconfiguring = asyncio.Lock()
+        self._failure: Exception | None = None
+        self._draining = False
+        self._loaded = False
+
+    def _load_model(self, options: EngineOptions) -> None:
+        config, started = self._config, time.monotonic()
         torch.set_num_threads(config.threads)
-        started = time.monotonic()
-        directory = fetch_model(config.model, node_folder("models"))
+        directory = fetch_model(options.model, node_folder("models"))
         device = _device(config.use_gpu)
         model = load_pretrained(directory, dtype=getattr(torch, config.dtype)).to(device)
         self._engine = Engine(model, Tokenizer.load(directory), config.engine, weights_id=weights_id(directory))
         self._broadcast = Broadcast(self._engine, self._load, self._current_info)
         self._engine.on_events = self._broadcast.notify
-        self._draining = False
-        self._name = serve.get_replica_context().replica_id.unique_id
         self._info = ReplicaInfo(
             replica=self._name,
             pid=os.getpid(),
             node_id=ray.get_runtime_context().get_node_id(),
             family=config.family,
-            model=config.model,
+            model=options.model,
+            revision=options.revision,
             weights_id=self._engine.weights_id,
             vocab_size=model.config.vocab_size,
             max_seq_len=self._engine.max_total_tokens,
             block_size=config.engine.block_size,
             num_blocks=self._engine.stats().num_blocks,
         )
-        logger.info(f"Engine of {Store(config.model)} ready in {time.monotonic() - started:.1f} s on {device}.")
+        self._loaded = True
+        logger.info(f"Engine of {Store(options.model)} ready in {time.monotonic() - started:.1f} s on {device}.")
 
     async def generate(self, request: GenerateRequest) -> None:
         """Works on a request until it is over; its chunks go into the asking process's subscription.
@@ -158,16 +164,28 @@ class EngineReplica:
         """Serve's call when the replica starts, and when other options are declared (see cluster/serve/declaration.py);
         the replica is not routed to before it returns. Requests that run end with the weights they began with.
 
-        Raises what loading the weights raises; Serve then replaces the replica.
+        Raises what loading the weights raises; Serve then replaces the replica. If Serve's controller has died
+        meanwhile and does not hear of it, the next one does by `check_health`.
         """
         options = EngineOptions(**user_config)
+        async with self._reconfiguring:
+            try:
+                if self._loaded:
+                    await self._exchange_weights(options)
+                else:
+                    self._load_model(options)
+            except Exception as error:
+                self._failure = error
+                raise
+
+    async def _exchange_weights(self, options: EngineOptions) -> None:
         directory = await asyncio.to_thread(fetch_model, options.model, node_folder("models"))
         name = await asyncio.to_thread(weights_id, directory)
         if name != self._engine.weights_id:
             model = await asyncio.to_thread(load_pretrained, directory, getattr(torch, self._config.dtype))
             await self._swap(model.state_dict(), name)
             logger.info(f"Weights of {Store(options.model)} are in place of those of {Store(self._info.model)}.")
-        self._info = replace(self._current_info(), model=options.model)
+        self._info = replace(self._current_info(), model=options.model, revision=options.revision)
         self._broadcast.touch()
 
     async def cache(self, target: ReplicaTarget) -> CacheSnapshot:
@@ -197,9 +215,12 @@ class EngineReplica:
     async def check_health(self) -> None:
         """Serve's probe, on the event loop, so that a loop that is stuck does not answer.
 
-        Raises EngineFailed: a step failed or does not end. Serve then replaces the replica.
+        Raises EngineFailed: a step failed or does not end; or what kept the declared weights from being loaded. Serve
+        then replaces the replica.
         """
         self._server.check()
+        if self._failure is not None:
+            raise self._failure
         self._engine.check_health(self._config.stuck_after_s)
 
     def _check(self, target: ReplicaTarget) -> None:

@@ -73,8 +73,8 @@ def replicas_of(app: dict[str, Any]) -> list[ReplicaProcess]:
 
 
 def followed(endpoint: Endpoint) -> list[dict[str, Any]] | None:
-    """Which replicas one of the ingress processes knows, and whether it hears them (`replica`, `fresh`); it needs no
-    key. None when none answers."""
+    """Which replicas one of the ingress processes knows, whether it hears them and what they have loaded (`replica`,
+    `fresh`, `revision`); it needs no key. None when none answers."""
     answer = _get(f"{endpoint.url}/ready", None)
     return None if answer is None or "replicas" not in answer else answer["replicas"]
 

@@ -163,10 +163,13 @@ def make_replica(name: str, config: EngineConfig = CONFIG, step_s: float = 0.0) 
 
     engine._runner.run = slow  # type: ignore[method-assign]
     replica._server = _Server()  # type: ignore[assignment]
-    replica._config = ReplicaConfig("nowhere", "family", config)
+    replica._config = ReplicaConfig("family", config)
     replica._engine = engine
     replica._name = name
     replica._draining = False
+    replica._failure = None
+    replica._reconfiguring = asyncio.Lock()
+    replica._loaded = True
     replica._info = ReplicaInfo(name, 1, "node", "w", 97, engine.max_total_tokens, BLOCK, 200, "family")
     replica._broadcast = Broadcast(engine, replica._load, replica._current_info)
     engine.on_events = replica._broadcast.notify
