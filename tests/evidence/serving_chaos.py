@@ -42,6 +42,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
+import torch  # noqa: E402
 from ray.util.state import list_actors  # noqa: E402
 
 from cluster.serve import control  # noqa: E402
@@ -55,7 +56,7 @@ from tests.cluster.serve.tiny_model import save_tiny_model  # noqa: E402
 from tests.conftest import find_free_port  # noqa: E402
 from tests.evidence.demo import Claims  # noqa: E402
 
-MODEL, MAX_TOKENS, PROMPTS = "tiny", 80, 24
+MODEL, MAX_TOKENS, PROMPTS = "tiny", 80, 16
 ENGINE = EngineConfig(num_blocks=512, max_batched_tokens=128, max_running=8)
 
 
@@ -371,6 +372,7 @@ PARTS: dict[str, Callable[[Ground], None]] = {
 
 def expected_answers(model: str, prompts: list[list[int]]) -> list[str]:
     """By one engine alone, one prompt at a time."""
+    torch.set_num_threads(1)
     engine = Engine(load_pretrained(model), Tokenizer.load(model), ENGINE)
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0)
     return [engine.generate([prompt], params)[0].text for prompt in prompts]

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from cluster.artifact import Artifact
-from cluster.serve.weights import ModelNotFound, check_model, fetch_model, weights_id
+from cluster.serve.weights import (
+    AnotherModel,
+    ModelNotFound,
+    check_model,
+    check_replaceable,
+    family,
+    fetch_model,
+    weights_id,
+)
 from cluster.storage import Store
 
 
@@ -70,3 +78,35 @@ def test_the_files_of_an_index_are_the_weights(tmp_path):
         return weights_id(directory)
 
     assert write("one", b"a", b"b") == write("two", b"a", b"b", b"not read") != write("three", b"a", b"c")
+
+
+def _write_config(directory: Path, **changed: object) -> str:
+    _write_model(directory)
+    content = {"model_type": "caravan", "model": {"dim": 64, "num_layers": 2, "num_heads": 4}}
+    content["model"] |= changed  # type: ignore[operator]
+    (directory / "config.json").write_text(json.dumps(content))
+    (directory / "tokenizer.json").write_text("{}")
+    return str(directory)
+
+
+def test_weights_can_be_exchanged_where_architecture_and_tokenizer_are_the_same(tmp_path):
+    old, new = _write_config(tmp_path / "old"), _write_config(tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").write_bytes(b"others")
+    check_replaceable(old, new)
+    with pytest.raises(AnotherModel, match="wide has another architecture than .*without --update"):
+        check_replaceable(old, _write_config(tmp_path / "wide", dim=128))
+    (tmp_path / "new" / "tokenizer.json").write_text('{"a": 1}')
+    with pytest.raises(AnotherModel, match="another tokenizer"):
+        check_replaceable(old, new)
+    with pytest.raises(ModelNotFound):
+        check_replaceable(old, str(tmp_path / "nowhere"))
+
+
+def test_a_family_is_of_one_model_under_one_name(tmp_path):
+    one = _write_config(tmp_path / "one")
+    name = family(one, "m")
+    (tmp_path / "one" / "model.safetensors").write_bytes(b"others")
+    assert family(one, "m") == name
+    others = {family(one, "n"), family(_write_config(tmp_path / "two"), "m")}
+    (tmp_path / "one" / "tokenizer.json").write_text('{"a": 1}')
+    assert len(others | {name, family(one, "m")}) == 4
