@@ -79,9 +79,9 @@ class Subscriptions:
             self._tasks[replica] = task
             task.add_done_callback(partial(self._ended, replica))
 
-    def _ended(self, replica: str, _: object) -> None:
+    def _ended(self, replica: str, task: asyncio.Task[None]) -> None:
         del self._tasks[replica]
-        if replica in self._routed:  # it is back
+        if replica in self._routed and not task.cancelled():  # it is back; cancelled: everything ends
             self._sync()
 
     async def _follow(self, replica: str) -> None:
