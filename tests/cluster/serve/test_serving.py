@@ -396,6 +396,7 @@ def test_requests_on_a_killed_replica_are_served_by_another(client, http):
 
 
 def test_numbers_and_options_change_while_processes_run(cluster, args, endpoint, http):
+    _wait_until(lambda: len(_pids(http)) == 2, 30, "a replica in the place of the killed one")
     pids, port = _pids(http), int(endpoint.url.rsplit(":", 1)[1])
     options = {"ingresses": 2, "cors_origins": ("https://chat.example.org",), "min_replicas": 2, "max_replicas": 3}
     environment = control.shipped_runtime_env()
