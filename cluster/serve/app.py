@@ -16,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 from cluster.serve.ingress import Ingress, IngressConfig
 from cluster.serve.replica import EngineReplica, ReplicaConfig
 from cluster.serve.settings import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT, ROUTER, BuildArgs
-from cluster.serve.weights import ModelNotFound, family
+from cluster.serve.weights import ModelNotFound, family, shape_id
 
 _SUBSCRIPTIONS = 64  # ingress processes that may follow a replica; each holds one of its calls open
 
@@ -30,6 +30,7 @@ def build(args: BuildArgs) -> Application:
         raise RayServeException(str(error)) from error
     replica = ReplicaConfig(
         family=kin,
+        shape=shape_id(args.model),
         engine=args.engine,
         dtype=args.dtype,
         threads=args.threads,

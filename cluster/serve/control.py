@@ -100,7 +100,7 @@ def deploy(
     """
     check_exposure(host, args.api_keys)
     args = args.model_copy(update={"listen": (host, port)})
-    if urlsplit(dashboard_url).hostname in LOOPBACK:
+    if _is_here(dashboard_url):
         # The cluster is here, so what it would find can be told at once.
         check_model(args.model)
         if args.api_keys is not None:
@@ -144,7 +144,9 @@ def update(model: str, *, dashboard_url: str, timeout_s: float = 600.0) -> Endpo
     before, target = apps.get(APP_NAME), target_replicas(details)
     if before is None or target is None:
         raise NotDeployed(f"nothing is deployed on the cluster at {dashboard_url}; deploy without --update first")
-    check_replaceable(declared_engine(before).model, model)
+    if _is_here(dashboard_url) or "://" in model:
+        # What is wrong is told at once; of a file on another machine each replica finds it, and then all goes back.
+        check_replaceable(declared_engine(before).model, model)
     app, endpoint = with_model(before, model, replicas=target), endpoint_of(details)
     client.declare({**apps, APP_NAME: app}, details["http_options"])
     try:
@@ -227,6 +229,10 @@ def undeploy(*, dashboard_url: str, timeout_s: float = 60.0) -> None:
         if time.monotonic() > deadline:
             raise ServeError(f"the application is still there after {timeout_s:.0f} s")
         time.sleep(_POLL_S)
+
+
+def _is_here(dashboard_url: str) -> bool:
+    return urlsplit(dashboard_url).hostname in LOOPBACK
 
 
 def _wanted(args: AppArgs, replicas: int | None, details: dict[str, Any]) -> int:

@@ -37,7 +37,7 @@ from cluster.serve.messages import (
     WrongReplica,
 )
 from cluster.serve.settings import EngineOptions
-from cluster.serve.weights import fetch_model, weights_id
+from cluster.serve.weights import AnotherModel, fetch_model, shape_id, weights_id
 from cluster.session import node_folder
 from cluster.storage import Store
 from llama.engine import CacheSnapshot, Engine, EngineConfig, reusable_blocks
@@ -53,12 +53,14 @@ GONE_S = 10.0  # an ingress process that does not answer for so long is frozen, 
 @dataclass(frozen=True)
 class ReplicaConfig:
     """What a replica needs to start, beside the model, which `reconfigure` names. `threads`: torch threads on the CPU.
+    `shape`: what every model that it loads must have, see cluster/serve/weights.py.
 
     `stuck_after_s`: a step that takes longer will never end, and Serve replaces the replica; a long prefill on a slow
     machine must stay below it.
     """
 
     family: str
+    shape: str
     engine: EngineConfig
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int = 1
@@ -80,6 +82,7 @@ class EngineReplica:
 
     def _load_model(self, options: EngineOptions) -> None:
         config, started = self._config, time.monotonic()
+        self._check_shape(options.model)
         torch.set_num_threads(config.threads)
         directory = fetch_model(options.model, node_folder("models"))
         device = _device(config.use_gpu)
@@ -178,7 +181,14 @@ class EngineReplica:
                 self._failure = error
                 raise
 
+    def _check_shape(self, uri: str) -> None:
+        if shape_id(uri) != self._config.shape:
+            raise AnotherModel(
+                f"{Store(uri)} has another architecture or tokenizer than what was deployed; deploy it without --update"
+            )
+
     async def _exchange_weights(self, options: EngineOptions) -> None:
+        await asyncio.to_thread(self._check_shape, options.model)
         directory = await asyncio.to_thread(fetch_model, options.model, node_folder("models"))
         name = await asyncio.to_thread(weights_id, directory)
         if name != self._engine.weights_id:

@@ -33,20 +33,24 @@ def check_model(uri: str) -> None:
         )
 
 
+def shape_id(uri: str) -> str:
+    """Names all of a model but its weights: its architecture and its tokenizer. Raises ModelNotFound."""
+    check_model(uri)
+    files = _files(uri)
+    try:
+        architecture = repr(_config(files)).encode()
+    except UnsupportedModel:
+        architecture = _read(files, CONFIG_FILE)  # whoever loads it says what is wrong with it
+    return xxhash.xxh3_128_hexdigest(architecture + b"\0" + _read(files, _TOKENIZER_FILE))
+
+
 def family(uri: str, served_name: str) -> str:
     """Names what stays the same when weights are swapped: an ingress uses replicas of its own family only.
 
     Two deployments differ in it when their models, tokenizers or served names do, so that while one takes the other's
-    place neither answers for the other.
-
-    Raises:
-        ModelNotFound: there is no model at `uri`.
+    place neither answers for the other. Raises ModelNotFound.
     """
-    check_model(uri)
-    checksum = xxhash.xxh3_128(f"{uri}\0{served_name}\0".encode())
-    for name in (CONFIG_FILE, _TOKENIZER_FILE):
-        checksum.update(_read(_files(uri), name))
-    return checksum.hexdigest()
+    return xxhash.xxh3_128_hexdigest(f"{uri}\0{served_name}\0{shape_id(uri)}".encode())
 
 
 def check_replaceable(present: str, successor: str) -> None:

@@ -163,7 +163,7 @@ def make_replica(name: str, config: EngineConfig = CONFIG, step_s: float = 0.0) 
 
     engine._runner.run = slow  # type: ignore[method-assign]
     replica._server = _Server()  # type: ignore[assignment]
-    replica._config = ReplicaConfig("family", config)
+    replica._config = ReplicaConfig("family", "shape", config)
     replica._engine = engine
     replica._name = name
     replica._draining = False
