@@ -40,7 +40,7 @@ from cluster.serve.settings import EngineOptions
 from cluster.serve.weights import AnotherModel, fetch_model, shape_id, weights_id
 from cluster.session import node_folder
 from cluster.storage import Store
-from llama.engine import CacheSnapshot, Engine, EngineConfig, reusable_blocks
+from llama.engine import CacheSnapshot, Engine, EngineConfig, EngineStats, reusable_blocks
 from llama.hf import load_pretrained
 from llama.tokenizer import Tokenizer
 
@@ -81,30 +81,35 @@ class EngineReplica:
         self._loaded = False
 
     def _load_model(self, options: EngineOptions) -> None:
-        config, started = self._config, time.monotonic()
-        self._check_shape(options.model)
-        torch.set_num_threads(config.threads)
-        directory = fetch_model(options.model, node_folder("models"))
-        device = _device(config.use_gpu)
-        model = load_pretrained(directory, dtype=getattr(torch, config.dtype)).to(device)
-        self._engine = Engine(model, Tokenizer.load(directory), config.engine, weights_id=weights_id(directory))
+        self._engine, vocab_size = self._make_engine(options.model)
         self._broadcast = Broadcast(self._engine, self._load, self._current_info)
         self._engine.on_events = self._broadcast.notify
         self._info = ReplicaInfo(
             replica=self._name,
             pid=os.getpid(),
             node_id=ray.get_runtime_context().get_node_id(),
-            family=config.family,
+            family=self._config.family,
             model=options.model,
             revision=options.revision,
             weights_id=self._engine.weights_id,
-            vocab_size=model.config.vocab_size,
+            vocab_size=vocab_size,
             max_seq_len=self._engine.max_total_tokens,
-            block_size=config.engine.block_size,
+            block_size=self._config.engine.block_size,
             num_blocks=self._engine.stats().num_blocks,
         )
         self._loaded = True
-        logger.info(f"Engine of {Store(options.model)} ready in {time.monotonic() - started:.1f} s on {device}.")
+
+    def _make_engine(self, uri: str) -> tuple[Engine, int]:
+        """The engine of the model at `uri`, and the size of its vocabulary."""
+        config, started = self._config, time.monotonic()
+        self._check_shape(uri)
+        torch.set_num_threads(config.threads)
+        directory = fetch_model(uri, node_folder("models"))
+        device = _device(config.use_gpu)
+        model = load_pretrained(directory, dtype=getattr(torch, config.dtype)).to(device)
+        engine = Engine(model, Tokenizer.load(directory), config.engine, weights_id=weights_id(directory))
+        logger.info(f"Engine of {Store(uri)} ready in {time.monotonic() - started:.1f} s on {device}.")
+        return engine, model.config.vocab_size
 
     async def generate(self, request: GenerateRequest) -> None:
         """Works on a request until it is over; its chunks go into the asking process's subscription.
@@ -243,19 +248,23 @@ class EngineReplica:
         return self._info
 
     def _load(self) -> ReplicaLoad:
-        stats = self._engine.stats()
-        return ReplicaLoad(
-            running=stats.running,
-            waiting=stats.waiting,
-            free_blocks=stats.free_blocks,
-            pending_prefill_tokens=stats.pending_prefill_tokens,
-            decode_context_tokens=stats.decode_context_tokens,
-            prompt_tokens=stats.prompt_tokens,
-            cached_tokens=stats.cached_tokens,
-            generated_tokens=stats.generated_tokens,
-            preemptions=stats.preemptions,
-            draining=self._draining,
-        )
+        return load_of(self._engine.stats(), self._draining)
+
+
+def load_of(stats: EngineStats, draining: bool = False) -> ReplicaLoad:
+    """An engine's statistics, as they are reported."""
+    return ReplicaLoad(
+        running=stats.running,
+        waiting=stats.waiting,
+        free_blocks=stats.free_blocks,
+        pending_prefill_tokens=stats.pending_prefill_tokens,
+        decode_context_tokens=stats.decode_context_tokens,
+        prompt_tokens=stats.prompt_tokens,
+        cached_tokens=stats.cached_tokens,
+        generated_tokens=stats.generated_tokens,
+        preemptions=stats.preemptions,
+        draining=draining,
+    )
 
 
 def _device(use_gpu: bool) -> torch.device:

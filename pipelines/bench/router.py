@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ Mode = Literal["sim", "modelled", "real"]
 MAX_ORACLE_REPLICAS = 16
 """The oracle looks into every replica at every request."""
 _LOAD_TOLERANCE = 0.01
+Results = Iterator[tuple[Any, dict[str, Any]]]
+"""A variant and its figures, one after the other."""
 _FIRST_GUESS = 0.6
 """Of what an endless cache would save, about what a real one does."""
 
@@ -77,25 +79,46 @@ class RouterBench:
 def measure(bench: RouterBench, say: Say = lambda message: None) -> dict[str, Any]:
     """The report: `policies`, each with its figures, and what they were given. Raises BenchError."""
     # Here, for they import Ray, which reads its settings when it is imported.
-    from cluster.serve.replay.policies import POLICIES, variants
+    from cluster.serve.replay.policies import POLICIES, ROUTERS, variants
 
+    possible = tuple(ROUTERS) if bench.mode != "sim" else POLICIES
     policies = bench.policies or tuple(
-        name for name in POLICIES if name != "oracle" or bench.replicas <= MAX_ORACLE_REPLICAS
+        name for name in possible if name != "oracle" or bench.replicas <= MAX_ORACLE_REPLICAS
     )
+    if impossible := set(policies) & set(POLICIES) - set(possible):
+        raise BenchError(f"policies={','.join(sorted(impossible))} exist in --mode sim only; leave them out")
     try:
         contestants = [variant for name in dict.fromkeys(policies) for variant in variants(name)]
     except ValueError as error:
         raise BenchError(str(error)) from error
+    figures: dict[str, dict[str, Any]] = {}
     with _workers(bench.jobs) as submit:
         scenario, given = _fit(bench, submit, say)
-        runs = []
-        for variant in contestants:
-            runs.append((variant, submit(_simulated, scenario, variant, bench.deadline)))
-        figures: dict[str, dict[str, Any]] = {}
-        for variant, run in runs:
-            own = figures.setdefault(variant.policy, {})[variant.setting] = run.result()
+        results = _simulate(bench, scenario, contestants, submit) if bench.mode == "sim" else None
+        for variant, own in results or _on_serve(bench, scenario, contestants, say):
+            figures.setdefault(variant.policy, {})[variant.setting] = own
             say(f"{variant.name}: mean time to first token {own['ttft_mean']:.3f} s")
     return {"policies": {name: _best(found) for name, found in figures.items()}, "given": given}
+
+
+def _simulate(bench: RouterBench, scenario: Any, contestants: Sequence[Any], submit: Callable[..., Any]) -> Results:
+    runs = [(variant, submit(_simulated, scenario, variant, bench.deadline)) for variant in contestants]
+    for variant, run in runs:
+        yield variant, run.result()
+
+
+def _on_serve(bench: RouterBench, scenario: Any, contestants: Sequence[Any], say: Say) -> Results:
+    from cluster import session
+    from cluster.serve.replay.measure import summary
+
+    with session.connect("local", num_cpus=os.cpu_count(), dashboard=False):
+        from cluster.serve.replay.on_serve import live_scenario, replay_together
+
+        live = live_scenario(scenario)
+        for first in range(0, len(contestants), bench.together):
+            wave = contestants[first : first + bench.together]
+            for variant, replay in zip(wave, replay_together(wave, live, say), strict=True):
+                yield variant, summary(replay, bench.deadline)
 
 
 def _best(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -204,6 +227,8 @@ _COLUMNS = (
     ("imbalance", "imbalance", "{:.3f}"),
     ("pick_us_p50", "pick µs p50", "{:.0f}"),
     ("pick_us_p99", "p99", "{:.0f}"),
+    ("loop_lag_ms_p99", "loop lag ms p99", "{:.1f}"),
+    ("machine_cpu", "CPUs used", "{:.2f}"),
 )
 
 
@@ -215,13 +240,14 @@ def as_text(report: dict[str, Any]) -> str:
         f"in {given['seconds']:.0f} s on {given['replicas']} replicas, {given['mode']}: load {given['load']:.3f} at a "
         f"hit rate of {given['hit_rate_of_load']:.3f}; goodput: first token within {given['deadline']:g} s"
     )
-    rows = [["seconds", *(title for _, title, _ in _COLUMNS)]]
+    columns = [column for column in _COLUMNS if any(column[0] in own for own in report["policies"].values())]
+    rows = [["seconds", *(title for _, title, _ in columns)]]
     for name, figures in report["policies"].items():
         shown = figures.get("settings") or {"": figures}
         for setting, own in shown.items():
             mark = "*" if setting and setting == figures.get("setting") else ""
             label = f"{name} {setting}{mark}".strip()
-            rows.append([label, *(_cell(own.get(key), form) for key, _, form in _COLUMNS)])
+            rows.append([label, *(_cell(own.get(key), form) for key, _, form in columns)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])

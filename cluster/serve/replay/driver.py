@@ -15,16 +15,20 @@ import ray
 from ray import serve
 from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import RequestRouter
 
+from cluster.serve.api_error import ApiError
 from cluster.serve.channel import Inbox
 from cluster.serve.engine_client import EngineClient
 from cluster.serve.events import Subscriptions
 from cluster.serve.loopback import NodeOnlyServer
 from cluster.serve.messages import GenerateRequest
-from cluster.serve.protocol import ApiError
 from cluster.serve.replay.measure import Outcome, Replay
-from cluster.serve.replay.policies import Variant, router_class
+from cluster.serve.replay.picks import time_picks
+from cluster.serve.replay.policies import Variant
+from cluster.serve.replay.replicas import FAMILY
 from cluster.serve.replay.requests import make_request
+from cluster.serve.replay.timing import StepTime
 from cluster.serve.replay.trace import Prompts, TraceRequest
 from cluster.serve.state import routing_state
 from llama.bench.workload import percentile
@@ -82,6 +86,8 @@ class Driver:
             for name in ("first_token", "ended"):
                 if getattr(outcome, name) is not None:
                     setattr(outcome, name, getattr(outcome, name) - start)
+            missing = outcome.prompt_tokens - outcome.cached_tokens
+            outcome.work_s = StepTime().work_s(missing, outcome.prompt_tokens, prompts.output(traced), 2048)
             return outcome
 
         outcomes = await asyncio.gather(*(one(number, traced) for number, traced in enumerate(requests)))
@@ -91,7 +97,7 @@ class Driver:
             "loop_lag_ms_p99": percentile(lags, 0.99) * 1e3,
             "driver_cpu": (time.process_time() - cpu) / seconds,
         }
-        return Replay(list(outcomes), {}, seconds, self._picks_s, extra=extra)
+        return Replay(list(outcomes), self._replicas, seconds, self._picks_s, extra=extra)
 
     def check_health(self) -> None:
         """Serve's probe."""
@@ -105,7 +111,7 @@ class _Caravan:
         context = serve.get_replica_context()
         self._state = routing_state(context.app_name)
         self._inbox = Inbox(context.replica_id.unique_id)
-        self._client = EngineClient(engines, self._state, self._inbox, "replay")
+        self._client = EngineClient(engines, self._state, self._inbox, FAMILY)
         process = ray.get_runtime_context().current_actor
         self._subscriptions = Subscriptions(engines, self._state, self._inbox, process)
         self._picks_s = picks_s
@@ -154,19 +160,17 @@ class _Peer:
 
 
 def _time_picks(policy: str, picks_s: list[float]) -> None:
-    """Notes how long each pick of the policy's class takes, in this process."""
-    cls = router_class(policy)
-    name = "_choose_replica_for_request" if policy == "capacity_queue" else "choose_replicas"
-    pick = getattr(cls, name)
+    """Notes how long each pick takes of the routers that this process is going to make.
 
-    async def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return await pick(*args, **kwargs)
-        finally:
-            picks_s.append(time.perf_counter() - began)
+    Serve ships a router's class by value, so it is not the one that can be imported here; its base class is.
+    """
+    make = RequestRouter.__init__
 
-    setattr(cls, name, timed)
+    def timed_init(router: RequestRouter, *args: Any, **kwargs: Any) -> None:
+        make(router, *args, **kwargs)
+        time_picks(router, policy, picks_s)
+
+    RequestRouter.__init__ = timed_init  # type: ignore[assignment, method-assign]
 
 
 async def _probe(lags: list[float]) -> None:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-from cluster.serve.messages import Admission, GenerateRequest, ReplicaInfo, ReplicaLoad, ReplicaUpdate
+from cluster.serve.messages import Admission, GenerateRequest, ReplicaInfo, ReplicaUpdate
 from cluster.serve.replay.modelled_engine import ModelledEngine
+from cluster.serve.replica import load_of
 from cluster.serve.state import RoutingState
-from llama.engine import EngineStats, reusable_blocks
-
-HEARTBEAT_S = 0.5
+from llama.engine import reusable_blocks
 
 
 class Feed:
@@ -67,17 +66,3 @@ class Feed:
                 raise RuntimeError(f"simulated events of {self._replica} were lost: a defect of the simulation")
 
         return apply
-
-
-def load_of(stats: EngineStats) -> ReplicaLoad:
-    return ReplicaLoad(
-        running=stats.running,
-        waiting=stats.waiting,
-        free_blocks=stats.free_blocks,
-        pending_prefill_tokens=stats.pending_prefill_tokens,
-        decode_context_tokens=stats.decode_context_tokens,
-        prompt_tokens=stats.prompt_tokens,
-        cached_tokens=stats.cached_tokens,
-        generated_tokens=stats.generated_tokens,
-        preemptions=stats.preemptions,
-    )

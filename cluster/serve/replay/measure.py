@@ -1,6 +1,7 @@
 """What a replay is judged by: times, hits, balance, and what the routing itself cost. Pure."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ class Outcome:
     cached_tokens: int = 0
     predicted_tokens: int | None = None
     """Cached tokens that the router foresaw, where it does."""
+    work_s: float = 0.0
+    """What it took of a saturated replica."""
     error: str = ""
 
 
@@ -27,12 +30,12 @@ class Outcome:
 class Replay:
     """All that one replay of one policy measured.
 
-    `busy_s`: seconds that each replica computed, within `seconds`, the time until the last request ended. `picks_s`:
-    of each pick. `lags_s`: from a request's last token until the router's index knew its blocks.
+    `seconds`: until the last request ended. `picks_s`: of each pick. `lags_s`: from a request's last token until the
+    router's index knew its blocks.
     """
 
     outcomes: list[Outcome]
-    busy_s: dict[str, float]
+    replicas: int
     seconds: float
     picks_s: list[float] = field(default_factory=list)
     lags_s: list[float] = field(default_factory=list)
@@ -52,8 +55,7 @@ def summary(replay: Replay, deadline_s: float) -> dict[str, Any]:
         **_spread("e2e", whole),
         "goodput": sum(seconds <= deadline_s for seconds in first) / len(replay.outcomes),
         "hit_rate": sum(outcome.cached_tokens for outcome in answered) / max(1, prompt_tokens),
-        "imbalance": imbalance(list(replay.busy_s.values())),
-        "busy": sum(replay.busy_s.values()) / (len(replay.busy_s) * replay.seconds),
+        "imbalance": imbalance(answered, replay.replicas),
         "seconds": replay.seconds,
     }
     foreseen = [outcome for outcome in answered if outcome.predicted_tokens is not None]
@@ -66,10 +68,13 @@ def summary(replay: Replay, deadline_s: float) -> dict[str, Any]:
     return {**figures, **replay.extra}
 
 
-def imbalance(work: Sequence[float]) -> float:
-    """How much more than the average the busiest replica worked; 0 is even."""
-    mean = statistics.fmean(work)
-    return max(work) / mean - 1 if mean else 0.0
+def imbalance(outcomes: Sequence[Outcome], replicas: int) -> float:
+    """How much more work than the average the replica got that got most; 0 is even."""
+    work: dict[str, float] = defaultdict(float)
+    for outcome in outcomes:
+        work[outcome.replica] += outcome.work_s
+    total = sum(work.values())
+    return max(work.values()) * replicas / total - 1 if total else 0.0
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ from llama.engine.output import ActiveRequest, EngineClosed, EngineFailed, Sink
 from llama.engine.request import ComputedTokens, Request
 from llama.engine.scheduler import ScheduledTokens
 
+MODELLED_WEIGHTS = "modelled"
 MAX_SEQ_LEN = 1 << 20
 _ANY_TOKEN = ComputedTokens(0)
 _NO_TOKEN = ComputedTokens(None)
@@ -35,7 +36,11 @@ class ModelledEngine:
     tokenizer = None
 
     def __init__(
-        self, config: EngineConfig = MODELLED_ENGINE, timing: StepTime | None = None, *, weights_id: str = "modelled"
+        self,
+        config: EngineConfig = MODELLED_ENGINE,
+        timing: StepTime | None = None,
+        *,
+        weights_id: str = MODELLED_WEIGHTS,
     ) -> None:
         self.config = config
         self.timing = timing or StepTime()

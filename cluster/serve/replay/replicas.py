@@ -3,13 +3,19 @@
 import asyncio
 import time
 from dataclasses import dataclass
+from typing import cast
 
 from ray import serve
 
 from cluster.serve.loopback import NodeOnlyServer
 from cluster.serve.messages import GenerateRequest
 from cluster.serve.replay.engines import EngineSpec
-from llama.engine import Chunk, EngineFailed
+from cluster.serve.replay.trace import VOCAB_SIZE
+from cluster.serve.replica import EngineReplica, ReplicaConfig
+from cluster.serve.settings import EngineOptions
+from llama.engine import Chunk, Engine, EngineFailed
+
+FAMILY = "replay"
 
 
 @dataclass(frozen=True)
@@ -58,3 +64,15 @@ class PeerReplica:
         """Serve's probe."""
         self._server.check()
         self._engine.check_health(120.0)
+
+
+class CaravanReplica(EngineReplica):
+    """The production replica around another engine."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        super().__init__(ReplicaConfig(family=FAMILY, shape="", engine=spec.config))
+        self._load_model(EngineOptions(model=""))
+
+    def _make_engine(self, uri: str) -> tuple[Engine, int]:
+        return cast(Engine, self._spec.make()), VOCAB_SIZE

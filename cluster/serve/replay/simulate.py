@@ -1,21 +1,21 @@
 """One policy in virtual time: production router, index, ledger and cost, Ray's own classes, modelled engines."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 from ray.serve._private.common import DeploymentID
 from ray.serve.request_router import RequestRouter
 
+from cluster.serve.broadcast import HEARTBEAT_S
 from cluster.serve.cost import CostCoefficients
 from cluster.serve.replay import virtual_time
-from cluster.serve.replay.feed import HEARTBEAT_S, Feed
+from cluster.serve.replay.feed import Feed
 from cluster.serve.replay.local_actors import LocalQueue, LocalTree, blocking_get
 from cluster.serve.replay.measure import Outcome, Replay
 from cluster.serve.replay.modelled_engine import ModelledEngine
+from cluster.serve.replay.picks import time_picks
 from cluster.serve.replay.policies import YARDSTICKS, Variant, router_class
 from cluster.serve.replay.requests import make_request
 from cluster.serve.replay.simulated_serve import (
@@ -74,7 +74,7 @@ class Simulation:
         self.engines = {replica.name: replica.engine for replica in replicas}
         with blocking_get() if variant.policy == "prefix_affinity" else nullcontext():
             router = self._router(replicas)
-            self._time_picks(router)
+            time_picks(router, variant.policy, self._picks_s)
             handle = SimulatedHandle(router, replicas)
             heartbeats = self._follow(replicas)
             outcomes = await asyncio.gather(
@@ -84,11 +84,12 @@ class Simulation:
         await asyncio.sleep(HEARTBEAT_S)  # whatever is on its way arrives
         for task in heartbeats:
             task.cancel()
-        busy = {replica.name: replica.engine.busy_s for replica in replicas}
         for engine in engines:
             engine.check_integrity()
             engine.close()
-        return Replay(list(outcomes), busy, seconds, self._picks_s)
+        busy_s = sum(engine.busy_s for engine in engines)
+        extra = {"busy": busy_s / (scenario.replicas * seconds)}
+        return Replay(list(outcomes), scenario.replicas, seconds, self._picks_s, extra=extra)
 
     def _router(self, replicas: Sequence[SimulatedReplica]) -> RequestRouter:
         policy = self._variant.policy
@@ -111,18 +112,6 @@ class Simulation:
         if policy == "capacity_queue":
             router._capacity_queue = LocalQueue(replicas)  # type: ignore[attr-defined]
         return router
-
-    def _time_picks(self, router: RequestRouter) -> None:
-        name = "_choose_replica_for_request" if self._variant.policy == "capacity_queue" else "choose_replicas"
-        pick = getattr(router, name)
-
-        async def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            chosen = await pick(*args, **kwargs)
-            self._picks_s.append(time.perf_counter() - began)
-            return chosen
-
-        setattr(router, name, timed)
 
     def _follow(self, replicas: Sequence[SimulatedReplica]) -> list[asyncio.Task[None]]:
         if self.state is None:
@@ -156,6 +145,12 @@ class Simulation:
         try:
             await handle.call(request, f"session-{traced.session}", on_chunk)
             outcome.ended = self._loop.time()
+            outcome.work_s = self._scenario.timing.work_s(
+                outcome.prompt_tokens - outcome.cached_tokens,
+                outcome.prompt_tokens,
+                self._prompts.output(traced),
+                self._scenario.engine.max_batched_tokens,
+            )
         except Refused as error:
             outcome.error = str(error)
         finally:

@@ -35,7 +35,7 @@ def _replica(name: str, weights_id: str) -> EngineReplica:
     """A replica without Serve and without a model."""
     replica = EngineReplica.__new__(EngineReplica)
     engine = ModelledEngine(CONFIG, STEP, weights_id=weights_id)
-    replica._config = ReplicaConfig("nowhere", "family", CONFIG)
+    replica._config = ReplicaConfig("family", "shape", CONFIG)
     replica._engine = engine  # type: ignore[assignment]
     replica._name = name
     replica._draining = False

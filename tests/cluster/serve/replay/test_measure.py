@@ -1,30 +1,30 @@
 import pytest
 
 from cluster.serve.replay.load import at_load, endless_hit_rate, offered_load, offered_work_s, within
-from cluster.serve.replay.measure import Outcome, Replay, imbalance, summary
+from cluster.serve.replay.measure import Outcome, Replay, summary
 from cluster.serve.replay.timing import MODELLED_ENGINE, StepTime
 from cluster.serve.replay.trace import Prompts, TraceRequest
 
 
 def test_a_summary_counts_what_was_answered():
     outcomes = [
-        Outcome(0.0, 100, "a", 1.0, 4.0, cached_tokens=50, predicted_tokens=60),
-        Outcome(1.0, 300, "b", 4.0, 6.0, cached_tokens=0, predicted_tokens=0),
+        Outcome(0.0, 100, "a", 1.0, 4.0, cached_tokens=50, predicted_tokens=60, work_s=3.0),
+        Outcome(1.0, 300, "b", 4.0, 6.0, cached_tokens=0, predicted_tokens=0, work_s=1.0),
         Outcome(2.0, 500, error="full"),
     ]
-    figures = summary(Replay(outcomes, {"a": 3.0, "b": 1.0}, 8.0, picks_s=[1e-6, 3e-6]), deadline_s=2.0)
+    figures = summary(Replay(outcomes, 2, 8.0, picks_s=[1e-6, 3e-6]), deadline_s=2.0)
     assert (figures["requests"], figures["rejects"]) == (3, 1)
     assert (figures["ttft_mean"], figures["ttft_p50"], figures["ttft_p99"]) == (2.0, 1.0, 3.0)
     assert figures["e2e_mean"] == 4.5
     assert figures["goodput"] == pytest.approx(1 / 3)
     assert figures["hit_rate"] == 50 / 400 and figures["predicted_error"] == 10 / 400
-    assert figures["imbalance"] == 0.5 and figures["busy"] == 0.25
+    assert figures["imbalance"] == 0.5
     assert figures["pick_us_p50"] == pytest.approx(1) and figures["index_lag_ms_p99"] is None
 
 
 def test_nobody_answered_is_no_division_by_zero():
-    figures = summary(Replay([Outcome(0.0, 1, error="full")], {"a": 0.0}, 1.0), 1.0)
-    assert figures["ttft_mean"] is None and figures["goodput"] == 0 and imbalance([0, 0]) == 0
+    figures = summary(Replay([Outcome(0.0, 1, error="full")], 1, 1.0), 1.0)
+    assert figures["ttft_mean"] is None and figures["goodput"] == 0 and figures["imbalance"] == 0
 
 
 def test_load_is_work_over_capacity():
