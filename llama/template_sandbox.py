@@ -77,7 +77,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Jinja's way to every function and method that a template calls."""
-        receiver = getattr(obj, "__self__", None)
+        # The sandbox wraps `str.format` into a function of its own.
+        receiver = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
         if isinstance(receiver, str | bytes | list | tuple):
             _check_call(receiver, args, kwargs)
         return super().call(context, obj, *args, **kwargs)
