@@ -8,6 +8,7 @@ import xxhash
 
 from cluster.artifact import Artifact
 from cluster.storage import NotFound, Store
+from llama.config import ModelConfig
 from llama.hf_config import read_config
 from llama.hf_values import CONFIG_FILE, UnsupportedModel, weight_files
 
@@ -89,11 +90,12 @@ def _read(files: Store, name: str) -> bytes:
         return b""
 
 
-def _config(files: Store) -> object:
+def _config(files: Store) -> tuple[ModelConfig, str | None]:
     try:
-        return read_config(json.loads(_read(files, CONFIG_FILE)))
+        config, architecture = read_config(json.loads(_read(files, CONFIG_FILE)))
     except ValueError as error:
         raise UnsupportedModel(f"{files.uri}/{CONFIG_FILE}: {error}") from error
+    return config, None if architecture is None else architecture.name
 
 
 def fetch_model(uri: str, cache_dir: Path) -> Path:

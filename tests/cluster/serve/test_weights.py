@@ -1,6 +1,8 @@
 """Finding a model by its URI, and naming its weights by content."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,13 @@ from cluster.serve.weights import (
     check_replaceable,
     family,
     fetch_model,
+    shape_id,
     weights_id,
 )
 from cluster.storage import Store
+from tests.cluster.serve.tiny_model import save_tiny_model
+
+ROOT = Path(__file__).parents[3]
 
 
 def _write_model(directory: Path, weights: bytes = b"weights") -> Path:
@@ -110,3 +116,10 @@ def test_a_family_is_of_one_model_under_one_name(tmp_path):
     others = {family(one, "n"), family(_write_config(tmp_path / "two"), "m")}
     (tmp_path / "one" / "tokenizer.json").write_text('{"a": 1}')
     assert len(others | {name, family(one, "m")}) == 4
+
+
+def test_all_processes_call_a_model_the_same(tmp_path):
+    model = str(save_tiny_model(tmp_path / "model"))
+    code = f"from cluster.serve.weights import shape_id; print(shape_id({model!r}))"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert said.strip() == shape_id(model)
