@@ -40,7 +40,7 @@ from ray.serve.handle import DeploymentHandle  # noqa: E402
 from cluster.serve import app  # noqa: E402
 from cluster.serve.ingress import Ingress, IngressConfig  # noqa: E402
 from cluster.serve.replica import EngineReplica, ReplicaConfig  # noqa: E402
-from cluster.serve.settings import APP_NAME, ENGINE_DEPLOYMENT, BuildArgs  # noqa: E402
+from cluster.serve.settings import APP_NAME, ENGINE_DEPLOYMENT, BuildArgs, EngineOptions  # noqa: E402
 from cluster.session import ray_processes  # noqa: E402
 from llama.engine import EngineConfig  # noqa: E402
 from tests.cluster.serve.local_ray import local_ray  # noqa: E402
@@ -55,8 +55,11 @@ ENGINE = EngineConfig(num_blocks=2048, max_batched_tokens=512, max_running=64)
 class PacedReplica(EngineReplica):
     """A replica whose steps last `step_s` at least, and which knows what its model took and when blocks were freed."""
 
+    uri = ""
+
     def __init__(self, config: ReplicaConfig) -> None:
         super().__init__(config)
+        self._load_model(EngineOptions(model=self.uri))
         self._step_s = 0.0
         self._model_cpu_s = 0.0
         self._model_s: list[float] = []
@@ -130,6 +133,7 @@ def nothing_app() -> FastAPI:
 
 def deploy(model: Path) -> str:
     """Both applications behind one proxy; returns its address."""
+    PacedReplica.uri = str(model)
     app.EngineReplica, app.Ingress = PacedReplica, OpenIngress  # type: ignore[misc]
     port = find_free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
