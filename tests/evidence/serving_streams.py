@@ -76,7 +76,7 @@ def resident_mib() -> dict[str, float]:
     """Of Serve's processes, by what they are."""
     found: dict[str, float] = {}
     for process in ray_processes():
-        title = " ".join(process.cmdline())
+        title = " ".join(process.cmdline()).strip()
         if title.startswith("ray::ServeReplica") or title.startswith("ray::Proxy"):
             name = title.removeprefix("ray::").removeprefix("ServeReplica:").split("(")[0].split(".")[0]
             found[name] = found.get(name, 0.0) + process.memory_info().rss / 2**20
