@@ -164,6 +164,7 @@ def bench_router(
 ) -> None:
     """Replays a trace under several routing policies, Ray's own beside Caravan's."""
     from pipelines.bench import router
+    from pipelines.bench.router_report import as_text
 
     names = tuple(name.strip() for name in policies.split(",") if name.strip())
     settings = router.RouterBench(
@@ -185,7 +186,7 @@ def bench_router(
     )
     signal.signal(signal.SIGTERM, terminate)
     report = router.measure(settings, _say)
-    _print(report if as_json else router.as_text(report))
+    _print(report if as_json else as_text(report))
 
 
 def _say(message: str) -> None:

@@ -16,10 +16,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from llama.bench.harness import BenchError
+from pipelines.bench.router_report import Findings
 from pipelines.bench.turns import Say
 
 Mode = Literal["sim", "modelled", "real"]
@@ -28,6 +31,8 @@ MAX_ORACLE_REPLICAS = 16
 _LOAD_TOLERANCE = 0.01
 Results = Iterator[tuple[Any, dict[str, Any]]]
 """A variant and its figures, one after the other."""
+Runner = Callable[[Sequence[Any], int], Results]
+"""Runs variants, for the n-th time."""
 _FIRST_GUESS = 0.6
 """Of what an endless cache would save, about what a real one does."""
 
@@ -77,67 +82,117 @@ class RouterBench:
 
 
 def measure(bench: RouterBench, say: Say = lambda message: None) -> dict[str, Any]:
-    """The report: `policies`, each with its figures, and what they were given. Raises BenchError."""
+    """The report: `policies`, each with its figures, `comparison` of ours with the best peer, and what was `given`.
+
+    Raises BenchError.
+    """
     # Here, for they import Ray, which reads its settings when it is imported.
+    from cluster.serve.replay.policies import PEERS
+
+    contestants = _contestants(bench)
+    findings = Findings(PEERS)
+    runners = {"sim": _in_virtual_time, "modelled": _on_modelled_engines, "real": _on_real_engines}
+    with runners[bench.mode](bench, say) as (run, given):
+        for number in range(bench.repeat):
+            chosen = (
+                contestants
+                if not number
+                else [variant for variant in contestants if (variant.policy, variant.setting) in findings.rivals()]
+            )
+            for variant, figures in run(chosen, number):
+                findings.add(variant.policy, variant.setting, figures)
+                say(f"{variant.name}: mean time to first token {figures['ttft_mean']:.3f} s")
+    return {"policies": findings.policies(), "comparison": findings.comparison(), "given": given}
+
+
+def _contestants(bench: RouterBench) -> list[Any]:
     from cluster.serve.replay.policies import POLICIES, ROUTERS, variants
 
-    possible = tuple(ROUTERS) if bench.mode != "sim" else POLICIES
+    possible = POLICIES if bench.mode == "sim" else tuple(ROUTERS)
     policies = bench.policies or tuple(
         name for name in possible if name != "oracle" or bench.replicas <= MAX_ORACLE_REPLICAS
     )
     if impossible := set(policies) & set(POLICIES) - set(possible):
         raise BenchError(f"policies={','.join(sorted(impossible))} exist in --mode sim only; leave them out")
     try:
-        contestants = [variant for name in dict.fromkeys(policies) for variant in variants(name)]
+        return [variant for name in dict.fromkeys(policies) for variant in variants(name)]
     except ValueError as error:
         raise BenchError(str(error)) from error
-    figures: dict[str, dict[str, Any]] = {}
+
+
+@contextmanager
+def _in_virtual_time(bench: RouterBench, say: Say) -> Iterator[tuple[Runner, dict[str, Any]]]:
     with _workers(bench.jobs) as submit:
         scenario, given = _fit(bench, submit, say)
-        results = _simulate(bench, scenario, contestants, submit) if bench.mode == "sim" else None
-        for variant, own in results or _on_serve(bench, scenario, contestants, say):
-            figures.setdefault(variant.policy, {})[variant.setting] = own
-            say(f"{variant.name}: mean time to first token {own['ttft_mean']:.3f} s")
-    return {"policies": {name: _best(found) for name, found in figures.items()}, "given": given}
+
+        def run(variants: Sequence[Any], number: int) -> Results:
+            again = replace(scenario, seed=bench.seed + number)
+            runs = [(variant, submit(_simulated, again, variant, bench.deadline)) for variant in variants]
+            for variant, future in runs:
+                yield variant, future.result()
+
+        yield run, given
 
 
-def _simulate(bench: RouterBench, scenario: Any, contestants: Sequence[Any], submit: Callable[..., Any]) -> Results:
-    runs = [(variant, submit(_simulated, scenario, variant, bench.deadline)) for variant in contestants]
-    for variant, run in runs:
-        yield variant, run.result()
+@contextmanager
+def _on_modelled_engines(bench: RouterBench, say: Say) -> Iterator[tuple[Runner, dict[str, Any]]]:
+    with _workers(bench.jobs) as submit:
+        scenario, given = _fit(bench, submit, say)
+    with _ray():
+        from cluster.serve.replay.on_serve import modelled
+
+        yield partial(_on_serve, bench, modelled(scenario), say), given
 
 
-def _on_serve(bench: RouterBench, scenario: Any, contestants: Sequence[Any], say: Say) -> Results:
+@contextmanager
+def _on_real_engines(bench: RouterBench, say: Say) -> Iterator[tuple[Runner, dict[str, Any]]]:
+    with _ray():
+        from cluster.serve.replay.on_serve import real, saturated_s
+        from cluster.serve.replay.trace import scaled
+
+        with TemporaryDirectory(prefix="caravan-replay-") as folder:
+            live, left_out = real(_requests(bench), bench.replicas, bench.model, folder)
+            if left_out:
+                say(f"{left_out} requests are longer than the model's context and left out")
+            seconds = saturated_s(live, say)
+            say(f"as fast as they can, the replicas take {seconds:.1f} s for these requests")
+            if bench.seconds is not None:
+                count = max(1, min(len(live.requests), int(len(live.requests) * bench.seconds * bench.load / seconds)))
+                seconds *= count / len(live.requests)
+                live = replace(live, requests=live.requests[:count])
+            original = live.requests[-1].at - live.requests[0].at
+            factor = seconds / bench.load / original if original else 1.0
+            live = replace(live, requests=scaled(live.requests, factor))
+            yield partial(_on_serve, bench, live, say), _given(bench, live.requests, factor, bench.load, None)
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
     from cluster import session
-    from cluster.serve.replay.measure import summary
 
     with session.connect("local", num_cpus=os.cpu_count(), dashboard=False):
-        from cluster.serve.replay.on_serve import live_scenario, replay_together
-
-        live = live_scenario(scenario)
-        for first in range(0, len(contestants), bench.together):
-            wave = contestants[first : first + bench.together]
-            for variant, replay in zip(wave, replay_together(wave, live, say), strict=True):
-                yield variant, summary(replay, bench.deadline)
+        yield
 
 
-def _best(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A policy's figures: those of its best setting, with all of them beside."""
-    worst = float("inf")
-    setting = min(found, key=lambda name: worst if found[name]["ttft_mean"] is None else found[name]["ttft_mean"])
-    if list(found) == [""]:
-        return found[""]
-    return {**found[setting], "setting": setting, "settings": found}
+def _on_serve(bench: RouterBench, live: Any, say: Say, variants: Sequence[Any], number: int) -> Results:
+    from cluster.serve.replay.measure import summary
+    from cluster.serve.replay.on_serve import replay_together
+
+    together = bench.together if bench.mode == "modelled" else 1
+    for first in range(0, len(variants), together):
+        wave = variants[first : first + together]
+        for variant, replay in zip(wave, replay_together(wave, live, say), strict=True):
+            yield variant, summary(replay, bench.deadline)
 
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[Callable[..., Any]]:
-    """Processes of their own: each policy gets a fresh one's random numbers, hashes of strings included."""
+    """Processes in which strings hash alike every time: Ray's power of two draws from a set of replica ids."""
     before = os.environ.get("PYTHONHASHSEED")
     os.environ["PYTHONHASHSEED"] = "0"
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(jobs or os.cpu_count() or 1, mp_context=context, max_tasks_per_child=1) as pool:
+        with ProcessPoolExecutor(jobs or os.cpu_count() or 1, mp_context=context) as pool:
             try:
                 yield pool.submit
             finally:
@@ -176,26 +231,31 @@ def _fit(bench: RouterBench, submit: Callable[..., Any], say: Say) -> tuple[Any,
         requests = requests[:count]
         hit_rate = _FIRST_GUESS * endless_hit_rate(requests, prompts)
     for _ in range(3):
-        scaled = at_load(requests, bench.load, bench.replicas, work_s(hit_rate))
-        scenario = Scenario(scaled, bench.replicas, timing=timing, seed=bench.seed)
+        fitted = at_load(requests, bench.load, bench.replicas, work_s(hit_rate))
+        scenario = Scenario(fitted, bench.replicas, timing=timing, seed=bench.seed)
         found = submit(_simulated, scenario, Variant(judge), bench.deadline).result()["hit_rate"]
-        load = offered_load(scaled, bench.replicas, work_s(found))
+        load = offered_load(fitted, bench.replicas, work_s(found))
         say(f"{judge} finds {found:.3f} of the prompts cached: load {load:.3f}")
         hit_rate = found
         if abs(load / bench.load - 1) < _LOAD_TOLERANCE:
             break
-    duration = scaled[-1].at
     original = requests[-1].at - requests[0].at
-    return scenario, {
+    return scenario, _given(bench, fitted, fitted[-1].at / original if original else 1.0, load, found)
+
+
+def _given(
+    bench: RouterBench, requests: Sequence[Any], factor: float, load: float, hit_rate: float | None
+) -> dict[str, Any]:
+    return {
         "mode": bench.mode,
         "trace": bench.trace or "synthetic",
         "stamps": bench.stamps,
-        "requests": len(scaled),
+        "requests": len(requests),
         "replicas": bench.replicas,
-        "seconds": duration,
-        "time_scale": duration / original if original else 1.0,
+        "seconds": requests[-1].at,
+        "time_scale": factor,
         "load": load,
-        "hit_rate_of_load": found,
+        "hit_rate_of_load": hit_rate,
         "seed": bench.seed,
         "deadline": bench.deadline,
     }
@@ -211,50 +271,3 @@ def _requests(bench: RouterBench) -> list[Any]:
     except TraceError as error:
         raise BenchError(str(error)) from error
     return spread(requests, bench.seed) if bench.stamps == "spread" else requests
-
-
-_COLUMNS = (
-    ("ttft_mean", "TTFT mean", "{:.2f}"),
-    ("ttft_p50", "p50", "{:.2f}"),
-    ("ttft_p90", "p90", "{:.2f}"),
-    ("ttft_p99", "p99", "{:.2f}"),
-    ("e2e_mean", "whole mean", "{:.1f}"),
-    ("e2e_p50", "p50", "{:.1f}"),
-    ("e2e_p99", "p99", "{:.1f}"),
-    ("goodput", "goodput", "{:.3f}"),
-    ("hit_rate", "hit", "{:.3f}"),
-    ("rejects", "rejects", "{}"),
-    ("imbalance", "imbalance", "{:.3f}"),
-    ("pick_us_p50", "pick µs p50", "{:.0f}"),
-    ("pick_us_p99", "p99", "{:.0f}"),
-    ("loop_lag_ms_p99", "loop lag ms p99", "{:.1f}"),
-    ("machine_cpu", "CPUs used", "{:.2f}"),
-)
-
-
-def as_text(report: dict[str, Any]) -> str:
-    """The report as a table; times in seconds."""
-    given = report["given"]
-    head = (
-        f"{given['requests']} requests of {given['trace']} ({given['stamps']} stamps × {given['time_scale']:.3f}) "
-        f"in {given['seconds']:.0f} s on {given['replicas']} replicas, {given['mode']}: load {given['load']:.3f} at a "
-        f"hit rate of {given['hit_rate_of_load']:.3f}; goodput: first token within {given['deadline']:g} s"
-    )
-    columns = [column for column in _COLUMNS if any(column[0] in own for own in report["policies"].values())]
-    rows = [["seconds", *(title for _, title, _ in columns)]]
-    for name, figures in report["policies"].items():
-        shown = figures.get("settings") or {"": figures}
-        for setting, own in shown.items():
-            mark = "*" if setting and setting == figures.get("setting") else ""
-            label = f"{name} {setting}{mark}".strip()
-            rows.append([label, *(_cell(own.get(key), form) for key, _, form in columns)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([head, "", *lines])
-
-
-def _cell(value: Any, form: str) -> str:
-    return "-" if value is None else form.format(value)

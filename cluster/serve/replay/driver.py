@@ -38,7 +38,9 @@ _START_S = 60.0
 
 
 class Sender(Protocol):
-    """One way of getting a request answered."""
+    """One way of getting a request answered. `lags_s`: see `Replay`."""
+
+    lags_s: list[float]
 
     async def ready(self, replicas: int) -> None:
         """Returns when requests are routed to so many replicas."""
@@ -97,7 +99,7 @@ class Driver:
             "loop_lag_ms_p99": percentile(lags, 0.99) * 1e3,
             "driver_cpu": (time.process_time() - cpu) / seconds,
         }
-        return Replay(list(outcomes), self._replicas, seconds, self._picks_s, extra=extra)
+        return Replay(list(outcomes), self._replicas, seconds, self._picks_s, self._sender.lags_s, extra)
 
     def check_health(self) -> None:
         """Serve's probe."""
@@ -115,6 +117,7 @@ class _Caravan:
         process = ray.get_runtime_context().current_actor
         self._subscriptions = Subscriptions(engines, self._state, self._inbox, process)
         self._picks_s = picks_s
+        self.lags_s: list[float] = []
 
     async def ready(self, replicas: int) -> None:
         self._subscriptions.start()
@@ -133,20 +136,24 @@ class _Caravan:
                     if selection is not None:
                         self._picks_s.append(selection.seconds)
         outcome.ended = time.monotonic()
+        await self._state.wait_applied(item.replica, item.chunk.event_seq, 1.0)
+        self.lags_s.append(time.monotonic() - outcome.ended)
 
 
 class _Peer:
     """A plain call through one of Ray's routers."""
 
     def __init__(self, engines: DeploymentHandle, variant: Variant, picks_s: list[float]) -> None:
+        self._policy = variant.policy
         _time_picks(variant.policy, picks_s)
         self._generate = engines.options(method_name="generate")
+        self.lags_s: list[float] = []
 
     async def ready(self, replicas: int) -> None:
         # Not all at once: a router learns of its replicas, and fills its queue-length cache, with the first calls.
         for number in range(2 * replicas):
             await self.send(
-                make_request("", -1 - number, TraceRequest(0.0, 1, 1, (number,)), Prompts(), 512, ""),
+                make_request(self._policy, -1 - number, TraceRequest(0.0, 1, 1, (number,)), Prompts(), 512, ""),
                 f"warm-{number}",
                 Outcome(0.0, 1),
             )

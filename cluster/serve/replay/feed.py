@@ -1,5 +1,6 @@
 """What a simulated replica tells the router's state: the items of a subscription, without Ray."""
 
+import asyncio
 from collections.abc import Callable
 
 from cluster.serve.messages import Admission, GenerateRequest, ReplicaInfo, ReplicaUpdate
@@ -16,6 +17,9 @@ class Feed:
         self._replica = replica
         self._engine = engine
         self._state = state
+        self.lags_s: list[float] = []
+        """From cache events until the state knew of them."""
+        self._loop = asyncio.get_running_loop()
         self._admitted: list[Admission] = []
         self._prefilled: list[str] = []
         engine.drain_events()
@@ -61,7 +65,11 @@ class Feed:
         self._admitted.clear()
         self._prefilled.clear()
 
+        sent = self._loop.time()
+
         def apply() -> None:
+            if update.events:
+                self.lags_s.append(self._loop.time() - sent)
             if not self._state.apply_update(self._replica, update):
                 raise RuntimeError(f"simulated events of {self._replica} were lost: a defect of the simulation")
 

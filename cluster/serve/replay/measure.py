@@ -30,8 +30,8 @@ class Outcome:
 class Replay:
     """All that one replay of one policy measured.
 
-    `seconds`: until the last request ended. `picks_s`: of each pick. `lags_s`: from a request's last token until the
-    router's index knew its blocks.
+    `seconds`: until the last request ended. `picks_s`: of each pick. `lags_s`: how late the router's index
+    knew of blocks, from the event (simulated) or from the last token of the request that they belong to (on Serve).
     """
 
     outcomes: list[Outcome]

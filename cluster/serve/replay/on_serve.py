@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 from ray import serve
@@ -12,17 +13,25 @@ from ray.serve.config import DeploymentActorConfig, RequestRouterConfig
 from ray.serve.experimental.capacity_queue import CapacityQueue
 
 from cluster.serve.replay.driver import Driver
-from cluster.serve.replay.engines import EngineSpec, ModelledSpec
+from cluster.serve.replay.engines import EngineSpec, ModelledSpec, RealSpec
 from cluster.serve.replay.measure import Replay
 from cluster.serve.replay.modelled_engine import MODELLED_WEIGHTS
 from cluster.serve.replay.policies import ROUTERS, Variant
 from cluster.serve.replay.replicas import CaravanReplica, PeerReplica
 from cluster.serve.replay.simulate import Scenario
-from cluster.serve.replay.trace import TOKENS_PER_ID, TraceRequest
+from cluster.serve.replay.trace import TOKENS_PER_ID, VOCAB_SIZE, Prompts, TraceRequest
+from cluster.serve.weights import fetch_model
 from cluster.session import ray_processes
+from llama.bench.harness import BenchError
+from llama.config import ModelConfig
+from llama.engine import EngineConfig
+from llama.hf import load_pretrained, save_pretrained
+from llama.model import Transformer
 
 CAPACITY_QUEUE = "capacity_queue"
 START_AFTER_S = 1.0
+SAMPLE = 200
+REAL_ENGINE = EngineConfig(num_blocks=2000, block_size=16, max_batched_tokens=256, max_running=64, max_waiting=4096)
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,43 @@ class Live:
     tokens_per_id: int
 
 
-def live_scenario(scenario: Scenario) -> Live:
+def modelled(scenario: Scenario) -> Live:
     """The simulation's scenario, on modelled engines."""
     spec = ModelledSpec(scenario.engine, scenario.timing)
     return Live(scenario.requests, scenario.replicas, spec, MODELLED_WEIGHTS, TOKENS_PER_ID)
+
+
+def real(requests: Sequence[TraceRequest], replicas: int, model: str | None, folder: str) -> tuple[Live, int]:
+    """The requests, as much shorter as a real engine's blocks are, for engines with a model.
+
+    Args:
+        model: URI of a Hugging Face directory; None makes a small random one in `folder`.
+
+    Returns:
+        Also how many requests are left out, being longer than the model's context.
+    """
+    if model is None:
+        directory = Path(folder)
+        config = ModelConfig(vocab_size=VOCAB_SIZE, dim=64, num_layers=2, num_heads=4, max_seq_len=8192)
+        made = Transformer(config)
+        made.init_weights(seed=0)
+        save_pretrained(made, directory)
+    else:
+        directory = fetch_model(model, Path(folder))
+    spec = RealSpec(str(directory), REAL_ENGINE)
+    prompts = Prompts(REAL_ENGINE.block_size)
+    longest = min(load_pretrained(directory).config.max_seq_len, REAL_ENGINE.num_blocks * REAL_ENGINE.block_size)
+    fitting = [request for request in requests if prompts.length(request) + prompts.output(request) <= longest]
+    if not fitting:
+        raise BenchError(f"model={model} has a context of {longest} tokens, too short for every request of the trace")
+    return Live(fitting, replicas, spec, spec.weights_id, prompts.tokens_per_id), len(requests) - len(fitting)
+
+
+def saturated_s(live: Live, say: Callable[[str], None]) -> float:
+    """Seconds that the replicas would take for all requests, measured on the first of them, sent at once."""
+    sample = [replace(request, at=0.0) for request in live.requests[:SAMPLE]]
+    (replay,) = replay_together([Variant("round_robin")], replace(live, requests=sample), say)
+    return replay.seconds * len(live.requests) / len(sample)
 
 
 def application(variant: Variant, live: Live) -> Application:

@@ -1,6 +1,7 @@
 """One policy in virtual time: production router, index, ledger and cost, Ray's own classes, modelled engines."""
 
 import asyncio
+import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -60,16 +61,18 @@ class Simulation:
         self._variant = variant
         self._prompts = Prompts()
         self._picks_s: list[float] = []
+        self._lags_s: list[float] = []
 
     async def run(self) -> Replay:
         scenario, variant = self._scenario, self._variant
         self._loop = asyncio.get_running_loop()
         self.state = RoutingState(scenario.cost, clock=self._loop.time) if variant.policy == "caravan" else None
         engines = [ModelledEngine(scenario.engine, scenario.timing) for _ in range(scenario.replicas)]
-        # Names of one length, as Serve's are: the consistent hash and the ties depend on them.
+        # Random names, as Serve's are: the consistent hash and our ties depend on them.
+        names = random.Random(f"replicas {scenario.seed}")
         replicas = [
-            SimulatedReplica(f"replica-{number:04d}", DEPLOYMENT, engine, variant.max_ongoing)
-            for number, engine in enumerate(engines)
+            SimulatedReplica(f"{names.getrandbits(32):08x}", DEPLOYMENT, engine, variant.max_ongoing)
+            for engine in engines
         ]
         self.engines = {replica.name: replica.engine for replica in replicas}
         with blocking_get() if variant.policy == "prefix_affinity" else nullcontext():
@@ -89,7 +92,7 @@ class Simulation:
             engine.close()
         busy_s = sum(engine.busy_s for engine in engines)
         extra = {"busy": busy_s / (scenario.replicas * seconds)}
-        return Replay(list(outcomes), scenario.replicas, seconds, self._picks_s, extra=extra)
+        return Replay(list(outcomes), scenario.replicas, seconds, self._picks_s, self._lags_s, extra)
 
     def _router(self, replicas: Sequence[SimulatedReplica]) -> RequestRouter:
         policy = self._variant.policy
@@ -120,6 +123,7 @@ class Simulation:
             feed = Feed(replica.name, replica.engine, self.state)
             feed.first()
             replica.feed = feed
+            feed.lags_s = self._lags_s
         return [self._loop.create_task(_heartbeat(replica)) for replica in replicas]
 
     async def _request(self, handle: SimulatedHandle, number: int, traced: TraceRequest) -> Outcome:

@@ -8,17 +8,25 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import ray
+from ray import serve
 
 from cluster import processes
 from cluster.serve import control
 from cluster.serve.checks import check_port_free
 from cluster.serve.errors import DeployFailed, NotDeployed, PortTaken, ServeError
+from cluster.serve.replay.engines import ModelledSpec
+from cluster.serve.replay.measure import summary
+from cluster.serve.replay.modelled_engine import MODELLED_WEIGHTS
+from cluster.serve.replay.on_serve import Live, replay_together
+from cluster.serve.replay.policies import variants
+from cluster.serve.replay.trace import TOKENS_PER_ID, SyntheticTrace, make_trace, scaled
 from cluster.serve.request_body import MAX_BODY_BYTES
 from cluster.serve.settings import AppArgs
 from cluster.serve.view import Endpoint
@@ -518,3 +526,18 @@ def test_what_cannot_start_is_told_in_one_line_and_removed(cluster, args, tmp_pa
     assert "\n" not in str(caught.value)
     with pytest.raises(NotDeployed):
         control.status(dashboard_url=cluster)
+
+
+def test_routing_policies_are_replayed_side_by_side(cluster):
+    requests = scaled(make_trace(SyntheticTrace(requests=24, rate=12.0, concurrent=4, turn_tokens=1500)), 1.0)
+    requests = [replace(request, output_tokens=5) for request in requests]
+    live = Live(requests, 2, ModelledSpec(), MODELLED_WEIGHTS, TOKENS_PER_ID)
+    contestants = [*variants("caravan"), *variants("prefix_affinity")[-1:]]
+    replays = replay_together(contestants, live, lambda message: None)
+    for replay in replays:
+        figures = summary(replay, deadline_s=60.0)
+        assert figures["requests"] == 24 and figures["rejects"] == 0 and figures["hit_rate"] > 0.2
+        assert 0 < figures["ttft_mean"] < figures["e2e_mean"] and figures["pick_us_p50"] > 0
+        assert len({outcome.replica for outcome in replay.outcomes}) == 2
+    assert summary(replays[0], 60.0)["predicted_error"] < 0.05
+    assert not [name for name in serve.status().applications if name.startswith("replay-")]

@@ -18,7 +18,6 @@ from llama.engine import EngineConfig
 
 ENGINE = EngineConfig(num_blocks=150, block_size=512, max_batched_tokens=2048, max_running=64, max_waiting=200)
 REQUESTS = make_trace(SyntheticTrace(requests=80, rate=6.0, burst=4, concurrent=12, output_tokens=40, seed=1))
-REPLICAS = ("replica-0000", "replica-0001", "replica-0002")
 SCENARIO = Scenario(REQUESTS, replicas=3, engine=ENGINE, seed=5)
 
 
@@ -47,7 +46,7 @@ def test_a_policy_serves_everybody_and_the_same_way_again(policy):
     assert prefix_aware_router.ray is ray
     figures = summary(first, deadline_s=1.0)
     assert figures["rejects"] == 0 and len(first.picks_s) >= len(REQUESTS)
-    assert {outcome.replica for outcome in first.outcomes} == set(REPLICAS)
+    assert len({outcome.replica for outcome in first.outcomes}) == 3
     for outcome, request in zip(first.outcomes, REQUESTS, strict=True):
         assert outcome.arrived == pytest.approx(request.at)
         assert outcome.arrived < outcome.first_token <= outcome.ended
