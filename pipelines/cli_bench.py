@@ -159,6 +159,10 @@ def bench_router(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     jobs: Annotated[int, typer.Option(help="Processes of sim [default: one on each CPU]", show_default=False)] = 0,
     together: Annotated[int, typer.Option(help="Policies that run on Serve at a time.")] = 3,
+    peers_settings: Annotated[
+        Literal["all", "best"],
+        typer.Option("--settings", help="Of a class; on Serve, only the best of sim if told so."),
+    ] = "all",
     model: Annotated[str | None, typer.Option(help="Of real engines [default: a small random one]")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -167,7 +171,7 @@ def bench_router(
     from pipelines.bench.router_report import as_text
 
     names = tuple(name.strip() for name in policies.split(",") if name.strip())
-    settings = router.RouterBench(
+    wanted = router.RouterBench(
         trace=trace,
         replicas=replicas,
         mode=mode,
@@ -182,10 +186,11 @@ def bench_router(
         seed=seed,
         jobs=jobs,
         together=together,
+        settings=peers_settings,
         model=model,
     )
     signal.signal(signal.SIGTERM, terminate)
-    report = router.measure(settings, _say)
+    report = router.measure(wanted, _say)
     _print(report if as_json else as_text(report))
 
 

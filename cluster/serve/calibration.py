@@ -6,8 +6,9 @@ Least squares with exponential forgetting (Haykin, Adaptive Filter Theory, chapt
 replica, begun at the coefficients' own `prefill_s_per_token`. `a` feeds the prediction of waits, and the slowness of a
 replica against its peers.
 
-A replica's slowness is rounded to powers of STEP around the peers' median. Estimates of equal machines differ by a few
-per cent, and that noise must neither break ties nor send every new prefix to whoever looks fastest this minute.
+A replica's slowness is how long it takes for the average first token, over what its peers take in the median. It is
+rounded to powers of STEP, and 1 until there is much to go by: estimates of equal machines differ, and that noise must
+neither break ties nor send every new prefix to whoever looks fastest this minute.
 """
 
 import math
@@ -18,6 +19,8 @@ from typing import NamedTuple
 FORGETTING = 0.98
 """A first token weighs half after 34 further ones."""
 STEP = 2.0
+LEAST_WEIGHT = 30.0
+"""Of the observations from which a slowness is told; there are never more than 1 / (1 - FORGETTING)."""
 _PRIOR_WEIGHT = 4.0
 _PRIOR_TOKENS = 1_000.0
 _MAX_RATIO = 100.0
@@ -80,7 +83,7 @@ class Calibration:
         return self.of(replica)[1]
 
     def slowness(self, replica: str) -> float:
-        """How many times as long as its peers' median the replica takes for a token, in powers of STEP."""
+        """How many times as long as its peers' median the replica takes, in powers of STEP."""
         return self.of(replica)[0]
 
     def of(self, replica: str) -> tuple[float, Speed]:
@@ -89,10 +92,15 @@ class Calibration:
 
     def _compare(self) -> None:
         speeds = [speed.s_per_token for speed in self._speeds.values()]
-        middle = median(speeds) if speeds else self._prior
-        self._unseen = (1.0, Speed(0.0, middle))
+        self._unseen = (1.0, Speed(0.0, median(speeds) if speeds else self._prior))
+        known = {replica: sums for replica, sums in self._sums.items() if sums.n >= LEAST_WEIGHT}
+        tokens = sum(sums.x for sums in known.values()) / max(1.0, sum(sums.n for sums in known.values()))
+        seconds = {
+            replica: self._speeds[replica].base_s + tokens * self._speeds[replica].s_per_token for replica in known
+        }
+        middle = median(seconds.values()) if seconds else 1.0
         self._known = {
-            replica: (STEP ** round(math.log(speed.s_per_token / middle, STEP)), speed)
+            replica: (_rounded(seconds.get(replica, middle) / middle) if middle else 1.0, speed)
             for replica, speed in self._speeds.items()
         }
 
@@ -101,3 +109,7 @@ class Calibration:
         slope = (sums.n * sums.xy - sums.x * sums.y) / spread if spread > 1e-9 * sums.n * sums.xx else self._prior
         slope = min(max(slope, self._prior / _MAX_RATIO), self._prior * _MAX_RATIO)
         return Speed(max(0.0, (sums.y - slope * sums.x) / sums.n), slope)
+
+
+def _rounded(ratio: float) -> float:
+    return STEP ** round(math.log(ratio, STEP)) if ratio > 0 else 1.0

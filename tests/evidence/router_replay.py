@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=1500)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--together", type=int, default=6)
+    parser.add_argument("--settings", choices=["all", "best"], default="all")
     parser.add_argument("--cases", default=",".join(CASES))
     options = parser.parse_args()
     failures = []
@@ -67,6 +68,7 @@ def main() -> int:
             requests=options.requests,
             repeat=options.repeat,
             together=options.together,
+            settings=options.settings,
             **given,  # type: ignore[arg-type]
         )
         report = measure(bench, _say)

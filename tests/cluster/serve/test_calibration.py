@@ -48,6 +48,23 @@ def test_equal_machines_are_equally_slow_and_a_slow_one_shows():
     assert calibration.slowness("slow") == 1.0
 
 
+def test_a_few_observations_make_nobody_slow():
+    calibration = Calibration(1 / 32_000)
+    _observe(calibration, "a", base=0.01, slope=1e-4, count=20)
+    _observe(calibration, "b", base=0.01, slope=1e-3, count=20)
+    assert calibration.slowness("a") == calibration.slowness("b") == 1.0
+    _observe(calibration, "a", base=0.01, slope=1e-4, count=40)
+    _observe(calibration, "b", base=0.01, slope=1e-3, count=40)
+    assert calibration.slowness("b") >= 8 * calibration.slowness("a")
+
+
+def test_equal_machines_stay_equal_where_hardly_anything_depends_on_the_tokens():
+    calibration = Calibration(1 / 32_000)
+    for n in range(4):
+        _observe(calibration, f"equal{n}", base=0.05, slope=1e-8, noise=0.3)
+    assert [calibration.slowness(f"equal{n}") for n in range(4)] == [1.0] * 4
+
+
 def test_the_same_tokens_again_and_again_give_no_line_but_no_nonsense():
     calibration = Calibration(1 / 32_000)
     for _ in range(1000):
