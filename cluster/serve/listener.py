@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cluster.serve.gate import DIRECT
 
@@ -22,6 +23,7 @@ logger = logging.getLogger("ray.serve")
 
 KEEP_ALIVE_S = 90  # as Serve's proxy
 DRAIN_S = 15.0
+MAX_HEAD_BYTES = 256 << 10  # no less than asyncio reads at once: the end of a body may come with the next head
 
 
 class Listener:
@@ -48,6 +50,8 @@ class Listener:
             return
         config = uvicorn.Config(
             _ended_with_its_client(self._app),
+            http=_BoundedHead,
+            ws="none",
             lifespan="off",  # Serve runs it
             log_config=None,
             access_log=False,
@@ -73,6 +77,29 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """The process's signals are Ray's."""
         yield
+
+
+class _BoundedHead(HttpToolsProtocol):
+    """uvicorn's protocol, which of itself keeps headers of any length, before anybody has asked for a key: a connection
+    on which a request's first line and headers do not end within MAX_HEAD_BYTES is closed."""
+
+    _head_bytes: int | None = 0
+    """Of the request whose head is coming; None while none is."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response("The headers of the request are too long.")
+
+    def on_message_begin(self) -> None:
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        super().on_headers_complete()
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -1,6 +1,7 @@
 """Several processes' worth of listeners on one port, and what becomes of a request whose client leaves."""
 
 import asyncio
+import contextlib
 
 import httpx
 import pytest
@@ -123,6 +124,32 @@ def test_an_address_of_another_machine_is_left_to_others():
     async def run() -> None:
         listener = Listener(_App("one").app)
         await listener.listen(("192.0.2.1", 8000))
+        await listener.close()
+
+    asyncio.run(run())
+
+
+def test_headers_without_end_are_cut_off_and_long_bodies_are_not():
+    async def run() -> None:
+        port = find_free_port()
+        listener = Listener(_App("one").app)
+        await listener.listen(("127.0.0.1", port))
+        await asyncio.sleep(0.2)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+        writer.write(b"POST /who HTTP/1.1\r\nHost: x\r\nContent-Length: 600000\r\n\r\n" + b"x" * 600_000)
+        writer.write(b"POST /who HTTP/1.1\r\nHost: x\r\nX-Long: ")  # on the same connection
+        await asyncio.wait_for(reader.readuntil(b'x"}'), 5)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 8 << 20 and not reader.at_eof():
+                writer.write(b"a" * 65_536)
+                await writer.drain()
+                sent += 65_536
+                await asyncio.sleep(0)
+        assert sent < 2 << 20
+        with contextlib.suppress(ConnectionError):
+            assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 400")
+        writer.close()
         await listener.close()
 
     asyncio.run(run())
