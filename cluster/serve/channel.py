@@ -26,7 +26,10 @@ class Call:
         self._ready = asyncio.Event()
 
     def put(self, replica: str, chunk: Chunk) -> None:
-        """The next chunk."""
+        """The next chunk, unless another replica answers already: Serve sends a call again when the connection to its
+        replica breaks before it has said whether it takes it, and then both may work on it."""
+        if self.replica not in (None, replica):
+            return
         chunk.request_id = self.request_id  # the engine knows the attempt by another name
         self.replica = replica
         self._items.append(chunk)

@@ -137,14 +137,14 @@ class EngineClient:
     @contextmanager
     def _followed(self, request: GenerateRequest) -> Iterator[Recording]:
         with self._observer.following(request) as recording:
-            self._begin(request)
+            self._check_wait(request)
             try:
                 yield recording
             finally:
                 self._state.finish(request.request_id)
 
-    def _begin(self, request: GenerateRequest) -> None:
-        """Announces a request, if it need not wait for too long."""
+    def _check_wait(self, request: GenerateRequest) -> None:
+        """Raises ApiError (429) when the request would have to wait for too long."""
         if request.max_wait_s is not None:
             wait_s = self._state.predicted_wait_s(request)
             if wait_s > request.max_wait_s:
@@ -159,9 +159,10 @@ class EngineClient:
                     kind="rate_limit_error",
                     retry_after_s=wait_s - request.max_wait_s,
                 )
-        self._state.begin(request.request_id)
 
     async def _attempt(self, request: GenerateRequest, recording: Recording) -> AsyncGenerator[RoutedChunk, None]:
+        # Else a subscription that breaks where an earlier attempt was booked would end this one.
+        self._state.begin(request.request_id)
         number = self._inbox.next_number()
         request = replace(request, source=self._inbox.source, call=number)
         # A context of its own: Serve tells calls apart by the HTTP request they are made in, and siblings would hang.

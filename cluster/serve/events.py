@@ -119,7 +119,7 @@ class Subscriptions:
                     async for update in reading:
                         now = self._loop.time()
                         silence.reschedule(now + SILENT_S)
-                        if update.number != number + 1 and update.snapshot is None:
+                        if update.number != number + 1:
                             raise _Broken(f"item {update.number} came after {number}")
                         number = update.number
                         complete = self._state.apply_update(replica, update)

@@ -246,8 +246,10 @@ class RoutingState:
     # -- requests ------------------------------------------------------------------------------------------
 
     def begin(self, request_id: str) -> None:
-        """Announces a request of this process; only what was begun is booked, until `finish`."""
+        """Announces a request of this process, or another attempt at it, which is booked nowhere yet; only what was
+        begun is booked, until `finish`."""
         with self._lock:
+            self._release(request_id)
             self._selections[request_id] = None
 
     def predicted_wait_s(self, request: GenerateRequest) -> float:
@@ -368,12 +370,14 @@ class RoutingState:
     def _rank(self, request: GenerateRequest, names: Sequence[str]) -> list[Score]:
         info = self._info(request.weights_id)
         suitable = self._suitable(names, request.weights_id)
-        matches, now = self._index.match(request.hashes), self._clock()
+        # To score a prompt the engine computes all of it, whatever is cached.
+        usable = request.hashes if request.params.prompt_logprobs is None else ()
+        matches, now = self._index.match(usable), self._clock()
         return choose(
             request.hashes,
             len(request.token_ids),
             info.block_size if info else _DEFAULT_BLOCK_SIZE,
-            [self._candidate(name, request.hashes, matches.get(name, 0), now) for name in suitable],
+            [self._candidate(name, usable, matches.get(name, 0), now) for name in suitable],
             self._coefficients,
             request.avoid,
         )
@@ -402,7 +406,7 @@ class RoutingState:
         )
 
     def _silent_candidate(self, replica: str, known: _Replica | None) -> Candidate:
-        """A replica that reports nothing: as it is booked here, and nothing cached."""
+        """A replica that reports nothing: as booked here, nothing cached, draining if that was its last word."""
         if known is not None and known.load is not None and not known.alarmed:
             known.alarmed = True
             logger.warning(f"Replica {replica} sends no fresh events; nothing is predicted there until it does.")
@@ -414,6 +418,7 @@ class RoutingState:
             own.decode_context_tokens,
             own.active_requests,
             _UNKNOWN_FREE_BLOCKS,
+            draining=known is not None and known.load is not None and known.load.draining,
             speed=self._calibration.speed(replica),
         )
 

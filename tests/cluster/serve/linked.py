@@ -100,13 +100,16 @@ class Call:
 
 
 class Link:
-    """The handle of the engine deployment. `streams` and `calls`: all that were made, in order, with their replica."""
+    """The handle of the engine deployment. `streams` and `calls`: all that were made, in order, with their replica.
+    `routing` lets new calls find theirs."""
 
     def __init__(self, state: RoutingState, replicas: dict[str, EngineReplica]) -> None:
         self.state = state
         self.replicas = replicas
         self.streams: list[tuple[str, Stream]] = []
         self.calls: list[tuple[str, Call]] = []
+        self.routing = asyncio.Event()
+        self.routing.set()
 
     def options(self, *, method_name: str, stream: bool = False) -> "_Method":
         return _Method(self, method_name)
@@ -131,6 +134,8 @@ class _Method:
 
     def remote(self, argument: Any) -> Any:
         link = self.link
+        if isinstance(argument, GenerateRequest) and not link.routing.is_set():
+            return Call(self._when_routed(argument))
         if isinstance(argument, GenerateRequest):
             name = link.state.select(argument, link.state.replicas)[0]
             call = Call(getattr(link.replicas[name], self.name)(argument))
@@ -145,6 +150,10 @@ class _Method:
             link.streams.append((argument.replica, stream))
             return stream
         return Call(method(argument))
+
+    async def _when_routed(self, request: GenerateRequest) -> None:
+        await self.link.routing.wait()
+        await self.remote(request)
 
 
 class _Server:

@@ -10,13 +10,17 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from cluster.serve import broadcast, events
 from cluster.serve.api_error import ApiError
+from cluster.serve.channel import Inbox, ReplicaLost
 from cluster.serve.engine_client import RoutedChunk
 from cluster.serve.events import Subscriptions
+from cluster.serve.messages import ReplicaLoad, ReplicaUpdate
 from llama import Transformer
+from llama.engine import Chunk
 from tests.cluster.serve.linked import BLOCK, World, make_request, until
 from tests.llama.engine.models import plain_greedy, random_model
 
 MODEL = random_model()
+LOAD = ReplicaLoad(0, 0, 100, 0, 0, 0, 0, 0, 0)
 
 
 def _tokens(items: list[RoutedChunk]) -> list[int]:
@@ -318,5 +322,42 @@ def test_new_weights_in_place_never_mix_with_the_old_and_lose_no_request():
             assert {status.info.weights_id for status in world.state.status()} == {"v"}
             assert not any(status.load.draining for status in world.state.status())
             await until(world.at_rest)
+
+    asyncio.run(run())
+
+
+def test_a_loss_that_is_noticed_twice_costs_one_attempt():
+    """The call fails first; its subscription breaks while the next attempt waits to be routed."""
+
+    async def run() -> None:
+        async with World("a", "b", step_s=0.005) as world:
+            request = make_request(1)
+            task = asyncio.create_task(world.client.complete(request))
+            await until(lambda: bool(world.link.calls))
+            victim, call = world.link.calls[0]
+            world.link.routing.clear()
+            call.break_off(ActorDiedError())
+            await until(lambda: [each.number for each in world.inbox.open_calls()] == [2])
+            stream = world.link.stream_of(victim)
+            stream.cut(ActorDiedError())
+            await until(lambda: stream.cancelled)
+            world.link.routing.set()
+            _check(request, await task)
+            assert world.inbox.next_number() == 3
+
+    asyncio.run(run())
+
+
+def test_of_two_replicas_that_work_on_one_call_only_one_answers():
+    async def run() -> None:
+        inbox = Inbox("me")
+        call = inbox.open("r", inbox.next_number())
+        for replica, token in (("a", 1), ("b", 7), ("a", 2)):
+            chunk = Chunk("x", [token], "", None, 0, 1, token, None, 0)
+            inbox.take(replica, ReplicaUpdate("e", LOAD, chunks=((call.number, chunk),)))
+        assert [(await call.next()).token_ids for _ in range(2)] == [[1], [2]] and call.replica == "a"
+        call.fail(ReplicaLost("gone"))
+        with pytest.raises(ReplicaLost):  # and nothing of b's before it
+            await call.next()
 
     asyncio.run(run())

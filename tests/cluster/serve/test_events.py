@@ -244,3 +244,24 @@ def test_stopping_cancels_every_call_and_follows_nobody_any_more():
         assert len(engines.calls) == 2
 
     asyncio.run(run())
+
+
+def test_an_item_lost_between_a_subscription_and_its_renewal_is_missed(monkeypatch):
+    monkeypatch.setattr(events, "RENEW_S", 0.05)
+
+    async def run() -> None:
+        state, engines = RoutingState(), _Engines()
+        state.set_replicas(["a"])
+        _follow(engines, state)
+        await _until(lambda: len(engines.calls) == 1)
+        first = engines.calls[0][1].queue
+        first.put_nowait(_snapshot())
+        await asyncio.sleep(0.06)
+        first.put_nowait(_stored(1))
+        await _until(lambda: len(engines.calls) == 2)
+        engines.calls[1][1].queue.put_nowait(_snapshot(3, number=4))
+        first.put_nowait(None)  # and item 3, which may have had chunks, never came
+        await _until(lambda: len(engines.calls) == 3)
+        assert [subscription.renews for subscription in engines.subscriptions] == [False, True, False]
+
+    asyncio.run(run())

@@ -304,3 +304,31 @@ def test_waiting_for_events_ends_when_they_are_applied_or_the_time_is_up():
 def test_each_application_has_one_state_a_process():
     assert routing_state("one") is routing_state("one")
     assert routing_state("one") is not routing_state("two")
+
+
+def test_what_is_cached_does_not_help_a_prompt_that_is_scored():
+    state = _state("a", "b")
+    request = _request("r")
+    state.apply_update("b", ReplicaUpdate("e", _load(prefill=8), (BlocksStored(1, request.hashes),)))
+    scored = replace(request, params=SamplingParams(prompt_logprobs=0))
+    assert _select(state, scored, ["a", "b"]) == ["a", "b"]
+    assert state.placed(scored, "a") == 0
+    assert _select(state, request, ["a", "b"]) == ["b", "a"]
+
+
+def test_a_draining_replica_comes_last_also_when_it_falls_silent():
+    clock = _Clock()
+    state = _state("a", "b", clock=clock)
+    state.apply_update("a", ReplicaUpdate("e", replace(_load(), draining=True)))
+    clock.now = SILENCE_S + 1
+    busy = ReplicaUpdate("e", _load(running=50, prefill=100_000, decode=100_000))
+    state.apply_update("b", busy)
+    assert _select(state, _request("r"), ["a", "b"]) == ["b", "a"]
+
+
+def test_another_attempt_is_booked_nowhere_until_it_is_routed():
+    state = _state("a")
+    _select(state, _request("r"), ["a"])
+    state.begin("r")
+    assert state.booked_on("r") is None and state.selection("r") is None
+    assert state.status()[0].active_requests == 0
