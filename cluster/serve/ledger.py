@@ -69,6 +69,9 @@ class Ledger:
         self.release(reservation.request_id)
         entry = self._entries[reservation.request_id] = _Entry(reservation)
         heapq.heappush(self._deadlines, (reservation.deadline, reservation.request_id))
+        if len(self._deadlines) > _SLACK + 2 * len(self._entries):
+            self._deadlines = [(entry.reservation.deadline, name) for name, entry in self._entries.items()]
+            heapq.heapify(self._deadlines)
         self._add(entry, 1)
 
     def replica_of(self, request_id: str) -> str | None:
@@ -155,3 +158,5 @@ def _add_to(totals: dict[str, LedgerLoad], entry: _Entry, sign: int) -> None:
 
 
 _NOTHING = LedgerLoad()
+_SLACK = 1024
+"""Deadlines of bookings that have ended: so many, and as many as there are bookings, may wait to be forgotten."""

@@ -124,3 +124,15 @@ def test_totals_equal_a_recount(seed):
                 sum(reservation.missing_blocks for reservation, decoding, _ in entries if not decoding),
                 sum(reservation.num_tokens + tokens for reservation, decoding, tokens in entries if decoding),
             )
+
+
+def test_what_has_ended_is_forgotten_long_before_its_deadline():
+    ledger = Ledger()
+    for number in range(3):
+        ledger.reserve(_reservation(f"kept {number}", deadline=1000.0 + number))
+    for number in range(20_000):
+        ledger.reserve(_reservation(f"{number}", deadline=2000.0 + number))
+        ledger.release(f"{number}")
+    assert len(ledger._deadlines) < 2000
+    assert ledger.expire(1001.0) == ["kept 0", "kept 1"]
+    assert ledger.expire(1e9) == ["kept 2"] and len(ledger) == 0
