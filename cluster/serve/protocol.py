@@ -17,8 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cluster.serve.api_error import ApiError
 from llama.engine import SamplingParams
 
-__all__ = ["ApiError"]  # the name by which the rest of serving knows it
-
 MAX_CHOICES = 128
 """Completions that one request may ask for: its prompts times `n`."""
 

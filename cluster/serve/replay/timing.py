@@ -2,7 +2,7 @@
 
     step = fixed + prefill tokens / prefill rate + (context read by decoding requests) · per_context_token
 
-The defaults are those of a mid-sized GPU with a model of some ten billion parameters.
+The defaults are a mid-sized GPU's, on a model of some ten billion parameters.
 """
 
 from collections.abc import Sequence
