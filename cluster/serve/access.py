@@ -2,8 +2,10 @@
 while requests run."""
 
 import asyncio
+import ipaddress
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from cluster.serve.api_error import ApiError
 from cluster.serve.callers import ANONYMOUS, Caller
@@ -73,14 +75,16 @@ class Access:
     def admit(self, path: str, headers: Headers) -> tuple[Caller, Allowance | None]:
         """Who asks, and what the request counts against. Raises ApiError: 401, 403, and 503 before anything is set.
 
-        With keys every route needs one, but for those that load balancers ask. The operators' show every caller's
-        doings; they are not counted against the limits of the operator's key.
+        Without keys everybody on this machine may ask, but no web page: see `_check_host`. With keys every route needs
+        one, but for those that load balancers ask. The operators' show every caller's doings; they are not counted
+        against the limits of the operator's key.
         """
         if path in OPEN_ROUTES:
             return Caller(operator=False), None
         if not self._is_set:
             raise ApiError(503, "The server is starting; try again.", code="not_ready", kind="server_error")
         if self._live is None:
+            _check_host(headers)
             return ANONYMOUS, None
         record = self._live.keys.find(_bearer_key(headers))
         if record is None:
@@ -92,6 +96,22 @@ class Access:
             message = "This route needs an operator's key: caravan keys add NAME --operator."
             raise ApiError(403, message, code="operator_key_needed")
         return caller, None
+
+
+def _check_host(headers: Headers) -> None:
+    """Raises ApiError (403) when the server is called by a name that anybody may own.
+
+    A web page whose owner has its name lead to this machine (DNS rebinding) is of our own origin to the browser, which
+    then lets it ask without asking us first.
+    """
+    host = next((value.decode("latin-1") for name, value in headers if name == b"host"), "localhost")
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name != "localhost" and not name.endswith(".localhost"):
+            ipaddress.ip_address(name)
+    except ValueError:
+        message = "Where no keys are set, call this server by its address or as localhost; or set keys: --api-key-file."
+        raise ApiError(403, message, code="host_not_allowed") from None
 
 
 def _bearer_key(headers: Headers) -> bytes:

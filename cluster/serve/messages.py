@@ -81,7 +81,7 @@ class ReplicaInfo:
 class ReplicaLoad:
     """A replica's engine statistics at one moment; the token counters run from its start.
 
-    `draining`: it takes no new request before its weights are swapped, or none at all any more.
+    `draining`: new requests wait there until its weights are swapped.
     """
 
     running: int

@@ -84,13 +84,13 @@ class LocalApi:
     @asynccontextmanager
     async def http(self) -> AsyncIterator[httpx.AsyncClient]:
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://local", timeout=60) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
             yield client
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[openai.AsyncOpenAI]:
         async with self.http() as http:
-            yield openai.AsyncOpenAI(base_url="http://local/v1", api_key="none", max_retries=0, http_client=http)
+            yield openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", max_retries=0, http_client=http)
 
     def post(self, path: str, body: Any) -> httpx.Response:
         async def run() -> httpx.Response:

@@ -9,9 +9,11 @@ from cluster.serve.api_error import ApiError
 from cluster.serve.keys import KeyFile, Keys, NoKeyFile
 
 
-def _status(access: Access, path: str = "/v1/models", key: str = "") -> int:
+def _status(access: Access, path: str = "/v1/models", key: str = "", host: str | None = None) -> int:
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    headers += [(b"host", host.encode("latin-1"))] if host is not None else []
     try:
-        access.admit(path, [(b"authorization", f"Bearer {key}".encode())] if key else [])
+        access.admit(path, headers)
     except ApiError as error:
         return error.status
     return 200
@@ -87,3 +89,26 @@ def test_a_key_file_that_changes_is_read_again(file):
         follower.cancel()
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *[
+            (host, 200)
+            for host in ("localhost", "LocalHost:8000", "my.localhost", "127.0.0.1:8000", "10.0.0.7", "[::1]:80")
+        ],
+        *[
+            (host, 403)
+            for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io", "")
+        ],
+        *[(host, 403) for host in ("[::1", "a@evil.example", "localhost@evil.example", "xlocalhost", "\xff")],
+    ],
+)
+def test_without_keys_a_name_that_anybody_may_own_is_no_way_in(file, host, status):
+    access = Access()
+    access.set(None)
+    assert _status(access, host=host) == status
+    key = _write(file)
+    access.set(file.uri)
+    assert _status(access, key=key, host=host) == 200

@@ -79,7 +79,9 @@ def door(tmp_path) -> _Door:
 
 
 def _client(gate: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(gate, raise_app_exceptions=False), base_url="http://h")
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(gate, raise_app_exceptions=False), base_url="http://localhost"
+    )
 
 
 def _ask(gate: Any, path: str = "/v1/models", method: str = "GET", **options: Any) -> httpx.Response:
