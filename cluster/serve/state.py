@@ -199,7 +199,7 @@ class RoutingState:
             for event in update.events:
                 self._index.apply(replica, event, epoch=update.epoch)
             for admission in update.admitted:
-                self._ledger.acknowledge(admission.request_id)
+                self._acknowledge(admission.request_id, replica)
                 self._promises.add(admission.request_id, replica, admission.hashes)
             for request_id in update.prefilled:
                 self._promises.remove(request_id)
@@ -349,22 +349,29 @@ class RoutingState:
             if not self._ledger.is_on_its_way(request_id):
                 self._promises.remove(request_id)
 
+    def _acknowledge(self, request_id: str, replica: str) -> None:
+        """A replica has a request, be it the first choice or not: whoever passed that over tells us later."""
+        if self._ledger.is_on_its_way(request_id) and self._ledger.replica_of(request_id) != replica:
+            selection = self._selections.get(request_id)
+            score = selection.score(replica) if selection else None
+            if score is None:
+                return
+            self._reserve(request_id, score)
+        self._ledger.acknowledge(request_id)
+
     def _release(self, request_id: str) -> None:
         self._ledger.release(request_id)
         self._promises.remove(request_id)
 
     def _book(self, request: GenerateRequest, score: Score) -> None:
         self._promises.add(request.request_id, score.replica, request.hashes[score.candidate.matched_blocks :])
+        self._reserve(request.request_id, score)
+
+    def _reserve(self, request_id: str, score: Score) -> None:
+        num_tokens = score.predicted_cached_tokens + score.missing_tokens
         deadline = self._clock() + RESERVATION_TIMEOUT_S
         self._ledger.reserve(
-            Reservation(
-                request.request_id,
-                score.replica,
-                len(request.token_ids),
-                score.missing_tokens,
-                score.missing_blocks,
-                deadline,
-            )
+            Reservation(request_id, score.replica, num_tokens, score.missing_tokens, score.missing_blocks, deadline)
         )
 
     def _rank(self, request: GenerateRequest, names: Sequence[str]) -> list[Score]:

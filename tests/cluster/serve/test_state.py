@@ -332,3 +332,19 @@ def test_another_attempt_is_booked_nowhere_until_it_is_routed():
     state.begin("r")
     assert state.booked_on("r") is None and state.selection("r") is None
     assert state.status()[0].active_requests == 0
+
+
+def test_a_second_choice_that_reports_the_request_before_serve_does_is_not_counted_twice():
+    state = _state("a", "b")
+    request = _request("r")
+    state.apply_update("a", ReplicaUpdate("e", _load(), (BlocksStored(1, request.hashes[:2]),)))
+    _select(state, request, ["a", "b"])
+    assert state.booked_on("r") == "a"
+    admitted = (Admission("r", 64, request.hashes),)
+    state.apply_update("b", ReplicaUpdate("e", _load(running=1, prefill=64), admitted=admitted))
+    assert state.booked_on("r") == "b"
+    state.placed(request, "b")
+    _select(state, _request("next", first=1000), ["a", "b"])
+    scores = {score.replica: score.candidate for score in state.selection("next").scores}
+    assert (scores["b"].active_requests, scores["b"].pending_prefill_tokens) == (1, 64)
+    assert (scores["a"].active_requests, scores["a"].pending_prefill_tokens) == (0, 0)
