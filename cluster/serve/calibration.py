@@ -3,8 +3,10 @@
     seconds = base + a · tokens        tokens: what was to be prefilled before it, and what it was found to miss itself
 
 Least squares with exponential forgetting (Haykin, Adaptive Filter Theory, chapter 10, in its two-variable form), per
-replica, begun at the coefficients' own `prefill_s_per_token`. `a` feeds the prediction of waits, and the slowness of a
-replica against its peers.
+replica. `a` feeds the prediction of waits, and the slowness of a replica against its peers. It is drawn to what the
+peers had learnt when the replica's first token came, else to the coefficients' `prefill_s_per_token` (ridge regression,
+Hoerl and Kennard 1970, about the observations' centre), as if by requests that differ by thousands of tokens: where all
+are short only `base` can be told, and the slope of what is left is noise.
 
 A replica's slowness is how long it takes for the average first token, over what its peers take in the median. It is
 rounded to powers of STEP, and 1 until there is much to go by: estimates of equal machines differ, and that noise must
@@ -23,20 +25,25 @@ LEAST_WEIGHT = 30.0
 """Of the observations from which a slowness is told; there are never more than 1 / (1 - FORGETTING)."""
 _PRIOR_WEIGHT = 4.0
 _PRIOR_TOKENS = 1_000.0
+_RIDGE = _PRIOR_WEIGHT * _PRIOR_TOKENS**2
 _MAX_RATIO = 100.0
 
 
 @dataclass
 class _Sums:
-    """Of the weighted observations: weight, tokens, tokens², seconds, tokens · seconds."""
+    """Of the weighted observations: weight, tokens, tokens², seconds, tokens · seconds. What was believed before the
+    first: `slope`, and by the weight `prior` that the base is 0."""
 
-    n: float
-    x: float
-    xx: float
-    y: float
-    xy: float
+    slope: float
+    n: float = 0.0
+    x: float = 0.0
+    xx: float = 0.0
+    y: float = 0.0
+    xy: float = 0.0
+    prior: float = _PRIOR_WEIGHT
 
     def add(self, tokens: float, seconds: float) -> None:
+        self.prior *= FORGETTING
         self.n = FORGETTING * self.n + 1
         self.x = FORGETTING * self.x + tokens
         self.xx = FORGETTING * self.xx + tokens * tokens
@@ -63,13 +70,9 @@ class Calibration:
 
     def observe(self, replica: str, tokens: int, seconds: float) -> None:
         """A first token came `seconds` after selection, behind `tokens` of prefill, its own prompt's included."""
-        if replica not in self._sums:
-            # Two points on the line of the prior, so that one observation does not decide both unknowns.
-            n, x = _PRIOR_WEIGHT, _PRIOR_TOKENS * _PRIOR_WEIGHT
-            xx = 2 * _PRIOR_TOKENS**2 * _PRIOR_WEIGHT
-            self._sums[replica] = _Sums(n, x, xx, x * self._prior, xx * self._prior)
-        self._sums[replica].add(tokens, seconds)
-        self._speeds[replica] = self._fitted(self._sums[replica])
+        sums = self._sums.setdefault(replica, _Sums(self._unseen[1].s_per_token))
+        sums.add(tokens, seconds)
+        self._speeds[replica] = self._fitted(sums)
         self._compare()
 
     def drop(self, replica: str) -> None:
@@ -105,10 +108,10 @@ class Calibration:
         }
 
     def _fitted(self, sums: _Sums) -> Speed:
-        spread = sums.n * sums.xx - sums.x * sums.x
-        slope = (sums.n * sums.xy - sums.x * sums.y) / spread if spread > 1e-9 * sums.n * sums.xx else self._prior
+        spread = max(0.0, sums.xx - sums.x * sums.x / sums.n)
+        slope = (sums.xy - sums.x * sums.y / sums.n + _RIDGE * sums.slope) / (spread + _RIDGE)
         slope = min(max(slope, self._prior / _MAX_RATIO), self._prior * _MAX_RATIO)
-        return Speed(max(0.0, (sums.y - slope * sums.x) / sums.n), slope)
+        return Speed(max(0.0, (sums.y - slope * sums.x) / (sums.n + sums.prior)), slope)
 
 
 def _rounded(ratio: float) -> float:

@@ -72,3 +72,24 @@ def test_the_same_tokens_again_and_again_give_no_line_but_no_nonsense():
     speed = calibration.speed("a")
     assert speed.base_s == pytest.approx(0.25, rel=0.05)
     assert 1 / 3_200_000 <= speed.s_per_token <= 100 / 32_000
+
+
+@pytest.mark.parametrize("base", [0.02, 0.05, 0.1, 0.2])
+def test_short_prompts_make_no_equal_machines_look_unequal(base):
+    rng = random.Random(base)
+    calibration = Calibration(1 / 32_000)
+    unequal = 0
+    for _ in range(1000):
+        tokens = rng.randrange(40, 200)
+        calibration.observe(rng.choice("ab"), tokens, (base + 1e-4 * tokens) * rng.lognormvariate(0, 0.3))
+        unequal += calibration.slowness("a") != calibration.slowness("b")
+    assert unequal < 30
+
+
+def test_a_new_machine_does_not_look_fast_after_its_first_token():
+    calibration = Calibration(1 / 32_000)
+    for replica in "ab":
+        _observe(calibration, replica, base=0.01, slope=1e-3)
+    for tokens in (500, 2_000, 100):
+        calibration.observe("new", tokens, 0.01 + 1e-3 * tokens)
+        assert calibration.slowness("new") == 1
