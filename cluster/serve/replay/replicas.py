@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -67,12 +68,28 @@ class PeerReplica:
 
 
 class CaravanReplica(EngineReplica):
-    """The production replica around another engine."""
+    """The production replica around another engine. Like the peers' it does not stream: of an answer the first and
+    the last chunk are sent, while its cache events, load and admissions go out as ever."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         super().__init__(ReplicaConfig(family=FAMILY, shape="", engine=spec.config))
         self._load_model(EngineOptions(model=""))
+        every = self._broadcast.sink
+        self._broadcast.sink = lambda answer: _first_and_last(every(answer))  # type: ignore[method-assign]
 
     def _make_engine(self, uri: str) -> tuple[Engine, int]:
         return cast(Engine, self._spec.make()), VOCAB_SIZE
+
+
+def _first_and_last(sink: Callable[[Chunk | EngineFailed], None]) -> Callable[[Chunk | EngineFailed], None]:
+    """A sink for one completion's chunks that leaves out those in the middle."""
+    begun = False
+
+    def take(item: Chunk | EngineFailed) -> None:
+        nonlocal begun
+        if not begun or isinstance(item, EngineFailed) or item.finish_reason is not None:
+            begun = True
+            sink(item)
+
+    return take
