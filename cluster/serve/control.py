@@ -177,8 +177,9 @@ def scale(replicas: int, *, dashboard_url: str, timeout_s: float = 120.0) -> boo
         raise NotDeployed(f"nothing is deployed on the cluster at {dashboard_url}; deploy first")
     apps = declared(details)
     before = target_replicas(details) or 1
-    fixed = without_autoscaling(apps[APP_NAME], replicas=before) if APP_NAME in apps else None
+    fixed = without_autoscaling(apps[APP_NAME], replicas=replicas) if APP_NAME in apps else None
     if fixed is not None:
+        # Serve acts on it later, maybe after the number that is set next, so it must say the same.
         client.declare({**apps, APP_NAME: fixed}, details["http_options"])
     client.scale(APP_NAME, ENGINE_DEPLOYMENT, replicas)
     try:

@@ -111,6 +111,38 @@ def test_replicas_that_there_is_no_room_for_are_not_asked_for_any_longer(monkeyp
     assert asked == [50, 2]
 
 
+def test_a_declaration_that_serve_acts_on_late_does_not_undo_the_number_that_was_asked_for(monkeypatch):
+    app = declaration(
+        ARGS.model_copy(update={"min_replicas": 1, "max_replicas": 9}), EngineOptions(model="/m"), replicas=1
+    )
+    target = 1
+
+    class Client:
+        declared = app
+
+        def details(self) -> dict:
+            engine = {"target_num_replicas": target, "message": "", "replicas": []}
+            ours = {"status": "RUNNING", "deployments": {"engine": engine}, "deployed_app_config": self.declared}
+            return {"http_options": {"host": "127.0.0.1", "port": 8123}, "applications": {"caravan": ours}}
+
+        def declare(self, apps: dict, http_options: dict) -> None:
+            self.declared = apps["caravan"]
+
+        def scale(self, app: str, deployment: str, replicas: int) -> None:
+            nonlocal target
+            target = replicas
+
+    client = Client()
+
+    def act(*_) -> None:
+        nonlocal target
+        target = client.declared["deployments"][0]["num_replicas"]
+
+    monkeypatch.setattr(control, "_connect", lambda url: client)
+    monkeypatch.setattr(control, "_wait_until_serving", act)
+    assert control.scale(3, dashboard_url="http://x") and target == 3
+
+
 def test_a_port_that_another_cluster_answers_on_as_well_is_refused(monkeypatch):
     endpoint = Endpoint("http://127.0.0.1:8123", "x")
     answers = [[{"replica": "ours"}], None, [{"replica": "ours"}], [{"replica": "theirs"}]]
