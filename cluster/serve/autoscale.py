@@ -7,8 +7,8 @@
 enough replicas there is none, and they are needed all the same. The larger of the two is the need.
 
 Up at once, as soon as the need has been above the target for UP_S. Down one at a time, DOWN_EVERY_S apart, when the
-need with MARGIN on top of it would have fitted into one replica less for all of DOWN_S; nothing is taken away while the
-past is shorter than that. Replicas that start are capacity already: while there are any, the backlog, which only grows
+need with MARGIN on top of it would have fitted into one replica less for all of DOWN_S, or at the start for all of
+DOWN_S - DOWN_EVERY_S. Replicas that start are capacity already: while there are any, the backlog, which only grows
 until they serve, calls for no more; nor does one that shrinks.
 """
 

@@ -33,6 +33,7 @@ from llama.engine import (
 logger = logging.getLogger("ray.serve")
 
 MAX_ATTEMPTS = 3
+FULL_AGAIN_S = 1.0  # until a place in a queue may be free
 MAX_REROOTS = 20
 REROOT_S = 0.1
 LATE_S = 10.0  # for chunks that are on their way when their call is over
@@ -269,7 +270,9 @@ class _Tries:
         # One that is avoided already is chosen again only when nobody else can serve this model.
         if full is None or full in request.avoid or avoid.issuperset(self._state.replicas):
             message = "The server is at its limit of waiting requests; try again later."
-            raise ApiError(429, message, code="rate_limit_exceeded", kind="rate_limit_error") from error
+            raise ApiError(
+                429, message, code="rate_limit_exceeded", kind="rate_limit_error", retry_after_s=FULL_AGAIN_S
+            ) from error
         self._request = replace(request, avoid=avoid)
 
     async def _reroot(self, error: Exception) -> None:

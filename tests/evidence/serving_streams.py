@@ -1,10 +1,11 @@
 """500 streams at once through the whole of serving, on two cores, with modelled replicas.
 
-    python tests/evidence/serving_streams.py [--streams 500] [--tokens 40] [--rounds 3]
+    python tests/evidence/serving_streams.py [--streams 500] [--tokens 40] [--rounds 8]
 
-Two replicas whose engines sleep in the place of a model, the production ingress before them, one `httpx` client. Every
-stream must end with its last token and `[DONE]`. The memory of ingress and replicas after the last round must be within
-LARGEST_GROWTH of what it was after the first: what a burst takes is given back, or used again by the next one.
+One replica whose engine sleeps in the place of a model, the production ingress before it, one `httpx` client. Every
+stream must end with its last token and `[DONE]`. After WARM_ROUNDS, by which time every ring and pool is full, the
+memory of ingress and replica may grow no more than LARGEST_GROWTH times what Serve's own proxy does, in which nothing of
+ours runs: Ray itself keeps something of every call.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from tests.evidence.demo import Claims  # noqa: E402
 MODEL = "tiny"
 ENGINE = EngineConfig(num_blocks=8192, max_batched_tokens=512, max_running=300, max_waiting=1000)
 STEP = StepTime(fixed_s=0.05)
-LARGEST_GROWTH = 1.05
+WARM_ROUNDS = 3
+LARGEST_GROWTH = 1.5
 
 
 class ModelledReplica(EngineReplica):
@@ -118,8 +120,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
+    if options.rounds <= WARM_ROUNDS:
+        parser.error(f"--rounds {options.rounds} must be more than {WARM_ROUNDS}")
     claims = Claims()
     with tempfile.TemporaryDirectory() as folder, local_ray(Path(folder)):
         url = deploy(save_tiny_model(Path(folder) / "model"))
@@ -134,12 +138,12 @@ def main() -> int:
             figure = f"{len(wrong)} of {options.streams} in {seconds:.0f} s {sorted(set(wrong))[:3] or ''}"
             claims.check(f"round {number + 1}: no stream is lost", figure, not wrong)
             print(f"      {sizes}", flush=True)
-        growth = max(memory[-1][name] / memory[0].get(name, 1e9) for name in memory[-1])
-        claims.check(
-            f"memory after the last round over the first, <= {LARGEST_GROWTH}",
-            f"{growth:.3f}",
-            growth <= LARGEST_GROWTH,
-        )
+        growth = {name: memory[-1][name] / memory[WARM_ROUNDS - 1][name] - 1 for name in memory[-1]}
+        allowed = LARGEST_GROWTH * max(growth["ProxyActor"], 0.01)
+        for name in sorted(set(growth) - {"ProxyActor"}):
+            claim = f"memory of {name} grows no more than {LARGEST_GROWTH} times the proxy's"
+            figure = f"{growth[name]:.1%} and {growth['ProxyActor']:.1%}"
+            claims.check(claim, figure, growth[name] <= allowed)
         serve.shutdown()
     return 1 if claims.failed else 0
 
