@@ -4,8 +4,8 @@
 
 One replica whose engine sleeps in the place of a model, the production ingress before it, one `httpx` client. Every
 stream must end with its last token and `[DONE]`. After WARM_ROUNDS, by which time every ring and pool is full, the
-memory of ingress and replica may grow no more than LARGEST_GROWTH times what Serve's own proxy does, in which nothing of
-ours runs: Ray itself keeps something of every call.
+memory of ingress and replica may grow no more than LARGEST_GROWTH times what Serve's own proxy does, in which nothing
+of ours runs: Ray itself keeps something of every call.
 """
 
 from __future__ import annotations
