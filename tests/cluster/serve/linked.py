@@ -191,6 +191,7 @@ class World:
     def __init__(self, *names: str, step_s: float = 0.0, config: EngineConfig = CONFIG) -> None:
         self.state = RoutingState()
         self.replicas = {name: make_replica(name, config, step_s) for name in names}
+        self._made = list(self.replicas.values())
         self.link = Link(self.state, self.replicas)
         self.inbox = Inbox("me")
         self.client = EngineClient(self.link, self.state, self.inbox, "family")  # type: ignore[arg-type]
@@ -204,7 +205,7 @@ class World:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.subscriptions.stop()
-        for replica in self.replicas.values():
+        for replica in self._made:
             with suppress(Exception):
                 await asyncio.to_thread(replica._engine.close)
 

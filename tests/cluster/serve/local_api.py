@@ -81,6 +81,11 @@ class LocalApi:
         self.access.set(None)
         self.app.add_middleware(Gate, access=self.access)  # type: ignore[arg-type]
 
+    def close(self) -> None:
+        """Ends the threads of both engines."""
+        self.direct.close()
+        self.engine.engine.close()
+
     @asynccontextmanager
     async def http(self) -> AsyncIterator[httpx.AsyncClient]:
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)

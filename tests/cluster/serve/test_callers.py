@@ -1,6 +1,7 @@
 """What a handler learns of who asks."""
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -72,10 +73,11 @@ def test_a_meter_counts_what_is_known_when_it_is_known_and_gives_all_back():
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory) -> LocalApi:
+def api(tmp_path_factory) -> Iterator[LocalApi]:
     api = LocalApi(save_tiny_model(tmp_path_factory.mktemp("model")))
     api.access._clock = lambda: 0.0
-    return api
+    yield api
+    api.close()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The published description against the server: what it allows is taken, what it forbids refused, answers fit it."""
 
 import asyncio
+from collections.abc import Iterator
 
 import jsonschema
 import pytest
@@ -15,8 +16,10 @@ TURNS = CHAT["messages"]
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory) -> LocalApi:
-    return LocalApi(save_tiny_model(tmp_path_factory.mktemp("model")))
+def api(tmp_path_factory) -> Iterator[LocalApi]:
+    api = LocalApi(save_tiny_model(tmp_path_factory.mktemp("model")))
+    yield api
+    api.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
 
 import httpx
 import openai
@@ -18,8 +19,10 @@ TURN = {"role": "user", "content": "Tell me more."}
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory) -> LocalApi:
-    return LocalApi(save_tiny_model(tmp_path_factory.mktemp("model")))
+def api(tmp_path_factory) -> Iterator[LocalApi]:
+    api = LocalApi(save_tiny_model(tmp_path_factory.mktemp("model")))
+    yield api
+    api.close()
 
 
 def _direct(api: LocalApi, prompt, **params):
