@@ -80,13 +80,15 @@ def test_limits_are_shared_among_as_many_processes_as_there_are_now(file):
 def test_a_key_file_that_changes_is_read_again(file):
     async def scenario() -> None:
         access = Access()
-        _write(file)
+        before = _write(file)
         access.set(file.uri)
+        assert _status(access, key=before) == 200
         follower = asyncio.create_task(access.follow(period_s=0.001))
         key = _write(file)
         while _status(access, key=key) != 200:
             await asyncio.sleep(0.001)
         follower.cancel()
+        assert _status(access, key=before) == 401
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
 

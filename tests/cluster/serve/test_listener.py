@@ -120,13 +120,15 @@ def test_closing_lets_what_is_under_way_end():
     asyncio.run(run())
 
 
-def test_an_address_of_another_machine_is_left_to_others():
+def test_an_address_of_another_machine_is_left_to_others(caplog):
     async def run() -> None:
         listener = Listener(_App("one").app)
         await listener.listen(("192.0.2.1", 8000))
         await listener.close()
 
-    asyncio.run(run())
+    with caplog.at_level("WARNING", logger="ray.serve"):
+        asyncio.run(run())
+    assert "does not listen on 192.0.2.1:8000" in caplog.text
 
 
 def test_headers_without_end_are_cut_off_and_long_bodies_are_not():

@@ -2,22 +2,16 @@
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models
 
 from cluster.serve.token_text import TextOffsets, TokenText
-from llama.tokenizer import SPECIAL_TOKENS, Tokenizer
+from llama.tokenizer import Tokenizer
+from tests.cluster.serve.reply_cases import TOKENIZER
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer() -> Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator(["hello world"], trainer)
-    return Tokenizer(backend)
+    return TOKENIZER
 
 
 def test_the_bytes_of_tokens_are_those_of_their_text(tokenizer):

@@ -31,4 +31,4 @@ def test_a_text_or_a_conversation():
     ],
 )
 def test_others_are_refused(parse, body):
-    refusal(parse, body)
+    assert refusal(parse, body)["code"]
