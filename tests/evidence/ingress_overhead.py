@@ -249,7 +249,8 @@ def abort_times(url: str, replica: Any, times: int) -> list[float]:
             http.stream("POST", "/v1/completions", json=body) as response,
         ):
             response.raise_for_status()
-            next(response.iter_raw())
+            parts = response.iter_raw()  # kept: an iterator that nobody holds closes the stream
+            next(parts)
             replica.forget_idle.remote().result()
             time.sleep(0.05)
             left = time.monotonic()

@@ -193,7 +193,8 @@ def places(target: Target) -> None:
     body = {"model": MODEL, "prompt": "x", "max_tokens": 500, "n": 16, "stream": True, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {target.keys['single']}"}
     with httpx.stream("POST", f"{target.url}/v1/completions", json=body, headers=headers, trust_env=False) as stream:
-        next(stream.iter_bytes())
+        parts = stream.iter_bytes()  # kept: an iterator that nobody holds closes the stream
+        next(parts)
         busy = target.ask("GET", "/v1/models", "single")
     left = time.monotonic()
     while target.ask("GET", "/v1/models", "single").status_code == 429 and time.monotonic() < left + 10:
