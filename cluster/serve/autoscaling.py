@@ -13,10 +13,11 @@ from collections.abc import Callable
 from statistics import fmean
 
 from cluster.serve.autoscale import Autoscaler, Bounds, Load
+from cluster.serve.declaration import declared_args
 from cluster.serve.rest import ServeClient
 from cluster.serve.settings import APP_NAME, ENGINE_DEPLOYMENT, IngressOptions
 from cluster.serve.state import ReplicaStatus, RoutingState
-from cluster.serve.view import target_replicas
+from cluster.serve.view import declared, target_replicas
 
 logger = logging.getLogger("ray.serve")
 
@@ -60,9 +61,10 @@ class Autoscaling:
     async def _turn(self, bounds: Bounds) -> None:
         if self._client is None:
             self._client = await asyncio.to_thread(self._connect)
-        target = target_replicas(await asyncio.to_thread(self._client.details))
-        if target is None:
-            return
+        details = await asyncio.to_thread(self._client.details)
+        target, app = target_replicas(details), declared(details).get(APP_NAME)
+        if target is None or app is None or declared_args(app).min_replicas is None:
+            return  # somebody has set the number, and Serve has yet to tell this process
         heard = {status.replica: status for status in self._state.status() if status.load and status.info}
         if not heard:
             return  # so nothing is known of the load

@@ -2,8 +2,10 @@
 
 An item of such a stream costs Ray 0.5 to 0.8 ms, so the tokens of all requests of a step go together, with the block
 events, the load and the admissions. An item goes out at once (URGENT_GAP_S after the one before, at least) when a
-request arrives, gets its first token or ends. Anything else waits until COALESCE_S after the item before, so no token
-is held longer than that; the pieces of one request that meet there are joined.
+request gets its first token or ends. One that has arrived is told of ADMISSION_S later, or together with its first
+token if that is sooner: whoever sent it knows, and the other ingresses can wait so long. Anything else waits until
+COALESCE_S after the item before, so no token is held longer than that; the pieces of one request that meet there are
+joined.
 
 Each ingress process has an outbox, for as long as it follows the replica: a subscription that renews another takes the
 outbox over with what is in it, so that nothing gets lost; one that breaks off closes it, and ends its requests.
@@ -34,6 +36,7 @@ from llama.engine import BlockEvent, CacheSnapshot, Chunk, EngineFailed
 HEARTBEAT_S = 0.5
 COALESCE_S = 0.02
 URGENT_GAP_S = 0.002
+ADMISSION_S = 0.01
 MAX_QUEUED = 16_384
 FIRST_SUBSCRIPTION_S = 5.0  # Serve may send a request to a new replica before its ingress follows it
 MAX_REMEMBERED = 256
@@ -91,7 +94,7 @@ class Outbox:
     def put_admission(self, admission: Admission) -> None:
         self._bound(1)
         self._admitted.append(admission)
-        self.wake(urgent=True)
+        self.wake(urgent=True, after_s=ADMISSION_S)
 
     def put_prefilled(self, request_id: str) -> None:
         self._bound(1)
@@ -110,11 +113,11 @@ class Outbox:
         """A snapshot follows, taken now; with these requests admitted and not prefilled."""
         self._events, self._admitted, self._prefilled = [], pending, []
 
-    def wake(self, *, urgent: bool) -> None:
-        """Lets the reader go on, when it is time."""
+    def wake(self, *, urgent: bool, after_s: float = 0.0) -> None:
+        """Lets the reader go on when it is time, and not before `after_s`."""
         if self._ready.is_set():
             return
-        due = self._last_item + (URGENT_GAP_S if urgent else COALESCE_S)
+        due = max(self._last_item + (URGENT_GAP_S if urgent else COALESCE_S), self._loop.time() + after_s)
         if due < self._due:
             if self._timer is not None:
                 self._timer.cancel()

@@ -52,6 +52,7 @@ class Subscriptions:
         self._loop = asyncio.get_running_loop()
         self._routed: set[str] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._lost: set[str] = set()  # of which the log has it already
         self._stopped = False
 
     def start(self) -> None:
@@ -81,6 +82,7 @@ class Subscriptions:
 
     def _ended(self, replica: str, task: asyncio.Task[None]) -> None:
         del self._tasks[replica]
+        self._lost.discard(replica)
         if replica in self._routed and not task.cancelled():  # it is back; cancelled: everything ends
             self._sync()
 
@@ -103,7 +105,9 @@ class Subscriptions:
             await asyncio.sleep(RESUBSCRIBE_S)
 
     def _lose(self, replica: str, why: str) -> None:
-        logger.warning(f"Subscription to replica {replica} ended: {why}")
+        # A dead one is tried again and again until Serve takes it out of routing.
+        logger.log(logging.DEBUG if replica in self._lost else logging.WARNING, f"Lost replica {replica}: {why}")
+        self._lost.add(replica)
         self._state.lost_subscription(replica)
         for call in self._inbox.open_calls():
             if replica in (call.replica, self._state.booked_on(call.request_id)):
@@ -122,6 +126,7 @@ class Subscriptions:
                         if update.number != number + 1:
                             raise _Broken(f"item {update.number} came after {number}")
                         number = update.number
+                        self._lost.discard(replica)
                         complete = self._state.apply_update(replica, update)
                         self._inbox.take(replica, update)
                         if replica not in self._routed:

@@ -110,6 +110,25 @@ def measure(bench: RouterBench, say: Say = lambda message: None) -> dict[str, An
     return {"policies": findings.policies(), "comparison": findings.comparison(), "given": given}
 
 
+def foretell(bench: RouterBench, report: dict[str, Any], runs: int = 5) -> dict[str, list[float]]:
+    """What the simulation says to a report from Serve: of each policy and setting there the mean time to the first
+    token, on replicas of the same names, `runs` times with other random numbers."""
+    told: dict[str, list[float]] = {}
+    with _workers(bench.jobs) as submit:
+        scenario, _ = _fit(bench, submit, lambda message: None)
+        for variant in _contestants(replace(bench, policies=tuple(report["policies"]))):
+            figures = report["policies"][variant.policy]
+            seen = (figures.get("settings") or {"": figures}).get(variant.setting)
+            if seen is not None and len(seen["names"]) == bench.replicas:
+                named = replace(scenario, names=seen["names"])
+                futures = [
+                    submit(_simulated, replace(named, seed=bench.seed + run), variant, bench.deadline)
+                    for run in range(runs)
+                ]
+                told[variant.name] = [future.result()["ttft_mean"] for future in futures]
+    return told
+
+
 def _best_settings(bench: RouterBench, contestants: list[Any], say: Say) -> list[Any]:
     """Of each policy the one setting with which it has the shortest mean time to the first token, in virtual time."""
     counts = Counter(variant.policy for variant in contestants)

@@ -378,24 +378,32 @@ def expected_answers(model: str, prompts: list[list[int]]) -> list[str]:
     return [engine.generate([prompt], params)[0].text for prompt in prompts]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, action="append")
-    parser.add_argument("--clients", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    draw, claims = random.Random(arguments.seed), Claims()
+def prepared(
+    folder: Path, draw: random.Random, claims: Claims
+) -> tuple[list[str], list[list[int]], dict[str, list[str]]]:
+    """Two models, prompts, and what each model answers to them."""
     # Some begin alike, so that caches are of use, and a stale block would show in an answer.
     shared = [draw.randrange(10, 300) for _ in range(48)]
     prompts = [
         shared[: draw.choice([0, 16, 48])] + [draw.randrange(10, 300) for _ in range(draw.randrange(5, 60))]
         for _ in range(PROMPTS)
     ]
+    models = [str(save_tiny_model(folder / name, seed)) for seed, name in enumerate(("old", "new"))]
+    expected = {model: expected_answers(model, prompts) for model in models}
+    differing = sum(old != new for old, new in zip(*expected.values(), strict=True))
+    claims.check("prompts that the two generations answer differently", differing, differing >= PROMPTS - 2)
+    return models, prompts, expected
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    claims = Claims()
     with tempfile.TemporaryDirectory(prefix="caravan-chaos-") as folder:
-        models = [str(save_tiny_model(Path(folder) / name, seed)) for seed, name in enumerate(("old", "new"))]
-        expected = {model: expected_answers(model, prompts) for model in models}
-        differing = sum(old != new for old, new in zip(*expected.values(), strict=True))
-        claims.check("prompts that the two generations answer differently", differing, differing >= PROMPTS - 2)
+        models, prompts, expected = prepared(Path(folder), random.Random(arguments.seed), claims)
         (Path(folder) / "cwd").mkdir()
         with local_ray(Path(folder) / "cwd", num_cpus=4) as dashboard_url:
             args = AppArgs(model=models[0], served_name=MODEL, cpus_per_replica=0.25, engine=ENGINE, ingresses=2)

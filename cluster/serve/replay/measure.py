@@ -43,7 +43,8 @@ class Replay:
 
 
 def summary(replay: Replay, deadline_s: float) -> dict[str, Any]:
-    """The figures of one policy. `goodput`: share of all requests whose first token came within `deadline_s`."""
+    """The figures of one policy. `goodput`: share of all requests whose first token came within `deadline_s`; `names`:
+    of the replicas that answered."""
     answered = [outcome for outcome in replay.outcomes if outcome.ended is not None and not outcome.error]
     first = [outcome.first_token - outcome.arrived for outcome in answered if outcome.first_token is not None]
     whole = [outcome.ended - outcome.arrived for outcome in answered if outcome.ended is not None]
@@ -57,6 +58,7 @@ def summary(replay: Replay, deadline_s: float) -> dict[str, Any]:
         "hit_rate": sum(outcome.cached_tokens for outcome in answered) / max(1, prompt_tokens),
         "imbalance": imbalance(answered, replay.replicas),
         "seconds": replay.seconds,
+        "names": sorted({outcome.replica for outcome in answered}),
     }
     foreseen = [outcome for outcome in answered if outcome.predicted_tokens is not None]
     if foreseen:

@@ -37,7 +37,8 @@ DEPLOYMENT = DeploymentID("engine", "replay")
 
 @dataclass(frozen=True)
 class Scenario:
-    """What every policy is given."""
+    """What every policy is given. `names` of the replicas, on which a consistent hash and our ties depend; without any
+    they are random, as Serve's are."""
 
     requests: Sequence[TraceRequest]
     replicas: int = 4
@@ -45,6 +46,7 @@ class Scenario:
     timing: StepTime = field(default_factory=StepTime)
     cost: CostCoefficients = field(default_factory=CostCoefficients)
     seed: int = 0
+    names: Sequence[str] = ()
 
 
 def simulate(scenario: Scenario, variant: Variant) -> Replay:
@@ -68,11 +70,11 @@ class Simulation:
         self._loop = asyncio.get_running_loop()
         self.state = RoutingState(scenario.cost, clock=self._loop.time) if variant.policy == "caravan" else None
         engines = [ModelledEngine(scenario.engine, scenario.timing) for _ in range(scenario.replicas)]
-        # Random names, as Serve's are: the consistent hash and our ties depend on them.
-        names = random.Random(f"replicas {scenario.seed}")
+        draw = random.Random(f"replicas {scenario.seed}")
+        names = scenario.names or [f"{draw.getrandbits(32):08x}" for _ in engines]
         replicas = [
-            SimulatedReplica(f"{names.getrandbits(32):08x}", DEPLOYMENT, engine, variant.max_ongoing)
-            for engine in engines
+            SimulatedReplica(name, DEPLOYMENT, engine, variant.max_ongoing)
+            for name, engine in zip(names, engines, strict=True)
         ]
         self.engines = {replica.name: replica.engine for replica in replicas}
         with blocking_get() if variant.policy == "prefix_affinity" else nullcontext():

@@ -27,6 +27,8 @@ from llama.engine import Chunk, EngineFailed, QueueFull
 
 RPC_S = 0.001
 """One way, between two processes of one machine."""
+CALL_S = 0.001
+"""Of a caller's processor, to make a call: those of a burst leave one after the other, and each is counted by then."""
 
 
 class Refused(Exception):
@@ -155,10 +157,13 @@ class SimulatedHandle:
         self._router = router
         self._replicas = {replica.replica_id: replica for replica in replicas}
         self._loop = asyncio.get_running_loop()
+        self._caller_free_at = 0.0
         router.update_replicas(list(replicas))  # type: ignore[arg-type]  # they have what a router uses
 
     async def call(self, request: GenerateRequest, session_id: str, on_chunk: Callable[[str, Chunk], None]) -> None:
         """Makes a call and waits for its end; `on_chunk` takes the replica and each chunk. Raises Refused."""
+        self._caller_free_at = max(self._caller_free_at, self._loop.time()) + CALL_S
+        await asyncio.sleep(self._caller_free_at - self._loop.time())
         pending = PendingRequest(
             args=[request],
             kwargs={},

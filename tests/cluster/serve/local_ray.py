@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[3]
 
 
 @contextmanager
-def local_ray(folder: Path, num_cpus: int = 2) -> Iterator[str]:
-    """With fake GPUs; yields the dashboard's URL."""
+def local_ray(folder: Path, num_cpus: int = 2, modules: Sequence[Path] = ()) -> Iterator[str]:
+    """With fake GPUs; yields the dashboard's URL. `modules`: packages that its workers get beside ours."""
     with pytest.MonkeyPatch.context() as patch:
         # Not in the repository: Ray's processes must find our packages because they are shipped, not by accident.
         patch.chdir(folder)
@@ -38,7 +38,7 @@ def local_ray(folder: Path, num_cpus: int = 2) -> Iterator[str]:
             num_cpus=num_cpus,
             num_gpus=3,
             resources={"accelerator_type:T4": 1},
-            runtime_env={"py_modules": [str(ROOT / package) for package in ("llama", "cluster")]},
+            runtime_env={"py_modules": [str(ROOT / "llama"), str(ROOT / "cluster"), *map(str, modules)]},
             logging_level=logging.ERROR,
             log_to_driver=False,
         )

@@ -8,8 +8,9 @@ import pytest
 from cluster.serve import autoscaling
 from cluster.serve.autoscale import Load
 from cluster.serve.autoscaling import Autoscaling, load_of
+from cluster.serve.declaration import declaration
 from cluster.serve.messages import ReplicaInfo, ReplicaLoad, ReplicaUpdate
-from cluster.serve.settings import IngressOptions
+from cluster.serve.settings import AppArgs, EngineOptions, IngressOptions
 from cluster.serve.state import RoutingState
 from llama.engine import CacheSnapshot
 
@@ -26,7 +27,9 @@ def _state(load: ReplicaLoad, replicas: tuple[str, ...] = ("a",)) -> RoutingStat
 class _Serve:
     """Its REST interface; the first `failures` calls find nobody."""
 
-    def __init__(self, target: int, failures: int = 0) -> None:
+    def __init__(self, target: int, failures: int = 0, *, autoscales: bool = True) -> None:
+        args = AppArgs(model="m", served_name="m", **({"min_replicas": 2, "max_replicas": 4} if autoscales else {}))
+        self.declared = declaration(args, EngineOptions(model="m"), replicas=target)
         self.target = target
         self.failures = failures
         self.asked: list[int] = []
@@ -40,7 +43,8 @@ class _Serve:
         if self.failures:
             self.failures -= 1
             raise RuntimeError("the controller is away")
-        return {"applications": {"caravan": {"deployments": {"engine": {"target_num_replicas": self.target}}}}}
+        deployments = {"engine": {"target_num_replicas": self.target}}
+        return {"applications": {"caravan": {"deployments": deployments, "deployed_app_config": self.declared}}}
 
     def scale(self, app: str, deployment: str, replicas: int) -> None:
         assert (app, deployment) == ("caravan", "engine")
@@ -85,6 +89,12 @@ def test_only_the_first_ingress_acts_and_only_where_bounds_are_set(options, lead
     serve = _Serve(1)
     _run(serve, _state(IDLE), options, leads)
     assert serve.connections == 0
+
+
+def test_a_number_that_somebody_has_just_set_is_not_changed_by_a_process_that_does_not_know_yet():
+    serve = _Serve(1, autoscales=False)
+    _run(serve, _state(IDLE))
+    assert serve.connections == 1 and serve.asked == []
 
 
 def test_before_a_replica_has_been_heard_nothing_is_changed():
