@@ -2,8 +2,8 @@
 
     python tests/evidence/dashboard.py [--seconds 40]
 
-Deploys a tiny model with two replicas, asks it steadily (some requests are refused on purpose), and lets Debian's
-Prometheus (`apt install prometheus`) scrape the endpoint, and Ray's own exporters by the file in which Ray lists them.
+Deploys a tiny model with two replicas, asks it steadily (each second request is refused), and lets Debian's
+Prometheus (`apt install prometheus`) scrape the endpoint, and the exporters of Ray's nodes.
 Then it asks for every expression of cluster/serve/grafana.json, in both forms of the names. Each must be understood,
 and must have a value that is a number, but for those of RARE: they count what has not happened. Prints a line for each
 panel; exits with 1 when a claim fails.
@@ -34,7 +34,12 @@ from tests.conftest import find_free_port  # noqa: E402
 from tests.evidence.demo import Claims  # noqa: E402
 from tests.evidence.serving_tools import MODEL, served  # noqa: E402
 
-RARE = ("caravan_retries_total", "caravan_preemptions_total", "caravan_replicas_wanted")
+RARE = (
+    "caravan_retries_total",
+    "caravan_preemptions_total",
+    "caravan_prediction_error_tokens_total",
+    "caravan_replicas_wanted",
+)
 SCRAPE_S = 1
 
 
@@ -44,14 +49,12 @@ def prometheus(folder: Path, endpoint: str) -> Iterator[str]:
     program = shutil.which("prometheus")
     if program is None:
         sys.exit("there is no prometheus on this machine; apt install prometheus")
-    discovery = (
-        Path(ray._private.worker._global_node.get_session_dir_path()).parent / "prom_metrics_service_discovery.json"
-    )
+    exporters = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes()]
     config = {
         "global": {"scrape_interval": f"{SCRAPE_S}s"},
         "scrape_configs": [
             {"job_name": "caravan", "static_configs": [{"targets": [endpoint.removeprefix("http://")]}]},
-            {"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)]}]},
+            {"job_name": "ray", "static_configs": [{"targets": exporters}]},
         ],
     }
     (folder / "prometheus.yml").write_text(json.dumps(config))
@@ -78,8 +81,7 @@ def ask_steadily(url: str, seconds: float) -> None:
     with httpx.Client(base_url=url, trust_env=False, timeout=30) as http:
         while time.monotonic() < ends:
             http.post("/v1/completions", json=body).raise_for_status()
-            assert http.post("/v1/completions", json={**body, "max_wait_s": 0.0}).status_code in (200, 429)
-            http.post("/v1/completions", json={**body, "n": 0})  # refused
+            assert http.post("/v1/completions", json={**body, "model": "another"}).status_code == 404
 
 
 def values(address: str, expression: str) -> list[float] | str:

@@ -9,9 +9,12 @@ import argparse
 import logging
 import sys
 from collections import Counter
+from pathlib import Path
 
-from cluster.serve.replay import virtual_time
-from tests.cluster.serve.test_chaos import run_chaos
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cluster.serve.replay import virtual_time  # noqa: E402
+from tests.cluster.serve.test_chaos import run_chaos  # noqa: E402
 
 HAPPENINGS = 200
 

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -33,6 +34,8 @@ from tests.evidence.demo import Claims  # noqa: E402
 from tests.evidence.faulty_serve import FOLDER, KINDS  # noqa: E402
 from tests.evidence.serving_chaos import ENGINE, MODEL, Ground, Phase, index, prepared  # noqa: E402
 
+SMALL = replace(ENGINE, num_blocks=128)
+"""Fewer blocks than the prompts and answers have, so that there is something to tell all the time."""
 MOST = 4
 PATIENCE_S = 120.0
 LOOK_EVERY = 20
@@ -69,7 +72,7 @@ class Happenings:
 
     def settle(self) -> None:
         self._ground.wait_for(self._replicas, PATIENCE_S)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while any(self._faults.iterdir()):
             if time.monotonic() > deadline:
                 raise TimeoutError("no ingress takes the faults that were ordered")
@@ -105,7 +108,7 @@ def main() -> None:
         os.environ[FOLDER] = str(faults)
         declaration.IMPORT_PATH = "faulty_serve:build"
         with local_ray(Path(folder) / "cwd", num_cpus=6, modules=[Path(__file__).parent / "faulty_serve"]) as url:
-            args = AppArgs(model=models[0], served_name=MODEL, cpus_per_replica=0.25, engine=ENGINE, ingresses=2)
+            args = AppArgs(model=models[0], served_name=MODEL, cpus_per_replica=0.25, engine=SMALL, ingresses=2)
             endpoint = control.deploy(
                 args, replicas=2, dashboard_url=url, runtime_env=control.shipped_runtime_env(), port=find_free_port()
             )

@@ -1,6 +1,6 @@
 """Evidence that an endpoint with keys lets nobody in without one, and that neither keys nor prompts get about.
 
-    python -m tests.evidence.serving_security
+    python tests/evidence/serving_security.py
 
 Deploys one small random model on a Ray of its own, on loopback, with a key file, and attacks it: every route of the
 published description without a key and with what only looks like one, bodies that are too long or too slow, chat
@@ -21,16 +21,18 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
-import ray
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cluster.serve import control
-from cluster.serve.keys import REREAD_S, KeyFile, Keys
-from cluster.serve.request_body import BodyLimits
-from cluster.serve.settings import AppArgs
-from tests.cluster.serve.local_ray import local_ray
-from tests.cluster.serve.tiny_model import save_tiny_model
-from tests.conftest import find_free_port
+import httpx  # noqa: E402
+import ray  # noqa: E402
+
+from cluster.serve import control  # noqa: E402
+from cluster.serve.keys import REREAD_S, KeyFile, Keys  # noqa: E402
+from cluster.serve.request_body import BodyLimits  # noqa: E402
+from cluster.serve.settings import AppArgs  # noqa: E402
+from tests.cluster.serve.local_ray import local_ray  # noqa: E402
+from tests.cluster.serve.tiny_model import save_tiny_model  # noqa: E402
+from tests.conftest import find_free_port  # noqa: E402
 
 MODEL = "tiny"
 JSON = {"Content-Type": "application/json"}

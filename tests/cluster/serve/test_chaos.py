@@ -91,9 +91,9 @@ class _Chaos:
         self._tell()
 
     def _tell(self) -> None:
-        """Serve tells the processes, each in its own time."""
+        """Serve tells the processes, each in its own time, how it is by then."""
         for ingress in self.ingresses:
-            self.loop.call_later(self.rng.choice([0, 0, 0.5]), ingress.route_to, list(self.routed))
+            self.loop.call_later(self.rng.choice([0, 0, 0.5]), lambda to=ingress: to.route_to(list(self.routed)))
 
     def stream(self) -> Stream | None:
         streams = [stream for name, stream in self.rng.choice(self.ingresses).link.streams if name in self.routed]
