@@ -46,6 +46,7 @@ from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("ray.serve")
 
+LAST_CHUNK_FIRST_S = 0.005  # somebody waits for it, nobody for the end of the call; both cost Ray the same
 PING_S = 1.0
 GONE_S = 10.0  # an ingress process that does not answer for so long is frozen, and its outbox only grows
 
@@ -137,6 +138,7 @@ class EngineReplica:
         finally:
             self._engine.abort(answer.name)
             self._broadcast.end(answer)
+        await asyncio.sleep(LAST_CHUNK_FIRST_S)
 
     def _cached_blocks(self, request: GenerateRequest) -> int:
         """Leading blocks of its prompt that it need not compute."""
