@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from cluster.serve import broadcast
-from cluster.serve.broadcast import COALESCE_S, MAX_QUEUED, Broadcast, Outbox
+from cluster.serve.broadcast import ADMISSION_S, COALESCE_S, MAX_QUEUED, Broadcast, Outbox
 from cluster.serve.index import BlockIndex
 from cluster.serve.messages import (
+    Admission,
     GenerateRequest,
     NotFollowed,
     ReplicaInfo,
@@ -17,6 +18,7 @@ from cluster.serve.messages import (
     ReplicaUpdate,
     Subscription,
 )
+from cluster.serve.replay import virtual_time
 from llama.engine import BlocksStored, Chunk, EngineFailed, SamplingParams, TokenLogprob, generation_root
 from llama.engine.blocks import BlockManager, BlockTable
 
@@ -135,6 +137,28 @@ def test_tokens_go_together_and_wait_no_longer_than_they_may_while_what_matters_
         assert update.chunks[0][1].finish_reason == "stop" and update.chunks[0][1].token_ids == [5, 6]
 
     asyncio.run(run())
+
+
+def test_an_arrival_is_told_with_the_first_token_or_a_little_later():
+    async def run() -> None:
+        outbox = Outbox()
+        loop = asyncio.get_running_loop()
+
+        async def item() -> tuple[ReplicaUpdate, float]:
+            await asyncio.sleep(1)
+            outbox.put_admission(Admission("r", 3, ()))
+            started = loop.time()
+            await outbox.wait(10)
+            return outbox.take("e", LOAD, None, None), loop.time() - started
+
+        update, waited = await item()
+        assert waited == pytest.approx(ADMISSION_S) and not update.chunks
+        assert [admission.request_id for admission in update.admitted] == ["r"]
+        loop.call_later(1 + ADMISSION_S / 2, outbox.put_chunk, 0, _chunk(1))
+        update, waited = await item()
+        assert waited == pytest.approx(ADMISSION_S / 2) and update.admitted and update.chunks
+
+    virtual_time.run(run())
 
 
 def test_completions_of_one_request_are_not_joined_with_each_other():

@@ -1,6 +1,7 @@
 """Subscriptions against a scripted deployment: who is followed, and what ends or renews a subscription."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -265,3 +266,20 @@ def test_an_item_lost_between_a_subscription_and_its_renewal_is_missed(monkeypat
         assert [subscription.renews for subscription in engines.subscriptions] == [False, True, False]
 
     asyncio.run(run())
+
+
+def test_a_replica_that_stays_lost_is_in_the_log_once(monkeypatch, caplog):
+    monkeypatch.setattr(events, "RESUBSCRIBE_S", 0.001)
+    caplog.set_level(logging.INFO, logger="ray.serve")
+
+    async def run() -> None:
+        state, engines = RoutingState(), _Engines()
+        state.set_replicas(["a"])
+        _follow(engines, state)
+        for number in range(4):
+            await _until(lambda: len(engines.calls) > number)  # noqa: B023
+            engines.calls[number][1].queue.put_nowait(ActorDiedError())
+        await _until(lambda: len(engines.calls) == 5)
+
+    asyncio.run(run())
+    assert len([record for record in caplog.records if "Lost replica a" in record.message]) == 1
