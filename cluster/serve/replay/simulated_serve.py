@@ -27,7 +27,7 @@ from llama.engine import Chunk, EngineFailed, QueueFull
 
 RPC_S = 0.001
 """One way, between two processes of one machine."""
-CALL_S = 0.001
+CALL_S = 0.0005
 """Of a caller's processor, to make a call: those of a burst leave one after the other, and each is counted by then."""
 
 
