@@ -181,6 +181,8 @@ def prepare_environment(loopback: bool) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # otherwise Ray replaces 127.0.0.1 by the network card's address and listens on every interface
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # after 5 seconds Serve kills the proxy that it waits for, and a deployment with it: too soon on a busy machine
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     if "ray" in sys.modules:  # it was imported before, and read the setting then
         from ray._private import ray_constants
 

@@ -22,6 +22,11 @@ class NotDeployed(ServeError):
 
 
 def last_line(message: str) -> str:
-    """The last line of a message that says something: of a traceback, the exception."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    """The line that says what went wrong: of a traceback, the exception's first; else the last that has a word in it.
+
+    What Ray says of a dead actor has many lines, and its clients put a full stop after them, in a line of its own."""
+    lines = [line for line in message.splitlines() if any(map(str.isalnum, line))]
+    frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
+    after = lines[frames[-1] + 1 :] if frames else []
+    raised = [line for line in after if not line[0].isspace()]
+    return (raised[:1] or lines[-1:] or [""])[0].strip()

@@ -213,6 +213,21 @@ def test_replicas_that_no_node_can_hold_are_refused():
         check_room(BuildArgs(model="m"), 1, [{"CPU": 0.5}, {"CPU": 0.5}])
 
 
-def test_of_a_traceback_the_exception_is_what_the_user_sees():
-    message = "Deploying failed:\nTraceback (most recent call last):\n  File x\nModelNotFound: no model at y\n\n"
-    assert last_line(message) == "ModelNotFound: no model at y"
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (
+            "Deploying failed:\nTraceback (most recent call last):\n  File x\nModelNotFound: no model at y\n\n",
+            "ModelNotFound: no model at y",
+        ),
+        (
+            "Request failed: Traceback (most recent call last):\n  File a\n    f()\n    ^^^\nActorDiedError: it died.\n"
+            "\tclass_name: Proxy\nThe actor never ran.\n.",
+            "ActorDiedError: it died.",
+        ),
+        ("Request failed: no such route\n.", "Request failed: no such route"),
+        ("\n.\n", ""),
+    ],
+)
+def test_of_a_traceback_the_exception_is_what_the_user_sees(message, line):
+    assert last_line(message) == line
