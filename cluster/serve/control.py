@@ -220,7 +220,7 @@ def undeploy(*, dashboard_url: str, timeout_s: float = 60.0) -> None:
     details = client.details()
     alone = not set(details["applications"]) - {APP_NAME}
     if alone:
-        client.delete_applications()
+        client.remove_all()
     elif APP_NAME in details["applications"]:
         others = declared(details)
         others.pop(APP_NAME, None)

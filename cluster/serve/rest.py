@@ -1,5 +1,7 @@
 """Serve's REST interface, through Ray's own client: it knows the cluster's authentication."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -7,6 +9,9 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.dashboard.utils import ray_address_to_api_server_url
 
 from cluster.serve.errors import DeployFailed, ServeError, last_line
+
+ANSWER_S = 120.0
+"""A dashboard that hangs is not waited for longer. Serve itself gives its proxies a minute to start."""
 
 
 class ServeClient(ServeSubmissionClient):
@@ -19,23 +24,40 @@ class ServeClient(ServeSubmissionClient):
 
     def details(self) -> dict[str, Any]:
         """What Serve says of itself and its applications. Raises ServeError when it does not answer."""
-        try:
+        with _in_one_line("Serve does not answer", ServeError):
             return self.get_serve_details()
-        except (RuntimeError, OSError) as error:
-            raise ServeError(f"Serve does not answer: {last_line(str(error))}") from error
 
     def declare(self, apps: dict[str, dict[str, Any]], http_options: dict[str, Any]) -> None:
-        """States which applications run. Raises DeployFailed when Serve refuses."""
+        """States which applications run. Raises DeployFailed when Serve refuses, ServeError when it does not answer."""
         # HeadOnly: the endpoint is one address; proxies on other nodes would be more of them.
         config = {"proxy_location": "HeadOnly", "http_options": http_options, "applications": list(apps.values())}
-        try:
+        with _in_one_line("Serve refuses the application", DeployFailed):
             self.deploy_applications(config)
-        except RuntimeError as error:
-            raise DeployFailed(f"Serve refuses the application: {last_line(str(error))}") from error
 
     def scale(self, app: str, deployment: str, replicas: int) -> None:
-        """Sets a deployment's number of replicas. Raises DeployFailed when Serve refuses."""
+        """Sets a deployment's number of replicas. Raises DeployFailed when Serve refuses, ServeError when it does not
+        answer."""
         path = f"/api/v1/applications/{app}/deployments/{deployment}/scale"
-        response = self._do_request("POST", path, json_data={"target_num_replicas": replicas})
-        if response.status_code != 200:
-            raise DeployFailed(f"Serve refuses to scale {app} to {replicas} replicas: {response.text}")
+        with _in_one_line(f"Serve refuses to scale {app} to {replicas} replicas", DeployFailed):
+            response = self._do_request("POST", path, json_data={"target_num_replicas": replicas})
+            if response.status_code != 200:
+                self._raise_error(response)
+
+    def remove_all(self) -> None:
+        """Ends every application, and Serve. Raises ServeError when it does not."""
+        with _in_one_line("Serve does not end", ServeError):
+            self.delete_applications()
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        return super()._do_request(method, endpoint, **{"timeout": ANSWER_S, **options})
+
+
+@contextmanager
+def _in_one_line(what: str, refusal: type[ServeError]) -> Iterator[None]:
+    """Ray's client raises RuntimeError for an answer that says no, and an OSError when there is none."""
+    try:
+        yield
+    except OSError as error:
+        raise ServeError(f"the Ray dashboard does not answer: {last_line(str(error))}; see that it runs") from error
+    except RuntimeError as error:
+        raise refusal(f"{what}: {last_line(str(error))}") from error

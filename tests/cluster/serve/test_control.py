@@ -56,7 +56,7 @@ class _Client:
     def declare(self, apps: dict, http_options: dict) -> None:
         self.apps = list(apps)
 
-    def delete_applications(self) -> None:
+    def remove_all(self) -> None:
         self.apps = []
 
 
@@ -78,7 +78,7 @@ def test_an_interrupted_deployment_of_a_new_application_is_removed(monkeypatch, 
     def interrupt(*_) -> None:
         assert client.apps == ["caravan"]
         if removal_fails:
-            client.delete_applications = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+            client.remove_all = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(control, "_connect", lambda url: client)
