@@ -34,8 +34,8 @@ logger = logging.getLogger("ray.serve")
 
 MAX_ATTEMPTS = 3
 FULL_AGAIN_S = 1.0  # until a place in a queue may be free
-MAX_REROOTS = 20
-REROOT_S = 0.1
+MAX_WAITS = 100
+WAIT_S = 0.1  # until replicas that have just come, or come back, are known and followed
 LATE_S = 10.0  # for chunks that are on their way when their call is over
 
 
@@ -58,6 +58,10 @@ class WeightsChanged(Exception):
     """A replica has other weights than the request was prepared for."""
 
     code = "weights_changed"
+
+
+class Unfollowed(ReplicaLost):
+    """A replica has no way back to this process: it has been listed before our subscription came there."""
 
 
 class EngineClient:
@@ -229,7 +233,9 @@ def _engine_error(error: RayTaskError) -> Exception:
         return ApiError(400, str(error.cause), param="prompt", code="context_length_exceeded")
     if isinstance(error, ValueError):
         return ApiError(400, str(error.cause), code="invalid_value")
-    if isinstance(error, EngineFailed | EngineClosed | NotFollowed):
+    if isinstance(error, NotFollowed):
+        return Unfollowed(str(error.cause))
+    if isinstance(error, EngineFailed | EngineClosed):
         return ReplicaLost(type(error.cause).__name__)
     return ApiError(500, "The engine failed on this request.", code="engine_failed", kind="server_error")
 
@@ -243,7 +249,7 @@ class _Tries:
         self._family = family
         self._deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
         self._losses = 0
-        self._reroots = 0
+        self._waits = 0
 
     def request(self) -> GenerateRequest:
         """The request, as the next attempt makes it."""
@@ -258,6 +264,9 @@ class _Tries:
             self._elsewhere(error)
         elif isinstance(error, WeightsChanged):
             await self._reroot(error)
+        elif isinstance(error, Unfollowed) and not final:
+            await self._wait(error)
+            self._avoid_booked()
         else:
             self._losses += 1
             self._next_try(error, last=final or self._losses >= MAX_ATTEMPTS)
@@ -277,26 +286,41 @@ class _Tries:
 
     async def _reroot(self, error: Exception) -> None:
         """For the weights that the replicas have now; whoever was before us at the replica must have heard of them."""
-        self._reroots += 1
-        info = self._state.model(self._family)
-        if info is None or self._reroots > MAX_REROOTS:
-            raise _gone(error)
+        self._count_wait(error)
+        # While weights are exchanged Serve leaves out one replica after the other, and the one that is back is listed
+        # before it has said what it has.
+        while (info := self._state.model(self._family)) is None:
+            await self._wait(error)
         request = self._request
         if info.weights_id == request.weights_id:
-            await asyncio.sleep(REROOT_S)
+            await self._wait(error)
             return
         root = generation_root(info.weights_id, "", request.salt)
         hashes = tuple(hash_blocks(root, request.token_ids, info.block_size))
         self._request = replace(request, weights_id=info.weights_id, hashes=hashes)
 
+    async def _wait(self, error: Exception) -> None:
+        """For more to be known of the replicas. Raises ApiError (503)."""
+        self._count_wait(error)
+        await asyncio.sleep(WAIT_S)
+
+    def _count_wait(self, error: Exception) -> None:
+        """Raises ApiError (503) when it has been often enough."""
+        self._waits += 1
+        if self._waits > MAX_WAITS:
+            raise _gone(error)
+
     def _next_try(self, error: Exception, *, last: bool) -> None:
         """For other replicas."""
-        request = self._request
-        lost = self._state.booked_on(request.request_id)
-        logger.warning(f"Request {request.request_id} lost replica {lost}, attempt {self._losses}: {error}")
+        request_id, lost = self._request.request_id, self._state.booked_on(self._request.request_id)
+        logger.warning(f"Request {request_id} lost replica {lost}, attempt {self._losses}: {error}")
         if last:
             raise _gone(error)
-        self._request = replace(request, avoid=request.avoid | {lost} if lost else request.avoid)
+        self._avoid_booked()
+
+    def _avoid_booked(self) -> None:
+        if (lost := self._state.booked_on(self._request.request_id)) is not None:
+            self._request = replace(self._request, avoid=self._request.avoid | {lost})
 
 
 def _gone(error: Exception) -> ApiError:

@@ -2,13 +2,14 @@
 
     python tests/evidence/serving_chaos.py [--part replica --part ...] [--seed N] [--clients 10]
 
-A real Serve, a tiny random model, the `openai` client with its default retries. One after the other:
+A real Serve, a tiny random model, the `openai` client: without its retries, but with them where an ingress or the proxy
+is what dies. One after the other:
 
     replica      kill -9 of the busiest engine replica
     controller   kill -9 of Serve's controller; after that, scaling still works
     scale        2 → 4 → 1 → 2 replicas
-    swap         other weights in place, twice; a replica killed afterwards comes back with the new ones; Serve's
-                 controller killed in the middle of a swap; a replica killed in the middle of a swap
+    swap         other weights in place, twelve times, and then; a replica killed afterwards comes back with the new
+                 ones; Serve's controller killed in the middle of a swap; a replica killed in the middle of a swap
     one          a swap with a single replica: requests wait
     ingress      kill -9 of one of two ingress processes
     proxy        kill -9 of Serve's HTTP proxy
@@ -82,6 +83,7 @@ class Load:
     url: str
     prompts: list[list[int]]
     clients: int
+    retries: int
     outcomes: list[Outcome] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -104,7 +106,7 @@ class Load:
 
     def _ask_on(self, number: int) -> None:
         draw = random.Random(number)
-        with openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=60) as client:
+        with openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=60, max_retries=self.retries) as client:
             while not self._stop.is_set():
                 outcome = Outcome(number % 2 == 0, time.monotonic(), draw.randrange(len(self.prompts)))
                 try:
@@ -199,9 +201,11 @@ class Ground:
 
     @contextmanager
     def under_load(self, part: str, generations: list[str], *, headless: bool = False) -> Iterator[Phase]:
-        """Runs the body under load and judges what came of it. `headless`: what is killed is what would tell."""
+        """Runs the body under load and judges what came of it. `headless`: what is killed is what would tell, and the
+        clients ask again."""
         phase = Phase()
-        with Load(self.endpoint.url, self.prompts, self.clients) as load:
+        retries = openai.DEFAULT_MAX_RETRIES if headless else 0
+        with Load(self.endpoint.url, self.prompts, self.clients, retries) as load:
             time.sleep(2)
             yield phase
             time.sleep(2)
@@ -281,6 +285,10 @@ def scale(ground: Ground) -> None:
 
 def swap(ground: Ground) -> None:
     old, new = ground.models
+    with ground.under_load("twelve swaps", [old, new, old]) as phase:
+        for _ in range(6):
+            _update(ground, phase, new)
+            _update(ground, phase, old)
     with ground.under_load("swap", [old, new]) as phase:
         before = {entry["info"]["pid"] for entry in ground.replicas().values()}
         _update(ground, phase, new)

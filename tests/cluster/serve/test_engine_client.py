@@ -302,7 +302,44 @@ def test_a_request_for_weights_that_are_gone_is_made_anew_for_those_that_are_the
     assert _outstanding(state) == 0
 
 
-def test_weights_of_another_family_are_not_asked():
+def test_while_nobody_has_said_what_it_has_the_request_waits():
+    """As when Serve lists the replica again that it has just had load its weights, and no other."""
+
+    def script(replica: str, n: int) -> list:
+        if n == 0:
+            state.set_replicas(["d"])
+            asyncio.get_running_loop().call_later(0.2, told)
+        return [_task_error(WrongModel("new"))] if n == 0 else _whole(replica)
+
+    def told() -> None:
+        state.apply_update("d", ReplicaUpdate("e", LOAD, snapshot=CacheSnapshot("e", 0, ()), info=_info("d", "new")))
+
+    client, engines, state = _setup(script)
+    assert len(asyncio.run(client.complete(_request()))) == 3
+    assert [request.weights_id for request in engines.requests] == ["w", "new"]
+    assert _outstanding(state) == 0
+
+
+def test_a_replica_that_does_not_know_this_process_yet_is_asked_again(monkeypatch):
+    monkeypatch.setattr(engine_client, "WAIT_S", 0.001)
+
+    def script(replica: str, n: int) -> list:
+        state.set_replicas(["a"])  # nobody else is listed
+        return [_task_error(NotFollowed("not yet"))] if n < 7 else _whole(replica)
+
+    client, engines, state = _setup(script)
+    assert len(asyncio.run(client.complete(_request()))) == 3
+    assert len(engines.requests) == 8 and _outstanding(state) == 0
+
+    client, engines, state = _setup(lambda replica, n: [_task_error(NotFollowed("never"))])
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(client.complete(_request()))
+    assert caught.value.code == "replica_lost" and len(engines.requests) == engine_client.MAX_WAITS + 1
+    assert engines.requests[-1].avoid == {"a", "b", "c"}
+
+
+def test_weights_of_another_family_are_not_asked(monkeypatch):
+    monkeypatch.setattr(engine_client, "WAIT_S", 0.001)
     client, engines, state = _setup(lambda replica, n: [_task_error(WrongModel("new"))])
     for name in ("a", "b", "c"):
         state.apply_update(name, ReplicaUpdate("e", LOAD, info=replace(_info(name, "new"), family="another")))
