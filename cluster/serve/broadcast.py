@@ -74,6 +74,7 @@ class Outbox:
         self.number = 0  # of the last item
         self._events: list[BlockEvent] = []
         self._made_at = 0.0  # of the first of them, Unix time
+        self._seq: int | None = None  # of the last event, told or not
         self._admitted: list[Admission] = []
         self._prefilled: list[str] = []
         self._chunks: dict[tuple[int, int], Chunk] = {}  # by call and completion
@@ -89,6 +90,7 @@ class Outbox:
         if not self._events:
             self._made_at = time.time()
         self._events += events
+        self._seq = events[-1].seq
         self.wake(urgent=False)
 
     def put_admission(self, admission: Admission) -> None:
@@ -109,8 +111,9 @@ class Outbox:
         first = chunk.completion_tokens <= len(chunk.token_ids)
         self.wake(urgent=first or chunk.finish_reason is not None)
 
-    def restart(self, pending: list[Admission]) -> None:
-        """A snapshot follows, taken now; with these requests admitted and not prefilled."""
+    def restart(self, seq: int, pending: list[Admission]) -> None:
+        """A snapshot follows, taken now, after event `seq`; with these requests admitted and not prefilled."""
+        self._seq = seq
         self._events, self._admitted, self._prefilled = [], pending, []
 
     def wake(self, *, urgent: bool, after_s: float = 0.0) -> None:
@@ -158,12 +161,13 @@ class Outbox:
             chunks=tuple((call, chunk) for (call, _), chunk in self._chunks.items()),
             open_calls=len(self.answers),
             made_at=self._made_at if self._events else None,
+            seq=self._seq,
         )
         self._events, self._admitted, self._prefilled, self._chunks = [], [], [], {}
         return update
 
     def _bound(self, more: int) -> None:
-        """Of a reader that does not keep up, the gap in the events' numbers makes it ask for a snapshot."""
+        """Of a reader that does not keep up, the gap up to `seq` makes it ask for a snapshot."""
         if len(self._events) + len(self._admitted) + len(self._prefilled) + more > MAX_QUEUED:
             self._events, self._admitted, self._prefilled = [], [], []
 
@@ -284,7 +288,7 @@ class Broadcast:
         outbox = self._take_over(subscription)
         self.publish()
         snapshot, told = self._source.snapshot(), self._info()
-        outbox.restart(list(self._pending.values()))
+        outbox.restart(snapshot.seq, list(self._pending.values()))
         try:
             yield outbox.take(snapshot.epoch, self._load(), told, snapshot)
             while True:

@@ -112,6 +112,12 @@ class BlockIndex:
             self._mark_stale(copy)
         return copy.fresh
 
+    def reach(self, replica: str, seq: int, *, epoch: str) -> None:
+        """All events up to `seq` have been told: where some did not come, the copy is stale."""
+        copy = self._copies.get(replica)
+        if copy is not None and copy.fresh and copy.epoch == epoch and copy.seq < seq:
+            self._mark_stale(copy)
+
     def mark_stale(self, replica: str) -> None:
         """Stops trusting a replica's copy until its next snapshot (its event stream broke)."""
         copy = self._copies.get(replica)

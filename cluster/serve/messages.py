@@ -115,7 +115,8 @@ class ReplicaUpdate:
     `number` counts the items of one ingress process at one replica, over renewals of its subscription, from 1.
     `chunks` are what has been computed for requests of that process, each with its `GenerateRequest.call`; their block
     events are in this item or were in one before. `open_calls`: requests of that process that are not over.
-    `made_at`: Unix time of the oldest of `events`.
+    `made_at`: Unix time of the oldest of `events`. `seq`: the number of the last event until now, None where that is
+    not known; who has not heard of it has missed some.
     """
 
     epoch: str
@@ -129,6 +130,7 @@ class ReplicaUpdate:
     chunks: tuple[tuple[int, Chunk], ...] = ()
     open_calls: int = 0
     made_at: float | None = None
+    seq: int | None = None
 
 
 class WrongModel(RuntimeError):

@@ -198,6 +198,8 @@ class RoutingState:
                 self._forget_promises(replica)  # those that still hold come with it
             for event in update.events:
                 self._index.apply(replica, event, epoch=update.epoch)
+            if update.seq is not None:
+                self._index.reach(replica, update.seq, epoch=update.epoch)
             for admission in update.admitted:
                 self._acknowledge(admission.request_id, replica)
                 self._promises.add(admission.request_id, replica, admission.hashes)

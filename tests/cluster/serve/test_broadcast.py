@@ -66,6 +66,9 @@ class Reader:
                     self.index.load_snapshot("r", update.snapshot)
                 for event in update.events:
                     assert self.index.apply("r", event, epoch=update.epoch)
+                assert update.seq is not None
+                self.index.reach("r", update.seq, epoch=update.epoch)
+                assert self.index.position("r") == (update.epoch, update.seq)
         self.ended = True
 
     async def until(self, condition) -> None:
@@ -183,6 +186,16 @@ def test_a_reader_that_does_not_keep_up_finds_a_gap():
         outbox.put_events([BlocksStored(MAX_QUEUED + 1, ())])
         events = outbox.take("e", LOAD, None, None).events
         assert len(events) == 1 and not index.apply("r", events[0], epoch=blocks.epoch)
+
+        # And nothing need happen after those that were dropped.
+        index.load_snapshot("r", blocks.snapshot())
+        outbox.put_events([BlocksStored(MAX_QUEUED + n, ()) for n in range(2, 4)])
+        for _ in range(MAX_QUEUED - 1):
+            outbox.put_prefilled("r")
+        told = outbox.take(blocks.epoch, LOAD, None, None)
+        assert told.events == () and told.seq == MAX_QUEUED + 3
+        index.reach("r", told.seq, epoch=told.epoch)
+        assert not index.is_fresh("r")
 
     asyncio.run(run())
 

@@ -134,6 +134,17 @@ def test_a_gap_makes_a_replica_stale_until_a_snapshot():
     assert index.match([_hash(9)]) == {"a": 0}
 
 
+def test_events_that_did_not_come_are_missed_without_others_after_them():
+    index = BlockIndex()
+    index.reach("a", 1, epoch="e")  # nobody knows it
+    index.load_snapshot("a", CacheSnapshot("e", 3, (_hash(1),)))
+    for seq, epoch in ((2, "e"), (3, "e"), (9, "another")):
+        index.reach("a", seq, epoch=epoch)
+        assert index.match([_hash(1)]) == {"a": 1}
+    index.reach("a", 4, epoch="e")
+    assert not index.is_fresh("a") and index.match([_hash(1)]) == {"a": 0}
+
+
 def test_an_event_of_another_epoch_makes_a_replica_stale():
     index = BlockIndex()
     index.load_snapshot("a", CacheSnapshot("first", 0, ()))

@@ -232,6 +232,8 @@ def test_a_gap_ends_predictions_until_the_next_snapshot():
     assert state.apply_update("a", _snapshot("a", request.hashes))
     _select(state, request, ["a"])
     assert state.placed(request, "a") == 48
+    assert state.apply_update("a", ReplicaUpdate("e", _load(), seq=0))
+    assert not state.apply_update("a", ReplicaUpdate("e", _load(), seq=1))  # an event did not come, and no other after
 
 
 def test_a_broken_subscription_ends_predictions():
