@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from cluster.serve.checks import LOOPBACK, check_port, check_room, proxy_listens
 from cluster.serve.declaration import declaration, declared_args, declared_engine, with_model, without_autoscaling
-from cluster.serve.errors import DeployFailed, NotDeployed, ServeError, last_line
+from cluster.serve.errors import DeployFailed, NotDeployed, ServeError, telling_line
 from cluster.serve.keys import check_exposure, check_keys
 from cluster.serve.settings import APP_NAME, ENGINE_DEPLOYMENT, AppArgs, EngineOptions, IngressOptions
 from cluster.serve.view import (
@@ -266,7 +266,7 @@ def _connect(dashboard_url: str) -> "ServeClient":
     try:
         return ServeClient(dashboard_url)
     except (ValueError, RuntimeError, OSError) as error:
-        raise ServeError(f"the Ray dashboard at {dashboard_url} does not answer: {last_line(str(error))}") from error
+        raise ServeError(f"the Ray dashboard at {dashboard_url} does not answer: {telling_line(str(error))}") from error
 
 
 def _serve(client: "ServeClient", endpoint: Endpoint, replicas: int, args: AppArgs, timeout_s: float) -> None:

@@ -286,15 +286,13 @@ class _Tries:
 
     async def _reroot(self, error: Exception) -> None:
         """For the weights that the replicas have now; whoever was before us at the replica must have heard of them."""
-        self._count_wait(error)
-        # While weights are exchanged Serve leaves out one replica after the other, and the one that is back is listed
+        request, info = self._request, self._state.model(self._family)
+        # None: while weights are exchanged Serve leaves out one replica after the other, and one that is back is listed
         # before it has said what it has.
-        while (info := self._state.model(self._family)) is None:
-            await self._wait(error)
-        request = self._request
-        if info.weights_id == request.weights_id:
+        if info is None or info.weights_id == request.weights_id:
             await self._wait(error)
             return
+        self._count_wait(error)
         root = generation_root(info.weights_id, "", request.salt)
         hashes = tuple(hash_blocks(root, request.token_ids, info.block_size))
         self._request = replace(request, weights_id=info.weights_id, hashes=hashes)

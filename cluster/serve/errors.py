@@ -21,7 +21,7 @@ class NotDeployed(ServeError):
     """There is no application to act on."""
 
 
-def last_line(message: str) -> str:
+def telling_line(message: str) -> str:
     """The line that says what went wrong: of a traceback, the exception's first; else the last that has a word in it.
 
     What Ray says of a dead actor has many lines, and its clients put a full stop after them, in a line of its own."""

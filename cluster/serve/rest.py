@@ -8,7 +8,7 @@ import ray
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.dashboard.utils import ray_address_to_api_server_url
 
-from cluster.serve.errors import DeployFailed, ServeError, last_line
+from cluster.serve.errors import DeployFailed, ServeError, telling_line
 
 ANSWER_S = 120.0
 """A dashboard that hangs is not waited for longer. Serve itself gives its proxies a minute to start."""
@@ -58,6 +58,6 @@ def _in_one_line(what: str, refusal: type[ServeError]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ServeError(f"the Ray dashboard does not answer: {last_line(str(error))}; see that it runs") from error
+        raise ServeError(f"the Ray dashboard does not answer: {telling_line(str(error))}; see that it runs") from error
     except RuntimeError as error:
-        raise refusal(f"{what}: {last_line(str(error))}") from error
+        raise refusal(f"{what}: {telling_line(str(error))}") from error

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import httpx
 
-from cluster.serve.errors import last_line
+from cluster.serve.errors import telling_line
 from cluster.serve.settings import APP_NAME, ENGINE_DEPLOYMENT
 
 _REQUEST_TIMEOUT_S = 5.0
@@ -98,4 +98,4 @@ def _get(url: str, api_key: str | None) -> dict[str, Any] | None:
 def reason(app: dict[str, Any]) -> str:
     """The message nearest to the cause: a deployment's own, else the application's."""
     messages = [deployment.get("message", "") for deployment in app["deployments"].values()]
-    return last_line(next((message for message in messages if message), app["message"])) or app["status"]
+    return telling_line(next((message for message in messages if message), app["message"])) or app["status"]

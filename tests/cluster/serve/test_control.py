@@ -10,7 +10,7 @@ from ray.serve.schema import ServeApplicationSchema
 from cluster.serve import control
 from cluster.serve.checks import check_port_free, check_room
 from cluster.serve.declaration import declaration, declared_args, declared_engine, with_model, without_autoscaling
-from cluster.serve.errors import DeployFailed, NoRoom, PortTaken, ServeError, last_line
+from cluster.serve.errors import DeployFailed, NoRoom, PortTaken, ServeError, telling_line
 from cluster.serve.settings import AppArgs, BuildArgs, EngineOptions
 from cluster.serve.view import Endpoint
 
@@ -230,4 +230,4 @@ def test_replicas_that_no_node_can_hold_are_refused():
     ],
 )
 def test_of_a_traceback_the_exception_is_what_the_user_sees(message, line):
-    assert last_line(message) == line
+    assert telling_line(message) == line
