@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the entrypoint of a submitted job."""
+JOB_ID = "CARAVAN_JOB"
+"""Set for the entrypoint of a submitted job: its id (cluster/jobs.py)."""
 
 _RECORD = "cluster.json"
 _START_SECONDS = 120.0

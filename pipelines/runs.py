@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.head import JOB_ID
 from cluster.storage import NotFound, StorageError, Store
 
 HEARTBEAT_SECONDS = 5.0
@@ -56,7 +57,7 @@ class StageStatus:
 @dataclass
 class RunStatus:
     """`until` is the stage that the run goes up to, None for all. `pid` on `host` is the driver; `heartbeat` is when it
-    last said that it lives (seconds since the epoch)."""
+    last said that it lives (seconds since the epoch). `job` is the id of the submitted job that it is, if it is one."""
 
     state: State = "pending"
     created: float = 0.0
@@ -67,6 +68,7 @@ class RunStatus:
     pid: int = 0
     error: str = ""
     until: str | None = None
+    job: str = ""
     stages: dict[str, StageStatus] = field(default_factory=dict)
 
     @classmethod
@@ -180,6 +182,7 @@ class Run:
         self.status.state, self.status.error, self.status.ended = "running", "", None
         self.status.started, self.status.heartbeat = now, now
         self.status.host, self.status.pid = socket.gethostname(), os.getpid()
+        self.status.job = os.environ.get(JOB_ID, "")
         self.save()
         stop = threading.Event()
         beat = threading.Thread(target=self._beat, args=(stop,), name=f"heartbeat-{self.id}", daemon=True)
