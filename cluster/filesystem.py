@@ -8,6 +8,7 @@ Only `cluster.storage` uses this module. A key is a whole path: absolute on disk
     create        a Sink: its bytes appear under the key at commit(), whole, or never; an exclusive one raises
                   AlreadyExists, at the latest from commit(), if there is a file of this key
     stats         {relative path: FileStat} of every file below a key
+    folders       names of the folders right below a key; of a key that is none there are none
     delete        the file and everything below the key; absent is fine
 """
 
@@ -66,6 +67,7 @@ class FileSystem(Protocol):
     def open_input(self, key: str) -> BinaryIO: ...
     def create(self, key: str, exclusive: bool = False) -> Sink: ...
     def stats(self, key: str) -> dict[str, FileStat]: ...
+    def folders(self, key: str) -> list[str]: ...
     def delete(self, key: str) -> None: ...
 
 
@@ -170,6 +172,13 @@ class LocalFiles:
                         stats[os.path.relpath(path, key)] = FileStat(found.st_size, found.st_mtime_ns)
         return stats
 
+    def folders(self, key: str) -> list[str]:
+        try:
+            with os.scandir(key) as entries:
+                return [entry.name for entry in entries if entry.is_dir()]
+        except FileNotFoundError:
+            return []
+
     def delete(self, key: str) -> None:
         try:
             if os.path.isdir(key) and not os.path.islink(key):
@@ -260,6 +269,11 @@ class ObjectFiles:
         infos = self._filesystem.get_file_info(selector)
         files = (info for info in infos if info.type == pafs.FileType.File)
         return {info.path[len(key) + 1 :]: FileStat(info.size, info.mtime_ns or 0) for info in files}
+
+    def folders(self, key: str) -> list[str]:
+        selector = pafs.FileSelector(key, recursive=False, allow_not_found=True)
+        infos = self._filesystem.get_file_info(selector)
+        return [info.base_name for info in infos if info.type == pafs.FileType.Directory]
 
     def delete(self, key: str) -> None:
         # an object and a "folder" of the same name may both exist

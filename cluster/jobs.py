@@ -4,7 +4,8 @@ A job carries our packages, so no node needs them installed, and starts in a fol
 program starts in comes first on its import path, and on a node that may be a checkout with another `llama` in it.
 
 Every function takes `address`: a dashboard (`http://host:8265`), a cluster's own `host:port`, or `auto`. None:
-RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else the cluster of `caravan up`. All raise ClusterError.
+RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else the cluster of `caravan up`. All raise ClusterError. `JobsApi` is for whoever
+asks again and again.
 """
 
 import asyncio
@@ -12,14 +13,15 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cluster.head import ClusterError, answers, prepare_environment, recorded
+from cluster.head import JOB_ID, ClusterError, answers, prepare_environment, recorded
 from cluster.session import check_reachable, find_local, is_loopback, runtime_env
 from cluster.storage import Store
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _RUN = "caravan_run"
 _API_ADDRESS = "RAY_API_SERVER_ADDRESS"
 _STOP_SECONDS = 60.0
+_ANSWER_SECONDS = 30.0
 _SHOWN_RUNS = 10
 
 
@@ -36,12 +39,17 @@ class JobNotFound(ClusterError):
     """The cluster has no job of that run."""
 
 
+class JobExists(ClusterError):
+    """The cluster has a job of that id already."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One try at a run on a cluster.
 
     `status` is PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; `message` explains it; `started` and `ended` are seconds
-    since the epoch.
+    since the epoch. `driver` is Ray's own id of it, by which the cluster knows the actors that it started; empty before
+    it has connected.
     """
 
     id: str
@@ -52,6 +60,7 @@ class Job:
     started: float | None
     ended: float | None
     metadata: dict[str, str]
+    driver: str = ""
 
     @property
     def is_over(self) -> bool:
@@ -73,23 +82,15 @@ def submit(
     `metadata` are shown to everybody who can see the cluster: no secrets in them. Raises ValueError for a bad run id or
     file name, and ClusterError if the run is still going.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", run_id):
-        raise ValueError(f"run_id={run_id!r} is not usable; use letters, digits, '.', '_' and '-'")
-    with _client(address) as client, tempfile.TemporaryDirectory(prefix="caravan-job-") as folder:
+    _check_id(run_id)
+    with _client(address) as client:
         earlier = _jobs_of(client, run_id)
         for job in earlier:
             if not job.is_over:
                 raise ClusterError(
                     f"run {run_id} is {job.status} as job {job.id}; stop it first: caravan stop {run_id}"
                 )
-        for name, data in (files or {}).items():
-            Store(folder).write_bytes(name, data)
-        job_id = client.submit_job(
-            entrypoint=entrypoint,
-            submission_id=_free_id(client, run_id),
-            runtime_env={**runtime_env(), "working_dir": folder, "env_vars": dict(env_vars or {})},
-            metadata={**(metadata or {}), _RUN: run_id},
-        )
+        job_id = _submit(client, entrypoint, run_id, _free_id(client, run_id), files, env_vars, metadata)
         return _job(client.get_job_info(job_id))
 
 
@@ -114,21 +115,7 @@ def status(run_id: str, address: str | None = None) -> Job:
 def logs(run_id: str, address: str | None = None, *, follow: bool = False) -> Iterator[str]:
     """The output of the run's latest job, in pieces; with `follow` until the job is over. Raises JobNotFound."""
     with _client(address) as client:
-        job = _latest(client, run_id)
-        if not follow:
-            yield client.get_job_logs(job.id)
-            return
-        pieces = client.tail_job_logs(job.id)
-        loop = asyncio.new_event_loop()
-        try:
-            while True:
-                try:
-                    yield loop.run_until_complete(anext(pieces))
-                except StopAsyncIteration:
-                    return
-        finally:
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
+        yield from _pieces(client, _latest(client, run_id).id, follow)
 
 
 def stop(run_id: str, address: str | None = None) -> Job:
@@ -149,6 +136,56 @@ def stop(run_id: str, address: str | None = None) -> Job:
         return job
 
 
+class JobsApi:
+    """Ray's Jobs API at one address, connected when it is first asked. Thread-safe.
+
+    Every method raises ClusterError; a request that is not answered for half a minute is given up.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._connected: JobSubmissionClient | None = None
+        self._lock = threading.Lock()
+
+    def list(self) -> list[Job]:
+        """Every job of a run there, oldest first."""
+        with self._client() as client:
+            return _jobs_of(client)
+
+    def submit(self, entrypoint: str, run_id: str, job_id: str) -> None:
+        """Start the shell command `entrypoint` on the cluster's head under just this id.
+
+        Raises JobExists if there is a job of that id, whatever has become of it.
+        """
+        for name in (run_id, job_id):
+            _check_id(name)
+        with self._client() as client:
+            try:
+                _submit(client, entrypoint, run_id, job_id)
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    raise JobExists(f"the cluster has a job {job_id!r} already") from error
+                raise
+
+    def ask_to_stop(self, job_id: str) -> None:
+        """The job gets SIGTERM, and some seconds later SIGKILL. Does not wait for that."""
+        with self._client() as client:
+            client.stop_job(job_id)
+
+    def logs(self, job_id: str, *, follow: bool = False) -> Iterator[str]:
+        """What a job has printed, in pieces; with `follow` until it is over."""
+        with self._client() as client:
+            yield from _pieces(client, job_id, follow)
+
+    @contextmanager
+    def _client(self) -> "Iterator[JobSubmissionClient]":
+        with self._lock:
+            if self._connected is None:
+                self._connected = _connect(self._address, _bounded_client())
+        with _told(self._address):
+            yield self._connected
+
+
 # -- inside
 
 
@@ -158,27 +195,96 @@ def _client(address: str | None) -> "Iterator[JobSubmissionClient]":
     target = _resolve(address)
     from ray.job_submission import JobSubmissionClient
 
+    client = _connect(target, JobSubmissionClient)
+    with _told(target):
+        yield client
+
+
+def _bounded_client() -> "type[JobSubmissionClient]":
+    """Ray's client waits for an answer without end; this one does not."""
+    from ray.job_submission import JobSubmissionClient
+
+    class BoundedClient(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, **{"timeout": _ANSWER_SECONDS, **options})
+
+    return BoundedClient
+
+
+_environment = threading.Lock()
+
+
+def _connect(target: str, kind: "type[JobSubmissionClient]") -> "JobSubmissionClient":
     # it reports every package that it uploads
     for name in ("ray.dashboard", "ray._private.runtime_env.packaging"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Ray lets its environment overrule the address that its client is given
-    before = os.environ.get(_API_ADDRESS)
-    os.environ[_API_ADDRESS] = target
+    with _environment:
+        # Ray lets its environment overrule the address that its client is given
+        before = os.environ.get(_API_ADDRESS)
+        os.environ[_API_ADDRESS] = target
+        try:
+            return kind(target)
+        except Exception as error:  # Ray names no common class: ConnectionError, RuntimeError, requests' own, ...
+            raise ClusterError(f"no Jobs API answers at {target} ({error}); check the address") from error
+        finally:
+            if before is None:
+                del os.environ[_API_ADDRESS]
+            else:
+                os.environ[_API_ADDRESS] = before
+
+
+@contextmanager
+def _told(target: str) -> Iterator[None]:
+    """What Ray's client raises becomes a ClusterError."""
     try:
-        client = JobSubmissionClient(target)
-    except Exception as error:  # Ray names no common class: ConnectionError, RuntimeError, requests' own, ...
-        raise ClusterError(f"no Jobs API answers at {target} ({error}); check the address") from error
-    finally:
-        if before is None:
-            del os.environ[_API_ADDRESS]
-        else:
-            os.environ[_API_ADDRESS] = before
-    try:
-        yield client
+        yield
     except (ClusterError, ValueError):
         raise
     except Exception as error:
         raise ClusterError(f"the Jobs API at {target} failed: {error}") from error
+
+
+def _check_id(run_id: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", run_id):
+        raise ValueError(f"run_id={run_id!r} is not usable; use letters, digits, '.', '_' and '-'")
+
+
+def _submit(
+    client: "JobSubmissionClient",
+    entrypoint: str,
+    run_id: str,
+    job_id: str,
+    files: Mapping[str, bytes] | None = None,
+    env_vars: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    with tempfile.TemporaryDirectory(prefix="caravan-job-") as folder:
+        for name, data in (files or {}).items():
+            Store(folder).write_bytes(name, data)
+        environment = {**(env_vars or {}), JOB_ID: job_id}
+        return client.submit_job(
+            entrypoint=entrypoint,
+            submission_id=job_id,
+            runtime_env={**runtime_env(), "working_dir": folder, "env_vars": environment},
+            metadata={**(metadata or {}), _RUN: run_id},
+        )
+
+
+def _pieces(client: "JobSubmissionClient", job_id: str, follow: bool) -> Iterator[str]:
+    if not follow:
+        yield client.get_job_logs(job_id)
+        return
+    pieces = client.tail_job_logs(job_id)
+    loop = asyncio.new_event_loop()
+    try:
+        while True:
+            try:
+                yield loop.run_until_complete(anext(pieces))
+            except StopAsyncIteration:
+                return
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
 
 
 def _resolve(address: str | None) -> str:
@@ -232,4 +338,5 @@ def _job(details: "JobDetails") -> Job:
         started=details.start_time / 1000 if details.start_time else None,
         ended=details.end_time / 1000 if details.end_time else None,
         metadata=metadata,
+        driver=details.driver_info.id if details.driver_info else "",
     )

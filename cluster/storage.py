@@ -237,6 +237,11 @@ class Store:
             found = self._files.stats(self._location.key(prefix))
         return {f"{prefix}/{path}" if prefix else path: stat for path, stat in found.items()}
 
+    def folders(self, prefix: str = "") -> tuple[str, ...]:
+        """Names of the folders right below the folder `prefix`, sorted; what lies in them is not looked at."""
+        with self._guard("list", prefix):
+            return tuple(sorted(self._files.folders(self._location.key(prefix))))
+
     def delete(self, prefix: str) -> None:
         """Remove the file `prefix`, or the folder and all below it. Absent is fine."""
         with self._guard("delete", prefix):

@@ -3,6 +3,7 @@
     {store}/runs/{run_id}/recipe.yaml     the resolved recipe, written once
     {store}/runs/{run_id}/status.json     state of the run and of each stage, replaced whole at each change
     {store}/runs/{run_id}/errors/         tracebacks of the stages that failed
+    {store}/summaries/{run_id}.json       what a list of runs shows of the status; see `Run.save`
 
 The driver renews the `heartbeat` in the status every few seconds. A run that says `running` with an old heartbeat has
 lost its driver (killed, or its machine is gone) and can be resumed.
@@ -29,11 +30,13 @@ from cluster.storage import NotFound, StorageError, Store
 
 HEARTBEAT_SECONDS = 5.0
 LOST_AFTER_SECONDS = 60.0
+SUMMARIES = "summaries"
 INTERRUPTED = "interrupted"
 """The error of a stage that a signal ended."""
 
 State = Literal["pending", "running", "done", "skipped", "failed"]
 
+_SUMMARY = ("state", "created", "started", "ended", "error", "until", "job")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _log = logging.getLogger(__name__)
 
@@ -115,6 +118,7 @@ class Run:
         self.directory = _directory(store, run_id)
         self._lock = threading.Lock()
         self._warned = False
+        self._summary: dict[str, Any] | None = None
 
     @classmethod
     def create(cls, store: Store, recipe_yaml: str, run_id: str | None = None, until: str | None = None) -> "Run":
@@ -145,9 +149,20 @@ class Run:
         return cls(store, run_id, recipe_yaml, status)
 
     def save(self) -> None:
-        """Write the status, whole."""
+        """Write the status, whole; and when the run begins or ends its summary.
+
+        The summary of a run that is over is written after the status, every other one before it: one that says that a
+        run is over is always right, and of the others the status is to be read.
+        """
         with self._lock:
+            summary = {name: getattr(self.status, name) for name in _SUMMARY} | {"name": recipe_name(self.recipe_yaml)}
+            changed, is_over = summary != self._summary, self.status.state in ("done", "failed")
+            if changed and not is_over:
+                self.store.write_json(f"{SUMMARIES}/{self.id}.json", summary)
             self.directory.write_json("status.json", asdict(self.status))
+            if changed and is_over:
+                self.store.write_json(f"{SUMMARIES}/{self.id}.json", summary)
+            self._summary = summary
             self._warned = False
 
     def replace_recipe(self, recipe_yaml: str) -> None:
@@ -156,8 +171,9 @@ class Run:
         self.directory.write_bytes("recipe.yaml", recipe_yaml.encode())
 
     def delete(self) -> None:
-        """Remove the run's folder; its artifacts stay."""
+        """Remove the run's folder and its summary; its artifacts stay."""
         self.store.delete(f"runs/{self.id}")
+        self.store.delete(f"{SUMMARIES}/{self.id}.json")
 
     def keep_traceback(self, stage: str, error: BaseException) -> str | None:
         """Write what failed, at length, to `errors/{stage}.txt`; the status has the one line. Returns the file's URI,
@@ -229,6 +245,12 @@ class Run:
 def list_runs(store: Store) -> list[str]:
     """Ids of all runs of a store, oldest first for ids made by `new_run_id`."""
     return sorted({path.split("/", 1)[0] for path in store.child("runs").list() if path.endswith("/status.json")})
+
+
+def recipe_name(recipe_yaml: str) -> str:
+    """The name that a recipe, as it is stored with a run, gives itself; empty if it gives none."""
+    found = re.search(r"^name: *(['\"]?)([A-Za-z0-9][A-Za-z0-9._-]*)\1 *$", recipe_yaml, re.MULTILINE)
+    return found[2] if found else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -272,3 +272,9 @@ def test_arrow_can_write_its_files_through_a_store(store: Store) -> None:
     with store.open_input("shard.arrow") as file:
         assert pa.ipc.open_file(file).read_all() == table
     assert store.entry("shard.arrow") == output.entry
+
+
+def test_folders_are_those_right_below(store: Store) -> None:
+    for path in ("a/x", "b/c/y", "b/z", "top"):
+        store.write_bytes(path, b"")
+    assert (store.folders(), store.folders("b"), store.folders("no")) == (("a", "b"), ("c",), ())
