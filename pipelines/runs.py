@@ -59,8 +59,9 @@ class StageStatus:
 
 @dataclass
 class RunStatus:
-    """`until` is the stage that the run goes up to, None for all. `pid` on `host` is the driver; `heartbeat` is when it
-    last said that it lives (seconds since the epoch). `job` is the id of the submitted job that it is, if it is one."""
+    """The run goes from the stage `from_stage` to the stage `until`, None for all on that side. `pid` on `host` is the
+    driver; `heartbeat` is when it last said that it lives (seconds since the epoch). `job` is the id of the submitted
+    job that it is, if it is one."""
 
     state: State = "pending"
     created: float = 0.0
@@ -71,6 +72,7 @@ class RunStatus:
     pid: int = 0
     error: str = ""
     until: str | None = None
+    from_stage: str | None = None
     job: str = ""
     stages: dict[str, StageStatus] = field(default_factory=dict)
 
@@ -121,15 +123,22 @@ class Run:
         self._summary: dict[str, Any] | None = None
 
     @classmethod
-    def create(cls, store: Store, recipe_yaml: str, run_id: str | None = None, until: str | None = None) -> "Run":
-        """Begin the folder of a new run, which goes up to the stage `until`. Raises RunError if the id is malformed or
-        taken."""
+    def create(
+        cls,
+        store: Store,
+        recipe_yaml: str,
+        run_id: str | None = None,
+        until: str | None = None,
+        from_stage: str | None = None,
+    ) -> "Run":
+        """Begin the folder of a new run, which goes from one stage to another. Raises RunError if the id is malformed
+        or taken."""
         run_id = run_id or new_run_id()
         directory = _directory(store, run_id)
         if directory.exists("status.json"):
             raise RunError(f"run {run_id!r} exists already; resume it, or choose another --run-id")
         directory.write_bytes("recipe.yaml", recipe_yaml.encode())
-        run = cls(store, run_id, recipe_yaml, RunStatus(created=time.time(), until=until))
+        run = cls(store, run_id, recipe_yaml, RunStatus(created=time.time(), until=until, from_stage=from_stage))
         run.save()
         return run
 
