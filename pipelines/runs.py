@@ -122,6 +122,11 @@ class Run:
         self._warned = False
         self._summary: dict[str, Any] | None = None
 
+    @property
+    def name(self) -> str:
+        """What the recipe calls itself; empty if it does not."""
+        return recipe_name(self.recipe_yaml)
+
     @classmethod
     def create(
         cls,
@@ -164,7 +169,7 @@ class Run:
         run is over is always right, and of the others the status is to be read.
         """
         with self._lock:
-            summary = {name: getattr(self.status, name) for name in _SUMMARY} | {"name": recipe_name(self.recipe_yaml)}
+            summary = {name: getattr(self.status, name) for name in _SUMMARY} | {"name": self.name}
             changed, is_over = summary != self._summary, self.status.state in ("done", "failed")
             if changed and not is_over:
                 self.store.write_json(f"{SUMMARIES}/{self.id}.json", summary)

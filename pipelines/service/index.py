@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from cluster.jobs import Job
 from cluster.storage import FileStat, NotFound, Store
 from pipelines.runs import SUMMARIES, RunStatus, recipe_name
 from pipelines.service.submission import RunState, Submission, state_of
@@ -62,9 +64,10 @@ class KnownRun:
         """Nobody changes it any more, without changing a file of the flat folder."""
         return self.status.state in ("done", "failed") and (self.submission is None or bool(self.submission.outcome))
 
-    def row(self, now: float) -> RunRow:
+    def row(self, now: float, job: Job | None = None, waits_for: str = "") -> RunRow:
+        """`job` is the submission's, if it is known, and `waits_for` why it is queued."""
         status, asked = self.status, self.submission
-        state = state_of(asked, status, None, lost=status.is_lost(now), now=now)
+        state = state_of(asked, status, job, lost=status.is_lost(now), now=now)
         stage = next((name for name, each in status.stages.items() if each.state == "running"), "")
         return RunRow(
             self.id,
@@ -78,7 +81,7 @@ class KnownRun:
             status.until,
             asked.priority if asked is not None else 0,
             dict(asked.tags) if asked is not None else {},
-            asked.waits_for if asked is not None and state == "queued" else "",
+            waits_for if state == "queued" else "",
         )
 
 
@@ -122,17 +125,27 @@ class RunIndex:
         with self._lock:
             return self._known.get(run_id)
 
+    def put(self, run: KnownRun) -> None:
+        """What the caller has just written; looked at again at the next `refresh`."""
+        with self._lock:
+            self._known[run.id] = run
+
+    def forget(self, run_id: str) -> None:
+        """The caller has deleted the run."""
+        with self._lock:
+            self._known.pop(run_id, None)
+
     def rows(self) -> list[RunRow]:
         now = self._clock()
         return [run.row(now) for run in self.known()]
 
 
 def read_run(
-    store: Store, run_id: str, summary: FileStat | None = None, copy: FileStat | None = None
+    store: Store, run_id: str, summary: FileStat | None = None, copy: FileStat | None = None, submitted: bool = False
 ) -> KnownRun | None:
     """A run as the store has it, None if that is no whole run; `summary` and `copy` as listed in the flat folder.
 
-    Raises StorageError.
+    Without them all is read from the run's own folder, the submission if it is `submitted`. Raises StorageError.
     """
     folder = store.child("runs", run_id)
     status, name = _summary(store, run_id) if summary is not None else (None, "")
@@ -145,7 +158,8 @@ def read_run(
         return None
     except (ValueError, TypeError, KeyError) as error:
         status = RunStatus("failed", error=f"its status.json or recipe.yaml is damaged ({error}); delete it")
-    return KnownRun(run_id, name, status, _submission(store, run_id, copy), summary, copy)
+    asked = _submission(store, run_id, copy) if submitted or copy is not None else None
+    return KnownRun(run_id, name, status, asked, summary, copy)
 
 
 def _summary(store: Store, run_id: str) -> tuple[RunStatus | None, str]:
@@ -161,14 +175,11 @@ def _summary(store: Store, run_id: str) -> tuple[RunStatus | None, str]:
 
 
 def _submission(store: Store, run_id: str, copy: FileStat | None) -> Submission | None:
-    if copy is None:
-        return None
-    try:
-        found = Submission.from_json(store.read_json(f"{SUMMARIES}/{run_id}.{_SUBMISSION}"))
-        if found.outcome:
-            return found
-    except (NotFound, ValueError, TypeError):
-        pass
+    if copy is not None:
+        with suppress(NotFound, ValueError, TypeError):
+            found = Submission.from_json(store.read_json(f"{SUMMARIES}/{run_id}.{_SUBMISSION}"))
+            if found.outcome:
+                return found
     try:
         return Submission.from_json(store.child("runs", run_id).read_json(_SUBMISSION))
     except NotFound:

@@ -16,18 +16,11 @@ from pipelines.graph import Graph
 from pipelines.recipe import Recipe
 from pipelines.recipe_text import RecipeError, parse_yaml, set_override, sets_preset
 from pipelines.runs import one_line
+from pipelines.service.errors import RequestRefused
 from pipelines.service.needs import needs_of
 from pipelines.service.policy import PolicyError, RecipePolicy
 from pipelines.service.submission import Submission
 from pipelines.stages import build_graph
-
-
-class RequestRefused(ValueError):
-    """A request that cannot be met; `field` is the part of it that is to blame, if one is."""
-
-    def __init__(self, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.field = field
 
 
 @dataclass(frozen=True)

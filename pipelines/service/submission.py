@@ -44,7 +44,6 @@ class Submission:
     tries: int = 0
     job_id: str = ""
     stop_asked: float | None = None
-    waits_for: str = ""
     outcome: Outcome = ""
     error: str = ""
     ended: float | None = None
@@ -78,12 +77,11 @@ class Submission:
         """Gives the run a new job's id, to be written before the job is submitted."""
         self.tries += 1
         self.job_id = run_id if self.tries == 1 else f"{run_id}-{self.tries}"
-        self.waits_for = ""
 
     def queue_again(self, now: float) -> None:
         """The run waits for its next try."""
         self.submitted, self.job_id, self.stop_asked = now, "", None
-        self.outcome, self.error, self.ended, self.waits_for = "", "", None, ""
+        self.outcome, self.error, self.ended = "", "", None
 
 
 def state_of(submission: Submission | None, status: RunStatus, job: Job | None, *, lost: bool, now: float) -> RunState:
