@@ -399,6 +399,15 @@ class Orchestrator:
         entry = self._entries.get(run_id)
         return (self._row(entry) if entry is not None else run.row(self._clock())), run
 
+    def latest_job(self, run_id: str) -> str:
+        """The id of the job that the cluster has of a run. Raises UnknownRun, StorageError and ClusterError."""
+        run = self._read(run_id)
+        own = [job for job in self.jobs.list() if job.run_id == run_id]
+        if not own:
+            began = "its log went with the cluster that it ran on" if run.status.job else "it was not started as a job"
+            raise UnknownRun(f"run {run_id!r} has no log here: {began}")
+        return own[-1].id
+
     def cluster(self) -> dict[str, Any]:
         """What the cluster has, who takes it, and who waits; as of the last tick that looked."""
         entries = self._active()

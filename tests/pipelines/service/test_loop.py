@@ -3,13 +3,14 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.storage import StorageError, Store
 from pipelines.runs import Run
 from pipelines.service.errors import RequestRefused, UnknownRun, WrongState
-from pipelines.service.intake import RunRequest
+from pipelines.service.intake import Accepted, RunRequest, accept
 from pipelines.service.loop import Orchestrator, driver_command
 from pipelines.service.queue import QueuePolicy
 from pipelines.service.resources import Room
@@ -421,6 +422,14 @@ def test_killed_at_any_step_every_run_ends_as_it_should(tmp_path: Path, monkeypa
             count(f"after {path}")
         return entry
 
+    accepted: dict[str | None, Accepted] = {}
+
+    def accept_once(request: RunRequest, *rest: Any) -> Accepted:  # it reads a recipe, and changes nothing
+        if request.run_id not in accepted:
+            accepted[request.run_id] = accept(request, *rest)
+        return accepted[request.run_id]
+
+    monkeypatch.setattr("pipelines.service.loop.accept", accept_once)
     driving = False
 
     def of_driver(method: Callable[..., None]) -> Callable[..., None]:
