@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,18 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True)
 class ClusterRecord:
-    """What `up` notes about the head it started. `started` is the process's start, in seconds since the epoch."""
+    """What `up` notes about the head it started. `started` is the process's start, in seconds since the epoch.
+
+    `service_url` is where a service for runs answers on that cluster, and `service_token_file` holds the token for it;
+    None if there is none.
+    """
 
     pid: int
     started: float
     address: str
     dashboard_url: str
+    service_url: str | None = None
+    service_token_file: str | None = None
 
 
 def up(
@@ -115,6 +121,18 @@ def down() -> ClusterRecord:
         if process is None:
             raise ClusterError(f"no cluster is up: {_had_ended(record)}; its record is removed")
     return record
+
+
+def note_service(record: ClusterRecord, url: str, token_file: str | None) -> ClusterRecord:
+    """Note in the record of a running head where a service for runs answers. Raises ClusterError if the head has gone
+    meanwhile."""
+    with _locked_home() as home:
+        current = _read_record()
+        if current != record:
+            raise ClusterError(f"the cluster at {record.address} is not the one of `caravan up` any more")
+        noted = replace(record, service_url=url, service_token_file=token_file)
+        Store(home).write_json(_RECORD, asdict(noted))
+    return noted
 
 
 def _launch(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,6 +23,7 @@ from pipelines.cli_bench import bench
 from pipelines.cli_keys import keys
 from pipelines.cli_runs import export, show
 from pipelines.cli_serve import deploy, scale, status, trace, undeploy
+from pipelines.cli_service import delete, down, logs, runs, stop, submit, up
 from pipelines.screen import (
     INTERRUPTED,
     TERMINATED,
@@ -55,7 +55,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(keys, name="keys")
-for command in (show, export, deploy, scale, status, trace, undeploy):
+for command in (up, down, submit, runs, logs, stop, delete, show, export, deploy, scale, status, trace, undeploy):
     app.command()(command)
 
 RecipeArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
@@ -66,39 +66,6 @@ ResumeUntilOption = Annotated[
     str | None, typer.Option(help="Run this stage and what it needs from now on [default: as the run was begun]")
 ]
 KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the endpoint serving.")]
-
-
-# --- the local cluster ----------------------------------------------------------------------------------------------
-
-
-@app.command()
-def up(
-    num_cpus: Annotated[int | None, typer.Option(help="CPUs to offer [default: all]")] = None,
-    num_gpus: Annotated[int | None, typer.Option(help="GPUs to offer [default: all]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the head [default: a free one]")] = None,
-    dashboard_port: Annotated[int | None, typer.Option(help="Port of the dashboard [default: a free one]")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Start a Ray head on this machine that stays until `caravan down`."""
-    from cluster import head
-
-    record = head.up(num_cpus=num_cpus, num_gpus=num_gpus, port=port, dashboard_port=dashboard_port)
-    if as_json:
-        print_json(asdict(record))
-    else:
-        out.print(f"Ray is up at {record.address}, dashboard {record.dashboard_url}", highlight=False)
-
-
-@app.command()
-def down(as_json: JsonOption = False) -> None:
-    """End the Ray head that `caravan up` started, and all that runs on it."""
-    from cluster import head
-
-    record = head.down()
-    if as_json:
-        print_json(asdict(record))
-    else:
-        out.print(f"Ray at {record.address} is down", highlight=False)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -150,82 +117,6 @@ def resume(
         return found
 
     _drive(recipe, open_run, store, until, keep, address, as_json)
-
-
-@app.command()
-def submit(
-    recipe: RecipeArgument,
-    overrides: SetOption = None,
-    store: StoreOption = None,
-    run_id: RunIdOption = None,
-    until: UntilOption = None,
-    keep: KeepOption = False,
-    address: AddressOption = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print the job's log until it ends.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Run a recipe as a Ray job on a running cluster; prints the run's id."""
-    from cluster import jobs
-    from pipelines.recipe import Recipe
-    from pipelines.runs import Run
-    from pipelines.stages import build_graph
-
-    parsed = Recipe.load(recipe, overrides or [], named_store(store))
-    _check_keep(keep, until)
-    build_graph(parsed, dashboard_url="", keep=keep).selected(until)  # what is wrong is said now, not in a job's log
-    opened = open_store(store)
-    jobs.check(address)
-    created = Run.create(opened, parsed.to_yaml(), run_id, until)
-    arguments = ["resume", created.id, "--store", created.store.uri]
-    arguments += ["--keep"] if keep else []
-    try:
-        job = jobs.submit(shlex.join(["python", "-m", "pipelines.cli", *arguments]), created.id, address=address)
-    except BaseException:
-        created.delete()
-        raise
-    if as_json:
-        print_json({"run_id": created.id, "job_id": job.id, "store": created.store.uri})
-    else:
-        out.print(f"submitted run {created.id} to {created.store.uri}", highlight=False, markup=False)
-    if follow:
-        _follow(created.id, address)
-
-
-@app.command()
-def logs(
-    run_id: RunArgument,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
-    address: AddressOption = None,
-) -> None:
-    """Print what a submitted run has printed."""
-    from cluster import jobs
-
-    if follow:
-        _follow(run_id, address)
-        return
-    for piece in jobs.logs(run_id, address):
-        sys.stdout.write(piece)
-
-
-@app.command()
-def stop(run_id: RunArgument, address: AddressOption = None) -> None:
-    """End a submitted run; `caravan resume` goes on with it."""
-    from cluster import jobs
-
-    job = jobs.stop(run_id, address)
-    out.print(f"job {job.id} is {job.status}", highlight=False)
-
-
-def _follow(run_id: str, address: str | None) -> None:
-    """Prints a job's log until it ends; a job that fails fails the command."""
-    from cluster import jobs
-
-    for piece in jobs.logs(run_id, address, follow=True):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    job = jobs.status(run_id, address)
-    if job.status != "SUCCEEDED":
-        fail(f"job {job.id} is {job.status}: {job.message}")
 
 
 def _drive(

@@ -1,0 +1,419 @@
+"""The `caravan` commands around submitted runs, and around the local cluster that has a service for them.
+
+They ask the service where there is one: that of `caravan up`, or the one that --address names. Without one, and for
+another store than its own, they ask Ray's Jobs API and read the store themselves.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from pipelines.screen import (
+    AddressOption,
+    JsonOption,
+    RunArgument,
+    StoreOption,
+    err,
+    fail,
+    named_store,
+    open_store,
+    out,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from pipelines.recipe import Recipe
+    from pipelines.service.client import ServiceClient
+
+FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Print the job's log until it ends.")]
+TagOption = Annotated[list[str] | None, typer.Option("--tag", help="name=value; may be repeated.")]
+RecipeArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.steps=100.")]
+RunIdOption = Annotated[str | None, typer.Option(help="Name of the new run [default: time and a random part]")]
+UntilOption = Annotated[str | None, typer.Option(help="Run this stage and what it needs, nothing more.")]
+KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the endpoint serving.")]
+
+_STOP_SECONDS = 60.0
+_SHOWN = 50
+
+
+# --- the local cluster ----------------------------------------------------------------------------------------------
+
+
+def up(
+    num_cpus: Annotated[int | None, typer.Option(help="CPUs to offer [default: all]")] = None,
+    num_gpus: Annotated[int | None, typer.Option(help="GPUs to offer [default: all]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the head [default: a free one]")] = None,
+    dashboard_port: Annotated[int | None, typer.Option(help="Port of the dashboard [default: a free one]")] = None,
+    service: Annotated[bool, typer.Option(help="With a service that queues submitted runs.")] = True,
+    service_port: Annotated[int | None, typer.Option(help="Port of the service [default: a free one]")] = None,
+    store: StoreOption = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder or URI whose files submitted recipes may name; may be repeated. [default: this folder]"
+        ),
+    ] = None,
+    allow_module: Annotated[
+        list[str] | None, typer.Option(help="Python module whose functions may be stages; may be repeated.")
+    ] = None,
+    cap: Annotated[
+        list[str] | None,
+        typer.Option(help="user=2: at most two runs at once with the same tag `user`; may be repeated."),
+    ] = None,
+    token_file: Annotated[
+        str | None, typer.Option(help="File with a token that the service asks for; readable for you alone.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a Ray head on this machine that stays until `caravan down`, and a service for runs on it."""
+    from cluster import head
+
+    if not service:
+        record = head.up(num_cpus=num_cpus, num_gpus=num_gpus, port=port, dashboard_port=dashboard_port)
+    else:
+        from pipelines.service import actor
+
+        settings = _settings(store, allow, allow_module, cap, token_file)
+        settings.token()
+        chosen = actor.choose_port(service_port)
+        record = head.up(num_cpus=num_cpus, num_gpus=num_gpus, port=port, dashboard_port=dashboard_port)
+        try:
+            record = head.note_service(record, actor.start(record.address, settings, chosen), settings.token_file)
+        except BaseException:
+            head.down()
+            raise
+    if as_json:
+        print_json(asdict(record))
+        return
+    out.print(f"Ray is up at {record.address}, dashboard {record.dashboard_url}", highlight=False)
+    if record.service_url is not None:
+        out.print(f"runs are queued at {record.service_url}", highlight=False)
+
+
+def down(as_json: JsonOption = False) -> None:
+    """End the Ray head that `caravan up` started, and all that runs on it."""
+    from cluster import head
+
+    record = head.down()
+    if as_json:
+        print_json(asdict(record))
+    else:
+        out.print(f"Ray at {record.address} is down", highlight=False)
+
+
+def _settings(
+    store: str | None,
+    allow: list[str] | None,
+    modules: list[str] | None,
+    caps: list[str] | None,
+    token_file: str | None,
+) -> Any:
+    from pipelines.section import lasting_uri
+    from pipelines.service.settings import ServiceSettings
+
+    given: dict[str, int] = {}
+    for cap in caps or []:
+        name, _, number = cap.partition("=")
+        if not name or not number.isdigit() or int(number) < 1:
+            fail(f"--cap={cap} is not of the form tag=number, such as user=2")
+        given[name] = int(number)
+    opened = open_store(store)
+    try:
+        return ServiceSettings(
+            store=opened.uri,
+            token_file=None if token_file is None else str(Path(token_file).expanduser().absolute()),
+            allow=tuple(lasting_uri(place) for place in (allow or [str(Path.cwd())])),
+            modules=tuple(modules or ()),
+            caps=given,
+        )
+    except ValueError as error:  # pydantic's text has more than the one line
+        lines = [line.strip() for line in str(error).splitlines()]
+        fail(f"--allow: {next((line for line in lines if line.startswith('Value error')), lines[0])}")
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def submit(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    run_id: RunIdOption = None,
+    until: UntilOption = None,
+    keep: KeepOption = False,
+    priority: Annotated[int, typer.Option(help="-100 to 100; of the runs that wait the highest is first.")] = 0,
+    tag: TagOption = None,
+    address: AddressOption = None,
+    follow: FollowOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Queue a run of a recipe at the cluster's service, or without one start it as a Ray job; prints the run's id."""
+    from pipelines.recipe import Recipe
+
+    with _service(address, store) as found:
+        home = named_store(found.health()["store"]) if found is not None else named_store(store)
+        parsed = Recipe.load(recipe, overrides or [], home)
+        if found is None:
+            if priority or tag:
+                fail("--priority and --tag are for a service, and there is none; start one: caravan up")
+            _submit_job(parsed, store, run_id, until, keep, address, follow, as_json)
+            return
+        body = {"recipe": parsed.to_yaml(), "run_id": run_id, "until": until, "keep": keep, "priority": priority}
+        queued = found.submit({**body, "tags": _tags(tag)})
+        if as_json:
+            print_json({"run_id": queued["id"], "state": queued["state"], "store": home.uri})
+        else:
+            out.print(f"submitted run {queued['id']} to {home.uri}", highlight=False, markup=False)
+        if follow:
+            _follow_run(found, queued["id"])
+
+
+def _submit_job(
+    parsed: Recipe,
+    store: str | None,
+    run_id: str | None,
+    until: str | None,
+    keep: bool,
+    address: str | None,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """The driver as a Ray job, at once."""
+    from cluster import jobs
+    from pipelines.runs import Run
+    from pipelines.stages import build_graph
+
+    if keep and until not in (None, "deploy"):
+        fail(
+            f"--keep leaves an endpoint running, but --until={until} starts none; leave --keep out, or give "
+            "--until deploy"
+        )
+    build_graph(parsed, dashboard_url="", keep=keep).selected(until)  # what is wrong is said now, not in a job's log
+    opened = open_store(store)
+    jobs.check(address)
+    created = Run.create(opened, parsed.to_yaml(), run_id, until)
+    arguments = ["resume", created.id, "--store", created.store.uri]
+    arguments += ["--keep"] if keep else []
+    try:
+        job = jobs.submit(shlex.join(["python", "-m", "pipelines.cli", *arguments]), created.id, address=address)
+    except BaseException:
+        created.delete()
+        raise
+    if as_json:
+        print_json({"run_id": created.id, "job_id": job.id, "store": created.store.uri})
+    else:
+        out.print(f"submitted run {created.id} to {created.store.uri}", highlight=False, markup=False)
+    if follow:
+        _follow_job(created.id, address)
+
+
+def runs(
+    state: Annotated[list[str] | None, typer.Option(help="Only runs in this state; may be repeated.")] = None,
+    tag: TagOption = None,
+    name: Annotated[str, typer.Option(help="Part of the run's id or of its recipe's name.")] = "",
+    since: Annotated[str | None, typer.Option(help="Created then or later: 2026-01-31 or 2026-01-31T12:00:00.")] = None,
+    sort: Annotated[str, typer.Option(help="created, ended, priority, state or id.")] = "created",
+    ascending: Annotated[bool, typer.Option("--ascending", help="The smallest first.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Show so many.")] = _SHOWN,
+    offset: Annotated[int, typer.Option(min=0, help="Leave out the first so many.")] = 0,
+    store: StoreOption = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs of a store, newest first. Needs no cluster."""
+    from pipelines.service.index import SORTS, RunIndex, Selection
+    from pipelines.service.submission import STATES
+
+    if sort not in SORTS:
+        fail(f"--sort={sort} is none of {', '.join(SORTS)}")
+    for each in state or []:
+        if each not in STATES:
+            fail(f"--state={each} is none of {', '.join(STATES)}")
+    from_time = _seconds(since)
+    with _service(address, store) as found:
+        if found is not None:
+            query = {"state": state, "tag": tag, "name": name, "since": from_time, "sort": sort, "ascending": ascending}
+            answer = found.runs({**query, "limit": limit, "offset": offset})
+            rows, total = answer["runs"], answer["total"]
+        else:
+            index = RunIndex(named_store(store))
+            index.refresh()
+            selection = Selection(
+                tuple(state or ()),
+                _tags(tag),
+                name,
+                from_time,
+                sort,
+                ascending,
+                limit,
+                offset,  # type: ignore[arg-type]
+            )
+            selected, total = selection.of(index.rows())
+            rows = [asdict(row) for row in selected]
+    if as_json:
+        print_json({"runs": rows, "total": total})
+    else:
+        _print_runs(rows, total)
+
+
+def logs(run_id: RunArgument, follow: FollowOption = False, address: AddressOption = None) -> None:
+    """Print what a submitted run has printed."""
+    from cluster import jobs
+    from pipelines.service.client import ServiceRefused
+
+    with _service(address, None) as found:
+        try:
+            if found is not None:
+                _follow_run(found, run_id) if follow else _write(found.logs(run_id))
+                return
+        except ServiceRefused as error:
+            if error.status != 404:
+                raise  # else it may be a run of another store, which went past the service
+    if follow:
+        _follow_job(run_id, address)
+    else:
+        _write(jobs.logs(run_id, address))
+
+
+def stop(run_id: RunArgument, address: AddressOption = None) -> None:
+    """Take a submitted run out of the queue, or end it; `caravan resume` goes on with it."""
+    from cluster import jobs
+    from pipelines.service.client import ServiceRefused
+    from pipelines.service.submission import OVER
+
+    with _service(address, None) as found:
+        if found is not None:
+            try:
+                found.stop(run_id)
+                run = found.await_state(run_id, OVER, _STOP_SECONDS)
+                out.print(f"run {run_id} is {run['state']}", highlight=False)
+                return
+            except ServiceRefused as error:
+                if error.status != 404:
+                    raise  # else it may be a run of another store, which went past the service
+        job = jobs.stop(run_id, address)
+        out.print(f"job {job.id} is {job.status}", highlight=False)
+
+
+def delete(run_id: RunArgument, store: StoreOption = None, address: AddressOption = None) -> None:
+    """Remove the folder of a run that is over: its recipe, states, plots. Its artifacts stay."""
+    from pipelines.runs import Run
+    from pipelines.service.index import delete_run, read_run
+    from pipelines.service.submission import OVER
+
+    with _service(address, store) as found:
+        if found is not None:
+            found.delete(run_id)
+        else:
+            home = named_store(store)
+            Run.open(home, run_id)  # which says so if there is none, and names those like it
+            run = read_run(home, run_id, submitted=True)
+            state = run.row(time.time()).state if run is not None else "gone"
+            if state not in OVER:
+                fail(f"run {run_id} is {state}; stop it first")
+            delete_run(home, run_id)
+    out.print(f"run {run_id} is deleted; its artifacts stay", highlight=False)
+
+
+# --- how they do it -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _service(address: str | None, store: str | None) -> Iterator[ServiceClient | None]:
+    """The service to ask; None if there is none, or if it keeps another store than the one that is named."""
+    from pipelines.service.client import find_service
+
+    found = find_service(address)
+    try:
+        if found is not None and store is not None and found.health()["store"] != named_store(store).uri:
+            yield None
+        else:
+            yield found
+    finally:
+        if found is not None:
+            found.close()
+
+
+def _follow_run(service: ServiceClient, run_id: str) -> None:
+    """Prints a run's log from when it starts until it is over; a run that does not end well fails the command."""
+    from pipelines.service.client import ServiceRefused
+    from pipelines.service.submission import OVER
+
+    told = ""
+    while (run := service.run(run_id))["state"] == "queued":
+        if run["waits_for"] != told:
+            told = run["waits_for"]
+            err.print(told, highlight=False, markup=False)
+        time.sleep(0.5)
+    while True:
+        try:
+            _write(service.logs(run_id, follow=True))
+            break
+        except ServiceRefused as error:  # its job is not there yet
+            if error.status != 404 or service.run(run_id)["state"] != "starting":
+                raise
+            time.sleep(0.5)
+    run = service.await_state(run_id, OVER, _STOP_SECONDS)
+    if run["state"] != "done":
+        fail(f"run {run_id} is {run['state']}: {run['error']}".rstrip(": "))
+
+
+def _follow_job(run_id: str, address: str | None) -> None:
+    """Prints a job's log until it ends; a job that fails fails the command."""
+    from cluster import jobs
+
+    _write(jobs.logs(run_id, address, follow=True))
+    job = jobs.status(run_id, address)
+    if job.status != "SUCCEEDED":
+        fail(f"job {job.id} is {job.status}: {job.message}")
+
+
+def _write(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def _tags(given: list[str] | None) -> dict[str, str]:
+    for each in given or []:
+        if not all(each.partition("=")):
+            fail(f"--tag={each} is not of the form name=value")
+    return {name: value for name, _, value in (each.partition("=") for each in given or [])}
+
+
+def _seconds(since: str | None) -> float | None:
+    if since is None:
+        return None
+    try:
+        return datetime.fromisoformat(since).timestamp()
+    except ValueError:
+        fail(f"--since={since} is no time, such as 2026-01-31 or 2026-01-31T12:00:00")
+
+
+def _print_runs(rows: list[Mapping[str, Any]], total: int) -> None:
+    from pipelines.follow import duration
+
+    table = Table("run", "recipe", "state", "created", "took", "tags", "")
+    for row in rows:
+        created = f"{datetime.fromtimestamp(row['created']):%Y-%m-%d %H:%M}" if row["created"] else ""
+        end = row["ended"] if row["ended"] is not None else time.time()
+        took = duration(max(0.0, end - row["started"])) if row["started"] and row["state"] != "queued" else ""
+        tags = " ".join(f"{name}={value}" for name, value in row["tags"].items())
+        what = row["error"] or row["waits_for"] or row["stage"]
+        table.add_row(row["id"], row["name"], row["state"], created, took, escape(tags), escape(what))
+    out.print(table)
+    if len(rows) < total:
+        out.print(f"{len(rows)} of {total}; --limit and --offset show the others", highlight=False)
