@@ -297,7 +297,8 @@ def stop(run_id: RunArgument, address: AddressOption = None) -> None:
     with _service(address, None) as found:
         if found is not None:
             try:
-                found.stop(run_id)
+                if found.run(run_id)["state"] not in OVER | {"stopping"}:
+                    found.stop(run_id)
                 run = found.await_state(run_id, OVER, _STOP_SECONDS)
                 out.print(f"run {run_id} is {run['state']}", highlight=False)
                 return

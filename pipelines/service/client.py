@@ -63,6 +63,12 @@ class ServiceClient:
     def resume(self, run_id: str) -> dict[str, Any]:
         return self._json("POST", f"{_path(run_id)}/resume", json={})
 
+    def artifacts(self, run_id: str) -> list[dict[str, Any]]:
+        return self._json("GET", f"{_path(run_id)}/artifacts")["artifacts"]
+
+    def cluster(self) -> dict[str, Any]:
+        return self._json("GET", "/api/cluster")
+
     def delete(self, run_id: str) -> None:
         self._request("DELETE", _path(run_id))
 

@@ -110,7 +110,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, swift: Swift) -> Iterato
         "OMP_NUM_THREADS": "1",
     }
     place = Workplace(folder / "home", path, environment)
-    place.run("up", "--num-cpus", 2)
+    place.run("up", "--num-cpus", 2, "--no-service")
     head = processes.find(place.head_pid())
     try:
         yield place

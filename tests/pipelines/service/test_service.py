@@ -15,6 +15,7 @@ import pytest
 
 from cluster import processes
 from pipelines.service.client import ServiceClient, ServiceRefused
+from pipelines.service.submission import OVER
 from tests.pipelines.service.fakes import RECIPE
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -51,7 +52,7 @@ class Place:
         return None
 
     def recipe(self, name: str, uri: str | None = None) -> dict[str, Any]:
-        source = {"uri": uri or str(self.folder / "corpus" / "a.txt")}
+        source = {"uri": uri or str(self.folder / "corpus")}
         data = {"sources": [source], "validation_fraction": 0.1, "min_document_chars": 8}
         return {**RECIPE, "name": name, "data": data}
 
@@ -60,7 +61,8 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("service")
     (folder / "corpus").mkdir()
-    (folder / "corpus" / "a.txt").write_text("\n\n".join(f"def f{n}(x):\n    return x + {n}" for n in range(200)))
+    for number in range(60):
+        (folder / "corpus" / f"{number}.txt").write_text(f"def f{number}(x):\n    return x + {number}\n" * 5)
     token = folder / "token"
     token.write_text(TOKEN)
     token.chmod(0o600)
@@ -109,11 +111,12 @@ def test_runs_end_as_they_should_though_the_service_is_killed(place: Place) -> N
     wait_for(lambda: place.service_pid() not in (None, first), "another process of the service")
     assert client.stop("four")["state"] in ("stopped", "stopping"), "the client waits until it is back"
 
-    wait_for(lambda: set(states(client).values()) <= {"done", "stopped"}, "the end of all runs")
+    wait_for(lambda: set(states(client).values()) <= OVER, "the end of all runs")
     assert states(client) == {"one": "done", "two": "done", "three": "done", "four": "stopped"}
     assert [client.run(run_id)["submission"]["tries"] for run_id in ("one", "two", "three")] == [1, 1, 1]
     assert "ingest" in "".join(client.logs("one"))
-    artifact = client._json("GET", "/api/runs/one/artifacts")["artifacts"][0]
+    assert client.cluster()["capacity"] == {"CPU": 2.0, "GPU": 0.0}
+    artifact = client.artifacts("one")[0]
     assert (artifact["stage"], artifact["committed"]) == ("ingest", True) and artifact["size"] > 0
 
 
@@ -126,13 +129,13 @@ def test_the_commands_go_through_the_service(place: Place) -> None:
     assert (submitted["run_id"], submitted["state"]) == ("five", "queued")
     client = place.client
     assert client is not None
-    began = wait_for(lambda: client.run("five")["stages"], "its first stage")
-    assert began[0]["stage"] == "ingest"
-    assert "run five is stopped" in place.run("stop", "five") or client.run("five")["state"] == "done"
+    wait_for(lambda: client.run("five")["state"] == "starting", "its job")
+    assert client.stop("five")["state"] == "stopping"
+    assert "run five is stopped" in place.run("stop", "five")
     listed = json.loads(place.run("runs", "--tag", "user=ana", "--sort", "id", "--ascending", "--json"))
     assert [run["id"] for run in listed["runs"]] == ["five", "one", "three"]
     place.run("delete", "five")
-    assert "five" in place.run("logs", "five", code=1)
+    assert "'five'" in place.run("logs", "five", code=1)
     recipe.write_text(json.dumps(place.recipe("six", "/etc/hostname")))
     assert "data.sources[0].uri" in place.run("submit", recipe, "--until", "ingest", code=1)
 
