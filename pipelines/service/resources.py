@@ -1,10 +1,10 @@
 """What the cluster has, and what others than the service's runs take of it, asked of Ray.
 
 What Ray calls available does not help with our own runs: one that has just started has taken nothing yet, and one
-between two stages holds nothing. So their needs are counted instead, and of the rest what living actors hold: replicas
-of Serve, workers of a training that was started by hand. Actors belong to the job of the driver that started them, and
-the replicas of a kept endpoint to whoever started Serve; while that is one of our runs, they count as its needs. Tasks
-of others come and go, and are not counted.
+between two stages holds nothing. So their needs are counted instead, and of the rest what living actors hold and what
+placement groups keep: replicas of Serve, a training that was started by hand. Both belong to the job of the driver that
+asked for them, and the replicas of a kept endpoint to whoever started Serve; while that is one of our runs, they count
+as its needs. Tasks of others come and go, and are not counted.
 
 Needs a connection to Ray.
 """
@@ -19,7 +19,7 @@ from cluster.head import ClusterError
 from pipelines.service.queue import Amounts
 
 _ACCELERATOR = "accelerator_type:"
-_ACTORS_LISTED = 10_000
+_LISTED = 10_000
 _ANSWER_SECONDS = 20
 
 
@@ -46,18 +46,21 @@ class RayResources:
     def look(self, drivers: Sequence[str]) -> Room:
         """Raises ClusterError."""
         import ray
-        from ray.util.state import list_actors
+        from ray.util.state import list_actors, list_placement_groups
         from ray.util.state.exception import RayStateApiException
 
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            actors = list_actors(
-                filters=[("state", "=", "ALIVE")], limit=_ACTORS_LISTED, timeout=_ANSWER_SECONDS, detail=True
-            )
+            asked: Any = {"limit": _LISTED, "timeout": _ANSWER_SECONDS, "detail": True}
+            actors = list_actors(filters=[("state", "=", "ALIVE")], **asked)
+            groups = list_placement_groups(filters=[("state", "=", "CREATED")], **asked)
         except (ray.exceptions.RayError, RayStateApiException, RuntimeError, OSError) as error:
             raise ClusterError(f"Ray does not say what the cluster has: {error}") from error
         ours = set(drivers)
         held = [actor.required_resources or {} for actor in actors if actor.job_id not in ours]
+        for group in groups:
+            if group.creator_job_id not in ours:
+                held += [bundle["unit_resources"] for bundle in group.bundles or []]
         capacity = capacity_of(nodes)
         for name, amount in self._may_grow_to.items():
             capacity[name] = max(amount, capacity.get(name, 0.0))
@@ -77,14 +80,15 @@ def capacity_of(nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-def taken_by(actors: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What actors hold, by their required resources."""
+def taken_by(held: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What actors and bundles hold in all. An actor in a placement group names that group's share, which is another
+    resource, and is not counted twice."""
     taken: dict[str, float] = {}
-    for actor in actors:
+    for each in held:
         for name in ("CPU", "GPU"):
-            taken[name] = taken.get(name, 0.0) + float(actor.get(name, 0.0))
-        for name in actor:
+            taken[name] = taken.get(name, 0.0) + float(each.get(name, 0.0))
+        for name in each:
             if name.startswith(_ACCELERATOR):
                 kind = f"GPU:{name.removeprefix(_ACCELERATOR)}"
-                taken[kind] = taken.get(kind, 0.0) + float(actor.get("GPU", 0.0))
+                taken[kind] = taken.get(kind, 0.0) + float(each.get("GPU", 0.0))
     return {name: amount for name, amount in taken.items() if amount > 0}
