@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -66,12 +66,14 @@ def submit(
     files: Mapping[str, bytes] | None = None,
     env_vars: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    modules: Sequence[str] = (),
 ) -> Job:
     """Start the shell command `entrypoint` on the cluster's head, in a folder that holds just `files`.
 
-    The job's id is `run_id`, or where that is taken the first free of `{run_id}-2` and so on. `env_vars` and
-    `metadata` are shown to everybody who can see the cluster: no secrets in them. Raises ValueError for a bad run id or
-    file name, and ClusterError if the run is still going.
+    Its workers import the top-level `modules` as they are here too. The job's id is `run_id`, or where
+    that is taken the first free of `{run_id}-2` and so on. `env_vars` and `metadata` are shown to everybody who can see
+    the cluster: no secrets in them. Raises ValueError for a bad run id or file name, and ClusterError if the run is
+    still going.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", run_id):
         raise ValueError(f"run_id={run_id!r} is not usable; use letters, digits, '.', '_' and '-'")
@@ -87,7 +89,7 @@ def submit(
         job_id = client.submit_job(
             entrypoint=entrypoint,
             submission_id=_free_id(client, run_id),
-            runtime_env={**runtime_env(), "working_dir": folder, "env_vars": dict(env_vars or {})},
+            runtime_env={**runtime_env(modules), "working_dir": folder, "env_vars": dict(env_vars or {})},
             metadata={**(metadata or {}), _RUN: run_id},
         )
         return _job(client.get_job_info(job_id))

@@ -55,8 +55,8 @@ class StageStatus:
 
 @dataclass
 class RunStatus:
-    """`until` is the stage that the run goes up to, None for all. `pid` on `host` is the driver; `heartbeat` is when it
-    last said that it lives (seconds since the epoch)."""
+    """The run goes from the stage `from_stage` to the stage `until`, None for all on that side. `pid` on `host` is the
+    driver; `heartbeat` is when it last said that it lives (seconds since the epoch)."""
 
     state: State = "pending"
     created: float = 0.0
@@ -67,6 +67,7 @@ class RunStatus:
     pid: int = 0
     error: str = ""
     until: str | None = None
+    from_stage: str | None = None
     stages: dict[str, StageStatus] = field(default_factory=dict)
 
     @classmethod
@@ -115,15 +116,22 @@ class Run:
         self._warned = False
 
     @classmethod
-    def create(cls, store: Store, recipe_yaml: str, run_id: str | None = None, until: str | None = None) -> "Run":
-        """Begin the folder of a new run, which goes up to the stage `until`. Raises RunError if the id is malformed or
-        taken."""
+    def create(
+        cls,
+        store: Store,
+        recipe_yaml: str,
+        run_id: str | None = None,
+        until: str | None = None,
+        from_stage: str | None = None,
+    ) -> "Run":
+        """Begin the folder of a new run, which goes from one stage to another. Raises RunError if the id is malformed
+        or taken."""
         run_id = run_id or new_run_id()
         directory = _directory(store, run_id)
         if directory.exists("status.json"):
             raise RunError(f"run {run_id!r} exists already; resume it, or choose another --run-id")
         directory.write_bytes("recipe.yaml", recipe_yaml.encode())
-        run = cls(store, run_id, recipe_yaml, RunStatus(created=time.time(), until=until))
+        run = cls(store, run_id, recipe_yaml, RunStatus(created=time.time(), until=until, from_stage=from_stage))
         run.save()
         return run
 
@@ -194,7 +202,7 @@ class Run:
             stop.set()
             beat.join()
             self.status.ended = time.time()
-            self._save_or_warn()
+            self.save_or_warn()
 
     def _refuse_second_driver(self) -> None:
         try:
@@ -208,9 +216,10 @@ class Run:
     def _beat(self, stop: threading.Event) -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
             self.status.heartbeat = time.time()
-            self._save_or_warn()
+            self.save_or_warn()
 
-    def _save_or_warn(self) -> None:
+    def save_or_warn(self) -> None:
+        """`save` for a status that is written again soon: a store that fails is warned of, once."""
         try:
             self.save()
         except StorageError as error:  # the work itself may go on, or ended with a more telling error
