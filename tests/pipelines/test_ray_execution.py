@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -16,13 +17,20 @@ from pipelines.graph import Graph
 from pipelines.ray_execution import OnRay
 from pipelines.runs import Run
 from pipelines.stage import Resources, Stage, Tries
+from pipelines.stage_options import StageOptions
+from pipelines.user_stage import user_stages
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module")
-def executor():
-    with session.connect("local", num_cpus=2, dashboard=False), OnRay() as executor:
+def executor(tmp_path_factory):
+    """On a cluster whose workers also get a module of the user's."""
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "shipped_stage.py").write_text("def where(context, config):\n    return {'file': __file__, **config}\n")
+    sys.path.append(str(folder))
+    with session.connect("local", num_cpus=2, dashboard=False, modules=["shipped_stage"]), OnRay() as executor:
+        sys.path.remove(str(folder))
         yield executor
 
 
@@ -58,6 +66,17 @@ def test_a_stage_runs_elsewhere_with_what_it_asks_for_and_is_heard(store, execut
     ]
     assert events[3].values == {"number": 2}
     assert "mind the gap" in caplog.text
+
+
+def test_a_stage_of_the_users_runs_on_workers_from_the_module_that_was_shipped(store, executor, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(tmp_path)
+        (tmp_path / "shipped_stage.py").write_text("def where(context, config): ...\n")
+        (stage,) = user_stages({"mine": StageOptions(uses="shipped_stage:where", config={"a": 1}, always=True)})
+    results = drive(Graph([stage]), store, Run.create(store, "name: x\n"), executor=executor)
+    file = results["mine"].metadata["file"]
+    assert file.endswith("shipped_stage.py") and "runtime_resources" in file, "Ray's copy"
+    assert results["mine"].metadata["a"] == 1
 
 
 class Awkward(Exception):
