@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from pipelines.cli_bench import bench
 from pipelines.cli_keys import keys
-from pipelines.cli_operate import doctor
+from pipelines.cli_operate import doctor, render
 from pipelines.cli_runs import export, show
 from pipelines.cli_serve import deploy, scale, status, trace, undeploy
 from pipelines.screen import (
@@ -56,6 +56,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(keys, name="keys")
+app.add_typer(render, name="render")
 for command in (show, export, deploy, scale, status, trace, undeploy, doctor):
     app.command()(command)
 
