@@ -5,12 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
 import stat
 import time
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -48,7 +50,7 @@ def round_trip(store: Store) -> Iterator[Finding]:
         times["read"] = timed(lambda: read.append(store.read_bytes(f"{folder}/probe")))
         listed: list[dict[str, int]] = []
         times["list"] = timed(lambda: listed.append(store.sizes(folder)))
-        written = store.stats(folder)[f"{folder}/probe"].mtime_ns / 1e9 if listed[0] else None
+        stats = store.stats(folder).get(f"{folder}/probe")
     except StorageError as error:
         yield Finding("store", "fail", str(error), _CREDENTIALS)
         return
@@ -61,16 +63,17 @@ def round_trip(store: Store) -> Iterator[Finding]:
     told = f"{store.uri}: " + ", ".join(f"{name} {taken:.0f} ms" for name, taken in times.items())
     if read != [data]:
         yield Finding("store", "fail", f"{store.uri} gives back other bytes than were written", "use another store")
-    elif listed != [{f"{folder}/probe": len(data)}]:
-        yield Finding("store", "fail", f"{store.uri} does not list what was just written", "use another store")
     elif remains:
         yield Finding("store", "fail", f"{store.uri}/{folder} cannot be deleted", "allow deleting, then remove it")
+    elif listed != [{f"{folder}/probe": len(data)}]:
+        remedy = "wait before you ask for what was just written; runs read by name and are not misled"
+        yield Finding("store", "warn", f"{told}; its listing lags behind what is written", remedy)
     elif max(times.values()) > _SLOW_MS:
         yield Finding("store", "warn", told, "every checkpoint and manifest takes this; use one nearer to the cluster")
     else:
         yield Finding("store", "ok", told)
-    if written is not None:
-        yield clock(written, before, after)
+    if stats is not None:
+        yield clock(stats.mtime_ns / 1e9, before, after)
 
 
 def clock(written: float, before: float, after: float) -> Finding:
@@ -119,15 +122,12 @@ def cluster(address: str | None) -> Iterator[Finding]:
         return
     if url is None:
         yield Finding("ray", "ok", "no cluster is named or up here; a run starts its own")
-    elif "://" not in url:
-        told = f"{url} accepts connections; it is no dashboard, so its version is looked at when a run joins"
-        yield Finding("ray", "ok", told)
     else:
         yield from dashboard(url)
 
 
 def _dashboard(address: str | None, record: ClusterRecord | None) -> str | None:
-    """The URL of the cluster's dashboard; its `host:port` if that is none; None without a cluster."""
+    """The URL of the cluster's dashboard; None without a cluster. Raises ClusterError."""
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
         return None if record is None or address == "local" else record.dashboard_url
@@ -136,16 +136,22 @@ def _dashboard(address: str | None, record: ClusterRecord | None) -> str | None:
     if address == "auto":
         address = session.find_local()
     session.check_reachable(address)
-    return f"http://{address}" if head.answers(f"http://{address}") else address
+    if head.answers(f"http://{address}"):
+        return f"http://{address}"
+    from ray.dashboard.utils import ray_address_to_api_server_url
+
+    try:
+        return ray_address_to_api_server_url(address)  # which asks the cluster
+    except Exception as error:  # Ray names no common class
+        told = " ".join(str(error).split())[:200]
+        raise ClusterError(f"{address} accepts connections and does not answer as a cluster: {told}") from error
 
 
 def dashboard(url: str) -> Iterator[Finding]:
     """Ray's version behind a dashboard, and whether its Jobs API, which runs any command, asks for a token."""
-    from importlib.metadata import version
-
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
-    ours = version("ray")
+    ours = metadata.version("ray")
     status, body = _get(f"{url}/api/version", get_auth_headers_if_auth_enabled({}))
     open_to_all = _get(f"{url}/api/jobs/", {})[0] == 200
     if status is None:
@@ -164,14 +170,29 @@ def dashboard(url: str) -> Iterator[Finding]:
         yield Finding("ray", "fail", f"{url} runs Ray {theirs}, here is {ours}", f"pip install 'ray=={theirs}' here")
     else:
         yield Finding("ray", "ok", f"Ray {theirs} at {url}")
-    host = urlsplit(url).hostname or ""
     if not open_to_all:
         yield Finding("dashboard", "ok", "its Jobs API asks for a token")
-    elif session.is_loopback(f"{host}:0"):
-        yield Finding("dashboard", "ok", "no token asked, and reached over loopback")
+    elif (outside := _seen_from_outside(url)) is None:
+        yield Finding("dashboard", "ok", "no token asked, and reached over loopback only")
     else:
         remedy = "start Ray with RAY_AUTH_MODE=token and --dashboard-host=127.0.0.1, and reach it by a tunnel"
-        yield Finding("dashboard", "fail", f"whoever reaches {host} may run commands: no token is asked", remedy)
+        yield Finding("dashboard", "fail", f"whoever reaches {outside} may run commands: no token is asked", remedy)
+
+
+def _seen_from_outside(url: str) -> str | None:
+    """Where an open dashboard is reached beyond loopback: at `url`, or at this machine's own address."""
+    parts = urlsplit(url)
+    if not session.is_loopback(f"{parts.hostname}:0"):
+        return parts.netloc
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address of nobody's; nothing is sent, but the way there is chosen
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+    if session.is_loopback(f"{own}:0"):
+        return None
+    return f"{own}:{parts.port}" if _get(f"http://{own}:{parts.port}/api/jobs/", {})[0] == 200 else None
 
 
 def _get(url: str, headers: dict[str, str]) -> tuple[int | None, str]:

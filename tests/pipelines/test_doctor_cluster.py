@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ from cluster import session
 from cluster.head import ClusterRecord
 from cluster.storage import StorageError, Store
 from pipelines import doctor_cluster
+from tests.swift import Swift
 
 
 @contextmanager
-def dashboard(answers: dict[str, tuple[int, object]]) -> Iterator[str]:
-    """A server; `answers` by path. Whatever else is asked is 404."""
+def dashboard(answers: dict[str, tuple[int, object]], host: str = "127.0.0.1") -> Iterator[str]:
+    """A server that listens on `host`; `answers` by path. Whatever else is asked is 404."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -34,7 +36,7 @@ def dashboard(answers: dict[str, tuple[int, object]]) -> Iterator[str]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer((host, 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -66,7 +68,7 @@ def test_what_is_wrong_with_a_store_is_told_apart(tmp_path: Path, monkeypatch: p
             return by_name(doctor_cluster.round_trip(Store(tmp_path)))["store"]
 
     assert broken("read_bytes", b"other")[0] == "fail"
-    assert "list" in broken("sizes", {})[1]
+    assert broken("sizes", {})[0] == "warn"
     assert "deleted" in broken("delete", None)[1]
 
     def refuse(self: Store, *arguments: object, **options: object) -> None:
@@ -74,6 +76,17 @@ def test_what_is_wrong_with_a_store_is_told_apart(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Store, "write_bytes", refuse)
     assert by_name(doctor_cluster.round_trip(Store(tmp_path)))["store"][0] == "fail"
+
+
+@pytest.mark.integration
+def test_a_store_of_s3_and_keys_that_are_wrong(swift: Swift, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = swift.uri(swift.make_bucket(), "prefix")
+    found = by_name(doctor_cluster.round_trip(Store(uri)))
+    assert found["store"][0] != "fail" and found["clock"][0] == "ok", found
+    assert Store(uri).list() == []
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    state, told = by_name(doctor_cluster.round_trip(Store(uri)))["store"]
+    assert state == "fail" and "wrong" not in told
 
 
 def test_a_clock_that_is_off() -> None:
@@ -108,6 +121,27 @@ def test_an_open_dashboard_is_a_failure_but_on_loopback(monkeypatch: pytest.Monk
         monkeypatch.setattr(session, "is_loopback", lambda address: False)  # as seen from another machine
         state, told = by_name(doctor_cluster.dashboard(url))["dashboard"]
         assert state == "fail" and "no token is asked" in told
+
+
+def test_one_that_listens_on_every_interface_is_seen_from_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Probe(socket.socket):
+        """As on a machine whose own address is 127.0.0.2, which leaves it."""
+
+        def connect(self, address: tuple[str, int]) -> None:
+            super().connect(address if self.type == socket.SOCK_STREAM else ("127.0.0.1", 9))
+
+        def getsockname(self) -> tuple[str, int]:
+            return ("127.0.0.2", 1) if self.type == socket.SOCK_DGRAM else super().getsockname()
+
+    real = session.is_loopback
+    monkeypatch.setattr(socket, "socket", Probe)
+    monkeypatch.setattr(session, "is_loopback", lambda address: real(address) and "127.0.0.2" not in address)
+    answers = {"/api/version": OURS, "/api/jobs/": (200, [])}
+    with dashboard(answers) as url:
+        assert by_name(doctor_cluster.dashboard(url))["dashboard"][0] == "ok"
+    with dashboard(answers, host="0.0.0.0") as url:
+        state, told = by_name(doctor_cluster.dashboard(url))["dashboard"]
+        assert state == "fail" and "127.0.0.2:" in told
 
 
 def test_a_dashboard_that_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
