@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.screen import AddressOption, JsonOption, StoreOption, err, fail, named_store, out, print_json
 
 if TYPE_CHECKING:
-    from pipelines.kuberay import Manifest, Target
+    from pipelines.kuberay import Group, Manifest, Target
     from pipelines.recipe import Recipe
 
 render = typer.Typer(help="Manifests for a cluster, from a recipe; nothing is started.", no_args_is_help=True)
@@ -157,7 +157,7 @@ def _refuse_others(kind: Kind, given: dict[str, object]) -> None:
             fail(f"{option} is for --kind {' or '.join(_ONLY_OF[option])}, not {kind}; leave it out")
 
 
-def _job(target: Target, group: Any, recipe: Recipe, store: str | None, until: str, retries: int) -> list[Manifest]:
+def _job(target: Target, group: Group, recipe: Recipe, store: str | None, until: str, retries: int) -> list[Manifest]:
     from pipelines import kuberay as manifests
     from pipelines.stages import build_graph
 

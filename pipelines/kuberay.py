@@ -69,6 +69,8 @@ class Target:
                     f"{what}={value!r} is no name in Kubernetes; use at most {_LONGEST_NAME} lower-case letters, "
                     f"digits and '-', a letter first, such as {dns_label(value)}"
                 )
+        if not re.fullmatch(r"[^\s]+", self.image):
+            raise ManifestError(f"image={self.image!r} names none; write REGISTRY/NAME:TAG")
         for what in ("head_cpus", "head_memory_gib", "worker_memory_gib"):
             value = getattr(self, what)
             if value is not None and value < 1:

@@ -228,6 +228,12 @@ def test_names(name: str, label: str) -> None:
             Target(name, "image", "2.60.0")
 
 
+def test_sizes_and_images_that_are_none() -> None:
+    for wrong in ({"image": ""}, {"image": "a b"}, {"head_cpus": 0}, {"worker_memory_gib": 0}, {"env_secret": "A_b"}):
+        with pytest.raises(ManifestError, match=next(iter(wrong))):
+            Target(**{"name": "tiny", "image": "image", "ray_version": "2.60.0", **wrong})  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CARAVAN_HOME", str(tmp_path / "home"))

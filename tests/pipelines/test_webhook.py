@@ -272,15 +272,22 @@ def certificate(host: str, folder: Path) -> tuple[ssl.SSLContext, Path]:
 
 
 @pytest.mark.parametrize(
-    ("host", "trusted", "comes"), [("localhost", True, 1), ("localhost", False, 0), ("other", True, 0)]
+    ("certified", "asked", "trusted", "comes"),
+    [
+        ("localhost", "localhost", True, 1),
+        ("localhost", "localhost", False, 0),
+        ("other", "localhost", True, 0),
+        ("localhost", "127.0.0.1", True, 0),
+    ],
 )
 def test_the_receivers_certificate_is_checked(
-    host: str, trusted: bool, comes: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    certified: str, asked: str, trusted: bool, comes: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    context, trust = certificate(host, tmp_path)
+    context, trust = certificate(certified, tmp_path)
     tls = ssl.create_default_context(cafile=trust) if trusted else ssl.create_default_context()
     with receiver(Received(), context) as got:
-        send(got.url, allowed=Allowed.of(["127.0.0.0/8", "::1"]), tls=tls, tries=1)
+        url = got.url.replace("localhost", asked)
+        send(url, allowed=Allowed.of(["127.0.0.0/8", "::1"]), tls=tls, tries=1)
     assert len(got.requests) == comes
     assert ("certificate is not trusted" in caplog.text) == (not comes)
 
@@ -340,6 +347,9 @@ def test_the_checked_address_is_the_one_that_is_connected_to(monkeypatch: pytest
     tried = answers(monkeypatch, "2606:4700:4700::1111")
     send("https://six.example/", allowed=Allowed(), tries=1)
     assert tried == ["2606:4700:4700::1111"]
+    tried = answers(monkeypatch, "64:ff9b::808:808")  # NAT64 of 8.8.8.8, as a network without IPv4 has it
+    send("https://four.example/", allowed=Allowed(), tries=1)
+    assert tried == ["64:ff9b::808:808"]
 
 
 def test_the_operators_list_lets_a_network_in(monkeypatch: pytest.MonkeyPatch) -> None:
