@@ -169,6 +169,12 @@ def recorded() -> ClusterRecord | None:
     return record if record is not None and _is_alive(record) else None
 
 
+def left_behind() -> ClusterRecord | None:
+    """The record of a cluster of `up` that has ended by itself, until `down` or `up` removes it."""
+    record = _read_record()
+    return record if record is not None and not _is_alive(record) else None
+
+
 def _read_record() -> ClusterRecord | None:
     home = Store(caravan_home())
     try:

@@ -15,7 +15,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -75,12 +75,14 @@ def submit(
     files: Mapping[str, bytes] | None = None,
     env_vars: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    modules: Sequence[str] = (),
 ) -> Job:
     """Start the shell command `entrypoint` on the cluster's head, in a folder that holds just `files`.
 
-    The job's id is `run_id`, or where that is taken the first free of `{run_id}-2` and so on. `env_vars` and
-    `metadata` are shown to everybody who can see the cluster: no secrets in them. Raises ValueError for a bad run id or
-    file name, and ClusterError if the run is still going.
+    Its workers import the top-level `modules` as they are here too. The job's id is `run_id`, or where
+    that is taken the first free of `{run_id}-2` and so on. `env_vars` and `metadata` are shown to everybody who can see
+    the cluster: no secrets in them. Raises ValueError for a bad run id or file name, and ClusterError if the run is
+    still going.
     """
     _check_id(run_id)
     with _client(address) as client:
@@ -90,7 +92,7 @@ def submit(
                 raise ClusterError(
                     f"run {run_id} is {job.status} as job {job.id}; stop it first: caravan stop {run_id}"
                 )
-        job_id = _submit(client, entrypoint, run_id, _free_id(client, run_id), files, env_vars, metadata)
+        job_id = _submit(client, entrypoint, run_id, _free_id(client, run_id), files, env_vars, metadata, modules)
         return _job(client.get_job_info(job_id))
 
 
@@ -152,8 +154,8 @@ class JobsApi:
         with self._client() as client:
             return _jobs_of(client)
 
-    def submit(self, entrypoint: str, run_id: str, job_id: str) -> None:
-        """Start the shell command `entrypoint` on the cluster's head under just this id.
+    def submit(self, entrypoint: str, run_id: str, job_id: str, modules: Sequence[str] = ()) -> None:
+        """Start the shell command `entrypoint` on the cluster's head under just this id; `modules` as for `submit`.
 
         Raises JobExists if there is a job of that id, whatever has become of it.
         """
@@ -161,7 +163,7 @@ class JobsApi:
             _check_id(name)
         with self._client() as client:
             try:
-                _submit(client, entrypoint, run_id, job_id)
+                _submit(client, entrypoint, run_id, job_id, modules=modules)
             except RuntimeError as error:
                 if "already exists" in str(error):
                     raise JobExists(f"the cluster has a job {job_id!r} already") from error
@@ -257,6 +259,7 @@ def _submit(
     files: Mapping[str, bytes] | None = None,
     env_vars: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    modules: Sequence[str] = (),
 ) -> str:
     with tempfile.TemporaryDirectory(prefix="caravan-job-") as folder:
         for name, data in (files or {}).items():
@@ -265,7 +268,7 @@ def _submit(
         return client.submit_job(
             entrypoint=entrypoint,
             submission_id=job_id,
-            runtime_env={**runtime_env(), "working_dir": folder, "env_vars": environment},
+            runtime_env={**runtime_env(modules), "working_dir": folder, "env_vars": environment},
             metadata={**(metadata or {}), _RUN: run_id},
         )
 

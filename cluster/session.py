@@ -7,12 +7,13 @@ inside its functions.
 
 import atexit
 import importlib.util
+import json
 import logging
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -93,7 +94,12 @@ class Session:
 
 
 def connect(
-    address: str | None = None, *, num_cpus: int | None = None, num_gpus: int | None = None, dashboard: bool = True
+    address: str | None = None,
+    *,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    dashboard: bool = True,
+    modules: Sequence[str] = (),
 ) -> Session:
     """Connect this process to Ray.
 
@@ -102,7 +108,8 @@ def connect(
     `local`. `num_cpus` and `num_gpus` are what a local one has, and refused for a running one; `dashboard`: whether a
     local one gets a dashboard.
 
-    Workers import our packages as this process has them, except inside a submitted job, whose packages came with it.
+    Workers import our packages, and the top-level `modules`, as this process has them, except inside a job that was
+    submitted with packages of its own.
     What they print stays in Ray's own log files. A process that is connected already shares that connection, and
     closing such a session leaves it open.
 
@@ -117,28 +124,30 @@ def connect(
     if address is None and (record := recorded()) is not None:
         address = recorded_address = record.address
     if address is None or address == "local":
-        return _start_local(num_cpus, num_gpus, dashboard)
+        return _start_local(num_cpus, num_gpus, dashboard, modules)
     _refuse_sizes(num_cpus, num_gpus, f"at {address}")
     try:
-        return _join(address)
+        return _join(address, modules)
     except ClusterError as error:
         if recorded_address is None:
             raise
         raise ClusterError(f"{error} (the cluster of `caravan up`; `caravan down` ends what is left of it)") from error
 
 
-def runtime_env() -> dict[str, Any]:
-    """What makes workers import llama, cluster and pipelines as they are here, and not what a node has installed.
+def runtime_env(modules: Sequence[str] = ()) -> dict[str, Any]:
+    """What makes workers import llama, cluster and pipelines as they are here, and not what a node has installed; and
+    other top-level `modules` as well.
 
-    Raises ClusterError if one of the packages is not installed here.
+    Raises ClusterError if one of them is not to be found here.
     """
-    folders = []
-    for name in PACKAGES:
+    places = []
+    for name in (*PACKAGES, *modules):
         spec = importlib.util.find_spec(name)
-        if spec is None or not spec.submodule_search_locations:
-            raise ClusterError(f"package {name!r} is not installed here, so workers cannot get it; pip install -e .")
-        folders.append(spec.submodule_search_locations[0])
-    return {"py_modules": folders, "excludes": ["**/__pycache__/**", "**/*.pyc"]}
+        if spec is None:
+            raise ClusterError(f"package {name!r} is not installed here, so workers cannot get it; pip install it")
+        folders = list(spec.submodule_search_locations or ())
+        places.append(folders[0] if folders else str(spec.origin))
+    return {"py_modules": places, "excludes": ["**/__pycache__/**", "**/*.pyc"]}
 
 
 def node_folder(name: str) -> Path:
@@ -187,7 +196,7 @@ def _refuse_sizes(num_cpus: int | None, num_gpus: int | None, which: str) -> Non
             )
 
 
-def _start_local(num_cpus: int | None, num_gpus: int | None, dashboard: bool) -> Session:
+def _start_local(num_cpus: int | None, num_gpus: int | None, dashboard: bool, modules: Sequence[str]) -> Session:
     prepare_environment(loopback=True)
     import ray
 
@@ -199,7 +208,7 @@ def _start_local(num_cpus: int | None, num_gpus: int | None, dashboard: bool) ->
                 num_gpus=num_gpus,
                 include_dashboard=dashboard,
                 dashboard_host="127.0.0.1",
-                runtime_env=runtime_env(),
+                runtime_env=runtime_env(modules),
                 logging_level=logging.WARNING,
                 log_to_driver=False,
                 _temp_dir=str(temporary_folder()),
@@ -224,7 +233,7 @@ def _scratch_below_ray() -> Iterator[None]:
             os.environ["TMPDIR"] = before
 
 
-def _join(address: str) -> Session:
+def _join(address: str, modules: Sequence[str]) -> Session:
     if "://" in address:
         raise ClusterError(
             f"address {address!r} is not host:port; give the cluster's own address (not its dashboard or Ray Client), "
@@ -237,11 +246,10 @@ def _join(address: str) -> Session:
 
     # Ray itself keeps trying an address where nothing listens for more than a minute
     check_reachable(address)
-    in_job = JOB_CONFIG in os.environ
     try:
         context = ray.init(
             address=address,
-            runtime_env=None if in_job else runtime_env(),
+            runtime_env=None if _job_has_packages() else runtime_env(modules),
             logging_level=logging.WARNING,
             log_to_driver=False,
         )
@@ -251,6 +259,12 @@ def _join(address: str) -> Session:
             f"cannot join the cluster at {address}: {error}; run this on one of its nodes, or send it: caravan submit"
         ) from error
     return _session(context.dashboard_url, owned=False)
+
+
+def _job_has_packages() -> bool:
+    """Whether this process is the entrypoint of a submitted job that came with packages for its workers."""
+    config = json.loads(os.environ.get(JOB_CONFIG) or "{}")
+    return bool((config.get("runtime_env") or {}).get("py_modules"))
 
 
 def _session(dashboard: str | None, owned: bool) -> Session:

@@ -75,7 +75,7 @@ def deploy(
         "gpus_per_replica": gpus_per_replica,
         "accelerator_type": accelerator_type,
     }
-    run_recipe, model_uri = _find_model(model, store)
+    run_recipe, model_uri = find_model(model, store)
     if update:
         others = (*given.values(), least, largest, name, api_key_file, cors_origin, max_wait_s)
         if any(value is not None for value in others) or ingresses != 1 or host != "127.0.0.1":
@@ -127,7 +127,7 @@ def _print_endpoint(endpoint: Endpoint, as_json: bool) -> None:
         out.print(f"serving {endpoint.served_name} at {endpoint.url}/v1", highlight=False)
 
 
-def _find_model(model: str, store: str | None) -> tuple[Any, str]:
+def find_model(model: str, store: str | None) -> tuple[Any, str]:
     """The run's recipe (None for a directory) and the model's URI."""
     if "/" in model or Path(model).is_dir():
         return None, str(Path(model).resolve()) if "://" not in model else model

@@ -20,6 +20,16 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from pipelines.cli_drive import (
+    ForceOption,
+    FromOption,
+    KeepOption,
+    RecipeArgument,
+    RunIdOption,
+    Selection,
+    SetOption,
+    UntilOption,
+)
 from pipelines.screen import (
     AddressOption,
     JsonOption,
@@ -39,12 +49,6 @@ if TYPE_CHECKING:
 
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Print the job's log until it ends.")]
 TagOption = Annotated[list[str] | None, typer.Option("--tag", help="name=value; may be repeated.")]
-RecipeArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.steps=100.")]
-RunIdOption = Annotated[str | None, typer.Option(help="Name of the new run [default: time and a random part]")]
-UntilOption = Annotated[str | None, typer.Option(help="Run this stage and what it needs, nothing more.")]
-KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the endpoint serving.")]
-
 _STOP_SECONDS = 60.0
 _SHOWN = 50
 
@@ -153,6 +157,8 @@ def submit(
     store: StoreOption = None,
     run_id: RunIdOption = None,
     until: UntilOption = None,
+    from_stage: FromOption = None,
+    force: ForceOption = None,
     keep: KeepOption = False,
     priority: Annotated[int, typer.Option(help="-100 to 100; of the runs that wait the highest is first.")] = 0,
     tag: TagOption = None,
@@ -163,61 +169,51 @@ def submit(
     """Queue a run of a recipe at the cluster's service, or without one start it as a Ray job; prints the run's id."""
     from pipelines.recipe import Recipe
 
+    selection = Selection(until, from_stage, tuple(force or ()), keep)
     with _service(address, store) as found:
         home = named_store(found.health()["store"]) if found is not None else named_store(store)
         parsed = Recipe.load(recipe, overrides or [], home)
-        if found is None:
+        if found is not None:
+            body = {"recipe": parsed.to_yaml(), "run_id": run_id, **asdict(selection), "priority": priority}
+            queued = found.submit({**body, "tags": _tags(tag)})
+            submitted = {"run_id": queued["id"], "state": queued["state"], "store": home.uri}
+        else:
             if priority or tag:
                 fail("--priority and --tag are for a service, and there is none; start one: caravan up")
-            _submit_job(parsed, store, run_id, until, keep, address, follow, as_json)
-            return
-        body = {"recipe": parsed.to_yaml(), "run_id": run_id, "until": until, "keep": keep, "priority": priority}
-        queued = found.submit({**body, "tags": _tags(tag)})
+            submitted = _submit_job(parsed, selection, store, run_id, address)
         if as_json:
-            print_json({"run_id": queued["id"], "state": queued["state"], "store": home.uri})
+            print_json(submitted)
         else:
-            out.print(f"submitted run {queued['id']} to {home.uri}", highlight=False, markup=False)
-        if follow:
-            _follow_run(found, queued["id"])
+            out.print(f"submitted run {submitted['run_id']} to {submitted['store']}", highlight=False, markup=False)
+        if follow and found is not None:
+            _follow_run(found, submitted["run_id"])
+        elif follow:
+            _follow_job(submitted["run_id"], address)
 
 
 def _submit_job(
-    parsed: Recipe,
-    store: str | None,
-    run_id: str | None,
-    until: str | None,
-    keep: bool,
-    address: str | None,
-    follow: bool,
-    as_json: bool,
-) -> None:
+    parsed: Recipe, selection: Selection, store: str | None, run_id: str | None, address: str | None
+) -> dict[str, str]:
     """The driver as a Ray job, at once."""
     from cluster import jobs
+    from pipelines.generations import make_anew
     from pipelines.runs import Run
-    from pipelines.stages import build_graph
+    from pipelines.user_stage import user_modules
 
-    if keep and until not in (None, "deploy"):
-        fail(
-            f"--keep leaves an endpoint running, but --until={until} starts none; leave --keep out, or give "
-            "--until deploy"
-        )
-    build_graph(parsed, dashboard_url="", keep=keep).selected(until)  # what is wrong is said now, not in a job's log
     opened = open_store(store)
+    graph = selection.build(parsed, opened)  # what is wrong is said now, not in a job's log
     jobs.check(address)
-    created = Run.create(opened, parsed.to_yaml(), run_id, until)
+    created = Run.create(opened, parsed.to_yaml(), run_id, selection.until, selection.from_stage)
     arguments = ["resume", created.id, "--store", created.store.uri]
-    arguments += ["--keep"] if keep else []
+    arguments += ["--keep"] if selection.keep else []
+    entrypoint = shlex.join(["python", "-m", "pipelines.cli", *arguments])
     try:
-        job = jobs.submit(shlex.join(["python", "-m", "pipelines.cli", *arguments]), created.id, address=address)
+        make_anew(graph, selection.force, opened, created.id)
+        job = jobs.submit(entrypoint, created.id, address=address, modules=user_modules(parsed.stages))
     except BaseException:
         created.delete()
         raise
-    if as_json:
-        print_json({"run_id": created.id, "job_id": job.id, "store": created.store.uri})
-    else:
-        out.print(f"submitted run {created.id} to {created.store.uri}", highlight=False, markup=False)
-    if follow:
-        _follow_job(created.id, address)
+    return {"run_id": created.id, "job_id": job.id, "store": created.store.uri}
 
 
 def runs(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.documents import KEPT, PARTS, SPLITS, stage_metadata
 from pipelines.figures import drawable, new_figure, own_style, png
-from pipelines.graph import StageContext
+from pipelines.stage import StageContext
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

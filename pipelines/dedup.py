@@ -30,10 +30,10 @@ from pipelines.data_config import DataConfig, NearDuplicateConfig
 from pipelines.decontaminate import read_evaluation
 from pipelines.documents import DROPPED, KEPT, SPLITS, ingest_parts, kept_entry, read_table, write_table
 from pipelines.formats import Limits
-from pipelines.graph import Stage, StageContext
 from pipelines.minhash import Candidates, find_candidates
 from pipelines.similarity import drop_similar, find_similar
 from pipelines.sources import Corpus, DataError, find_corpus
+from pipelines.stage import Stage, StageContext
 from pipelines.survey import NumberedParts, Survey, read_ids, survey_parts, survey_path
 from pipelines.tally import EXAMPLE_CHARS, EXAMPLES
 

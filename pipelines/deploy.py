@@ -19,8 +19,8 @@ from cluster.artifact import Artifact
 from cluster.serve import control
 from cluster.serve.settings import AppArgs, IngressOptions
 from cluster.storage import JSON
-from pipelines.graph import Stage, StageContext
 from pipelines.recipe import RequestsConfig, ServeConfig
+from pipelines.stage import Stage, StageContext
 
 REPORT = "deploy.json"
 

@@ -24,10 +24,10 @@ from llama.tokenizer import Tokenizer
 from llama.training.batch import loss_sum
 from pipelines.baselines import measure_baselines
 from pipelines.finetune import Trained
-from pipelines.graph import Stage, StageContext
 from pipelines.loader import held_out_batches
 from pipelines.recipe import EvaluateConfig
 from pipelines.shard_set import ShardSet
+from pipelines.stage import Stage, StageContext
 from pipelines.vocabulary import load_tokenizer
 
 _CACHE_BYTES = 1 << 30

@@ -24,10 +24,10 @@ from llama.hf_adapter import save_adapter
 from llama.lora import merge_lora
 from llama.training.checkpoint import Checkpointer
 from pipelines.finetune import Trained, fitting_start
-from pipelines.graph import Stage, StageContext
 from pipelines.pretrain import CHECKPOINTS, INCARNATIONS
 from pipelines.recipe import ExportConfig, Recipe
 from pipelines.runs import Run, RunError
+from pipelines.stage import Stage, StageContext
 from pipelines.training_worker import START
 from pipelines.vocabulary import load_tokenizer
 

@@ -11,8 +11,8 @@ from typing import Any
 from cluster.storage import Store
 from llama.retry import retried
 from pipelines.event_file import EventFile
-from pipelines.graph import StageContext
 from pipelines.metrics import MetricsReader
+from pipelines.stage import StageContext
 
 TENSORBOARD = "tensorboard"
 """Folder in the run's."""

@@ -34,12 +34,12 @@ from pipelines.clean import Cleaner, Dropped, Kept
 from pipelines.data_config import DataConfig
 from pipelines.documents import PARTS, SPLITS, Document, Part, Split, document_id, write_part
 from pipelines.formats import read_piece
-from pipelines.graph import Stage, StageContext
 from pipelines.language import check_language
 from pipelines.mixture import Claim, Take, take_parts
 from pipelines.parts import Written, map_parts
 from pipelines.records import Limits, Record
 from pipelines.sources import Corpus, DataError, LeftOut, Piece, Quarantined, Source, find_corpus, group_pieces
+from pipelines.stage import Stage, StageContext
 from pipelines.tally import IN_MANIFEST, Tally, describe, in_order
 
 _PART_DOCUMENTS = 1 << 16  # short documents cost more than their text

@@ -15,8 +15,8 @@ from typing import Any, Generic, TypeVar
 from cluster.artifact import Attempt
 from cluster.parts import adopt_part, finished_parts, keep_part
 from cluster.storage import JSON, FileEntry, Store
-from pipelines.graph import StageContext
 from pipelines.ray_map import map_on_cluster
+from pipelines.stage import StageContext
 
 Task = TypeVar("Task")
 

@@ -33,9 +33,9 @@ from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
 from pipelines.finetune import Start, find_start
 from pipelines.follow import followed
-from pipelines.graph import Stage, StageContext
 from pipelines.incarnations import TrainingFailed, train_in_incarnations, worker_needs
 from pipelines.recipe import TrainRecipe
+from pipelines.stage import Stage, StageContext
 from pipelines.training_worker import CHECKPOINTS, HANGS, INCARNATIONS, METRICS, WorkerTask
 
 __all__ = ["CHECKPOINTS", "INCARNATIONS", "METRICS", "SUMMARY", "TrainingFailed", "check_room", "pretrain_stage"]

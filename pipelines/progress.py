@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -12,9 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from llama.hf_caravan import CARAVAN_NAME
-from pipelines.graph import Event
 from pipelines.report import RunSummary
 from pipelines.runs import INTERRUPTED
+from pipelines.stage import Event
 
 PLAIN_INTERVAL_SECONDS = 5.0
 
@@ -22,15 +23,14 @@ PLAIN_INTERVAL_SECONDS = 5.0
 class RunDisplay:
     """Shows a graph's events; call it with each. A context manager.
 
-    On a terminal the running stage has a bar, and finished stages stay as lines above it. Elsewhere a stage's progress
-    is printed at most every `PLAIN_INTERVAL_SECONDS`, so that a log stays readable, and how far it came at its end.
+    On a terminal every running stage has a bar, and finished stages stay as lines above them. Elsewhere a stage's
+    progress is printed at most every `PLAIN_INTERVAL_SECONDS`, so that a log stays readable, and how far it came at its
+    end.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._last_number = float("-inf")
-        self._held_back = ""
-        self._task: TaskID | None = None
+        self._running: dict[str, _Running] = {}
         self._progress: Progress | None = None
         if console.is_terminal:
             self._progress = Progress(
@@ -58,14 +58,11 @@ class RunDisplay:
         if event.kind == "progress":
             self._show_progress(event)
             return
-        if self._progress and self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
-        self._print_held_back(event.stage)
+        self._end(event.stage)
         if event.kind == "running":
-            self._last_number = float("-inf")
+            self._running[event.stage] = _Running()
             if self._progress:
-                self._task = self._progress.add_task("", stage=event.stage, total=1.0)
+                self._running[event.stage].bar = self._progress.add_task("", stage=event.stage, total=1.0)
             else:
                 self._print(event.stage, "started")
         elif event.kind == "done":
@@ -78,31 +75,53 @@ class RunDisplay:
             see = f", see {escape(event.traceback)}" if event.traceback else ""
             self._print(event.stage, f"[red]failed[/]{see}")
 
-    def _show_progress(self, event: Event) -> None:
-        if self._progress and self._task is not None:
-            self._progress.update(self._task, description=event.message, completed=event.fraction)
-            if event.fraction is None:  # news rather than a number: worth keeping
-                self._print(event.stage, escape(event.message))
+    def _end(self, stage: str) -> None:
+        """The stage's bar goes; what it said last stays."""
+        running = self._running.pop(stage, None)
+        if running is None:
             return
-        if event.fraction is None:
-            self._print_held_back(event.stage)
+        if self._progress and running.bar is not None:
+            self._progress.remove_task(running.bar)
+        self._print_held_back(stage, running)
+
+    def _show_progress(self, event: Event) -> None:
+        running = self._running.get(event.stage)
+        if running is None or event.fraction is None:  # news rather than a number: worth keeping
+            if running is not None:
+                self._print_held_back(event.stage, running)
+                self._describe(running, event)
             self._print(event.stage, escape(event.message))
-        elif time.monotonic() - self._last_number >= PLAIN_INTERVAL_SECONDS:
-            self._print_number(event.stage, event.message)
+        elif self._progress:
+            self._describe(running, event)
+        elif time.monotonic() - running.last_number >= PLAIN_INTERVAL_SECONDS:
+            self._print_number(event.stage, running, event.message)
         else:
-            self._held_back = event.message
+            running.held_back = event.message
 
-    def _print_held_back(self, stage: str) -> None:
-        if self._held_back:
-            self._print_number(stage, self._held_back)
+    def _describe(self, running: _Running, event: Event) -> None:
+        if self._progress and running.bar is not None:
+            self._progress.update(running.bar, description=event.message, completed=event.fraction)
 
-    def _print_number(self, stage: str, message: str) -> None:
-        self._last_number, self._held_back = time.monotonic(), ""
+    def _print_held_back(self, stage: str, running: _Running) -> None:
+        if running.held_back:
+            self._print_number(stage, running, running.held_back)
+
+    def _print_number(self, stage: str, running: _Running, message: str) -> None:
+        running.last_number, running.held_back = time.monotonic(), ""
         self._print(stage, escape(message))
 
     def _print(self, stage: str, message: str) -> None:
         """Prints a line; `message` is rich markup, so what comes from elsewhere must be escaped."""
         self._console.print(f"[bold]{stage:<10}[/] {message}", highlight=False, soft_wrap=True)
+
+
+@dataclass
+class _Running:
+    """A stage that runs: its bar, when its last number was printed, and what was not printed since."""
+
+    bar: TaskID | None = None
+    last_number: float = float("-inf")
+    held_back: str = ""
 
 
 def print_summary(console: Console, summary: RunSummary) -> None:

@@ -45,6 +45,7 @@ from pipelines.data_config import DataConfig
 from pipelines.finetune import fill_in_start
 from pipelines.recipe_text import RecipeError, first_line, parse_yaml, set_override, sets_preset, shown
 from pipelines.section import Positive, Section, lasting_uri
+from pipelines.stage_options import StageName, StageOptions
 
 _PORTS = (1, 65535)
 _SECTION = "input should be a section, such as {key: value}"
@@ -237,7 +238,8 @@ class ServeConfig(Section):
 
 
 class Recipe(Section):
-    """A run. `Recipe.load` reads one from YAML; all sections but `evaluate`, `export` and `serve` must be there.
+    """A run. `Recipe.load` reads one from YAML; all sections but `evaluate`, `export`, `serve` and
+    `stages` must be there.
 
     With `train.start_from` what it names says what `model` and `tokenizer` are, where they are left out.
     """
@@ -250,6 +252,7 @@ class Recipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     serve: ServeConfig = Field(default_factory=ServeConfig)
+    stages: dict[StageName, StageOptions] = {}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = (), store: Store | None = None) -> Recipe:
@@ -346,6 +349,8 @@ class Recipe(Section):
                 f"serve.engine.num_blocks={num_blocks} of serve.engine.block_size={serve.engine.block_size} tokens "
                 f"hold less than one request of model.max_seq_len={model.max_seq_len}; raise serve.engine.num_blocks"
             )
+        for name, options in self.stages.items():
+            options.check(name)
         _check_finite(self.model_dump())
         return self
 

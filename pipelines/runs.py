@@ -227,7 +227,7 @@ class Run:
             stop.set()
             beat.join()
             self.status.ended = time.time()
-            self._save_or_warn()
+            self.save_or_warn()
 
     def _refuse_second_driver(self) -> None:
         try:
@@ -241,9 +241,10 @@ class Run:
     def _beat(self, stop: threading.Event) -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
             self.status.heartbeat = time.time()
-            self._save_or_warn()
+            self.save_or_warn()
 
-    def _save_or_warn(self) -> None:
+    def save_or_warn(self) -> None:
+        """`save` for a status that is written again soon: a store that fails is warned of, once."""
         try:
             self.save()
         except StorageError as error:  # the work itself may go on, or ended with a more telling error

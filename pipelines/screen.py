@@ -62,6 +62,14 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
+def expected_error(error: BaseException) -> BaseException | None:
+    """An error that the project raises on purpose, or None for anything else, which is a bug."""
+    while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
+        error = cause  # raised in a Ray task, and wrapped
+    ours = type(error).__module__.partition(".")[0] in ("llama", "cluster", "pipelines")
+    return error if ours else None
+
+
 def terminate(signum: int, frame: object) -> None:
     """A handler of SIGTERM that unwinds the stack."""
     raise SystemExit(TERMINATED)

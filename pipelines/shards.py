@@ -36,11 +36,11 @@ from pipelines.data_config import DataConfig, Packing
 from pipelines.data_report import write_report
 from pipelines.documents import SPLITS, KeptPart, Kind, Split, kept_parts, read_part, stage_metadata
 from pipelines.encode import Encoded, encode_documents
-from pipelines.graph import Stage, StageContext
 from pipelines.mixture import Claim, Take, take_parts
 from pipelines.packing import Layout, count_targets, lay_out
 from pipelines.parts import Written, map_parts
 from pipelines.sources import DataError
+from pipelines.stage import Stage, StageContext
 from pipelines.tally import EXAMPLES
 from pipelines.vocabulary import load_tokenizer, tokenizer_fingerprint
 

@@ -18,10 +18,10 @@ import pyarrow as pa
 from cluster.storage import Store
 from pipelines.data_config import NearDuplicateConfig
 from pipelines.documents import Part, read_table, write_table
-from pipelines.graph import StageContext
 from pipelines.minhash import Candidates
 from pipelines.ngrams import distinct, hash_words, ngram_set, plain_text
 from pipelines.parts import Written, map_parts
+from pipelines.stage import StageContext
 from pipelines.survey import NumberedParts
 
 GROUP_BYTES = 64 << 20

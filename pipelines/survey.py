@@ -20,10 +20,10 @@ from cluster.storage import Store
 from pipelines.data_config import NearDuplicateConfig
 from pipelines.decontaminate import EvaluationNgrams
 from pipelines.documents import Part, read_table, write_table
-from pipelines.graph import StageContext
 from pipelines.minhash import Signer, band_hashes, choose_bands
 from pipelines.ngrams import hash_words, ngram_set, plain_text
 from pipelines.parts import Written, map_parts
+from pipelines.stage import StageContext
 
 _READERS = 8
 

@@ -25,8 +25,8 @@ from llama.tokenizer_training import train_tokenizer
 from pipelines.adopted_tokenizer import AdoptedTokenizer, adopt_tokenizer, what_is_lost
 from pipelines.conversations import chat_contents
 from pipelines.documents import KeptPart, kept_parts, read_part
-from pipelines.graph import Stage, StageContext
 from pipelines.sources import DataError
+from pipelines.stage import Stage, StageContext
 
 if TYPE_CHECKING:
     from pipelines.recipe import TokenizerConfig

@@ -29,11 +29,13 @@ from pipelines.bench.turns import Say, Turns
 from pipelines.data_config import DataConfig, SourceConfig
 from pipelines.dedup import dedup_stage
 from pipelines.documents import SPLITS, kept_parts
-from pipelines.graph import Event, Graph
+from pipelines.drive import drive
+from pipelines.graph import Graph
 from pipelines.ingest import ingest_stage
 from pipelines.recipe import TokenizerConfig
 from pipelines.runs import Run
 from pipelines.shards import ShardConfig, shards_stage
+from pipelines.stage import Event
 from pipelines.vocabulary import tokenizer_stage
 
 OURS, PEER = "caravan", "tokenizers+pyarrow"
@@ -136,7 +138,7 @@ def _run(graph: Graph, store: Store, until: str, say: Say = lambda message: None
         if event.kind == "running":
             say(f"preparing: {event.stage}")
 
-    graph.run(store, Run.create(store, "name: bench\n"), until=until, on_event=on_event)
+    drive(graph, store, Run.create(store, "name: bench\n"), until=until, on_event=on_event)
 
 
 def _job(bench: DataBench, graph: Graph, store: Store, folder: Path) -> Path:

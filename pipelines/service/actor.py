@@ -19,6 +19,7 @@ import uvicorn
 from cluster.head import ClusterError
 from cluster.storage import Store
 from pipelines.service.settings import ServiceSettings
+from pipelines.user_stage import not_installed
 
 NAME, NAMESPACE = "caravan-service", "caravan"
 HOST = "127.0.0.1"
@@ -101,7 +102,7 @@ def start(address: str, settings: ServiceSettings, port: int) -> str:
     from cluster import session
 
     settings.token()  # what is wrong with its file is said here, and not in an actor's log
-    with session.connect(address):
+    with session.connect(address, modules=not_installed(settings.modules)):
         import ray
 
         actor: Any = (

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from cluster.storage import StorageError, Store
+from pipelines.generations import read_generations
 from pipelines.graph import Graph
 from pipelines.recipe import Recipe
 from pipelines.recipe_text import RecipeError, parse_yaml, set_override, sets_preset
@@ -20,7 +21,9 @@ from pipelines.service.errors import RequestRefused
 from pipelines.service.needs import needs_of
 from pipelines.service.policy import PolicyError, RecipePolicy
 from pipelines.service.submission import Submission
+from pipelines.stage import GraphError, Stage
 from pipelines.stages import build_graph
+from pipelines.user_stage import user_modules
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,14 @@ class RunRequest:
 class Accepted:
     recipe_yaml: str
     submission: Submission
+    graph: Graph
 
 
 def accept(request: RunRequest, store: Store, policy: RecipePolicy, now: float) -> Accepted:
     """Raises RequestRefused, and StorageError if it is the store that fails."""
     recipe = _read(request, store, policy)
     try:
-        graph = build_graph(recipe, dashboard_url="", keep=request.keep)
+        graph = build_graph(recipe, "", request.keep, read_generations(store))
     except StorageError:
         raise
     except ValueError as error:  # a source, a start or a tokenizer that is not there
@@ -63,11 +67,12 @@ def accept(request: RunRequest, store: Store, policy: RecipePolicy, now: float) 
             priority=request.priority,
             tags=dict(request.tags),
             needs=needs_of(recipe, stages),
+            modules=tuple(user_modules(recipe.stages)),
             submitted=now,
         )
     except ValueError as error:
         raise RequestRefused(str(error), str(error).partition("=")[0].partition(":")[0]) from error
-    return Accepted(recipe.to_yaml(), submission)
+    return Accepted(recipe.to_yaml(), submission, graph)
 
 
 def _read(request: RunRequest, store: Store, policy: RecipePolicy) -> Recipe:
@@ -91,17 +96,21 @@ def _read(request: RunRequest, store: Store, policy: RecipePolicy) -> Recipe:
         raise RequestRefused(one_line(error), "recipe") from error
 
 
-def _stages(request: RunRequest, graph: Graph) -> list[str]:
-    """Names of the stages that are asked for."""
-    for name, value in (("until", request.until), ("from_stage", request.from_stage), *_each("force", request.force)):
+def _stages(request: RunRequest, graph: Graph) -> list[Stage]:
+    """The stages that are asked for."""
+    for name, value in (("until", request.until), ("from_stage", request.from_stage)):
         if value is not None and value not in graph.stages:
             raise RequestRefused(f"{name}={value!r} is no stage; choose one of {', '.join(graph.stages)}", name)
     if request.keep and request.until not in (None, "deploy"):
         raise RequestRefused(
             f"keep leaves an endpoint running, but until={request.until} starts none; leave one of them out", "keep"
         )
-    return [stage.name for stage in graph.selected(request.until)]
-
-
-def _each(name: str, values: Sequence[str]) -> list[tuple[str, str | None]]:
-    return [(name, value) for value in values]
+    try:
+        for name in request.force:
+            graph.check_forced(name)
+    except GraphError as error:
+        raise RequestRefused(str(error), "force") from error
+    try:
+        return graph.selected(request.until, request.from_stage)
+    except GraphError as error:
+        raise RequestRefused(str(error), "from_stage") from error

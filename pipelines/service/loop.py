@@ -20,7 +20,7 @@ import logging
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, cast
@@ -28,6 +28,7 @@ from typing import Any, Protocol, cast
 from cluster.head import ClusterError
 from cluster.jobs import Job, JobExists
 from cluster.storage import StorageError, Store
+from pipelines.generations import make_anew
 from pipelines.runs import Run, RunError, RunStatus, new_run_id
 from pipelines.service.errors import Busy, RequestRefused, UnknownRun, WrongState
 from pipelines.service.index import KnownRun, RunIndex, RunRow, delete_run, read_run, write_submission
@@ -51,7 +52,7 @@ class Jobs(Protocol):
     """`cluster.jobs.JobsApi`."""
 
     def list(self) -> list[Job]: ...
-    def submit(self, entrypoint: str, run_id: str, job_id: str) -> None: ...
+    def submit(self, entrypoint: str, run_id: str, job_id: str, modules: Sequence[str] = ()) -> None: ...
     def ask_to_stop(self, job_id: str) -> None: ...
     def logs(self, job_id: str, *, follow: bool = False) -> Iterator[str]: ...
 
@@ -241,7 +242,7 @@ class Orchestrator:
         submission = entry.submission
         command = driver_command(entry.id, self.store.uri, submission)
         try:
-            self.jobs.submit(command, entry.id, submission.job_id)
+            self.jobs.submit(command, entry.id, submission.job_id, submission.modules)
             entry.refusals = 0
         except JobExists:
             # ours, from before a service was killed: the next list has it. Else another run's, of that very name.
@@ -308,6 +309,7 @@ class Orchestrator:
             asked = accepted.submission
             run = self._create(run_id, accepted)
             try:
+                make_anew(accepted.graph, asked.force, self.store, run_id)
                 write_submission(self.store, run_id, asked)
             except StorageError:
                 with suppress(StorageError):  # the first error is the one to report
@@ -505,7 +507,7 @@ class Orchestrator:
 
 
 def driver_command(run_id: str, store_uri: str, submission: Submission) -> str:
-    """The shell command of a run's driver. Where it begins and ends is in the run's own status."""
-    forced = [part for stage in submission.force for part in ("--force", stage)]
+    """The shell command of a run's driver. Where it begins and ends is in the run's own status, and what was to be made
+    anew is of a new generation already."""
     keep = ["--keep"] if submission.keep else []
-    return shlex.join(["python", "-m", "pipelines.cli", "resume", run_id, "--store", store_uri, *forced, *keep])
+    return shlex.join(["python", "-m", "pipelines.cli", "resume", run_id, "--store", store_uri, *keep])

@@ -29,7 +29,8 @@ class Submission:
     """Times are seconds since the epoch.
 
     `until`, `from_stage`, `force` and `keep` are the driver's options. Of the waiting runs the one with the highest
-    `priority` is first. `needs` are amounts by resource (pipelines/service/needs.py). `job_id` is that of the latest of
+    `priority` is first. `needs` are amounts by resource (pipelines/service/needs.py), `modules` what its workers must
+    get to import besides our packages. `job_id` is that of the latest of
     `tries`, empty while the run waits. `outcome` is how the latest try ended, empty before it has.
     """
 
@@ -40,6 +41,7 @@ class Submission:
     priority: int = 0
     tags: dict[str, str] = field(default_factory=dict)
     needs: dict[str, float] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
     submitted: float = 0.0
     tries: int = 0
     job_id: str = ""
@@ -68,10 +70,10 @@ class Submission:
         known = {item.name for item in fields(cls)}
         if unknown := value.keys() - known:
             raise TypeError(f"unknown keys {', '.join(sorted(unknown))}")
-        return cls(**{**value, "force": tuple(value.get("force", ()))})
+        return cls(**{**value, **{name: tuple(value.get(name, ())) for name in ("force", "modules")}})
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "force": list(self.force)}
+        return {**asdict(self), "force": list(self.force), "modules": list(self.modules)}
 
     def begin_try(self, run_id: str) -> None:
         """Gives the run a new job's id, to be written before the job is submitted."""

@@ -10,7 +10,11 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.scripts.scripts import start
+from ray.scripts.scripts import cli, start
+from ray.util.accelerators import accelerators
+from ray.util.placement_group import NODE_ID_LABEL_KEY
+
+from cluster.placement import NODE_ID_LABEL, NodeResources, PlacementError, WorkerNeeds, WorldSizes, largest_plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
@@ -40,6 +44,38 @@ def test_the_head_has_no_gpu_and_gpu_nodes_scale_from_none(config: dict) -> None
         assert any(key.startswith("accelerator_type:") for key in each["resources"]), name
         spot = each["node_config"].get("InstanceMarketOptions", {}).get("MarketType") == "spot"
         assert spot == (each["labels"]["caravan-market"] == "spot")
+
+
+def test_the_placement_finds_room_on_its_nodes(config: dict) -> None:
+    """By the very names that it asks for."""
+    assert NODE_ID_LABEL == NODE_ID_LABEL_KEY
+    for name in ("gpu", "gpu_spot"):
+        each = config["available_node_types"][name]
+        has = each["resources"]
+        needs = WorkerNeeds(cpus=24, gpus=1, accelerator_type=accelerators.NVIDIA_H200)
+        assert set(needs.resources()) <= set(has), "an autoscaler would start no such node"
+        kind = next(key.partition(":")[2] for key in has if key.startswith("accelerator_type:"))
+        nodes = [NodeResources(str(n), has["CPU"], has["GPU"], kind) for n in range(each["max_workers"])]
+        for ep in (1, 2, 4, 8):
+            assert largest_plan(nodes, WorldSizes.exactly(32, ep), needs).workers == 32
+        with pytest.raises(PlacementError):
+            largest_plan(nodes, WorldSizes.exactly(32, 16), needs)
+    assert not {key for each in config["available_node_types"].values() for key in each["labels"] if "ray.io" in key}
+
+
+def test_every_node_may_reach_the_store(config: dict) -> None:
+    """Ray gives the head a role where none is named, and the workers none."""
+    profiles = [each["node_config"]["IamInstanceProfile"] for each in config["available_node_types"].values()]
+    assert profiles == [{"Name": "caravan-node"}] * 3
+
+
+def test_the_commands_of_its_head_comment_exist() -> None:
+    comment = (REPOSITORY / "ray_cluster.yaml").read_text().partition("cluster_name:")[0]
+    named = re.findall(r"^#   ray (\S+)((?: --\S+)*)", comment, re.MULTILINE)
+    assert [name for name, _ in named] == ["get-auth-token", "up", "dashboard", "down"]
+    for name, given in named:
+        options = {option for parameter in cli.commands[name].params for option in parameter.opts}
+        assert set(given.split()) <= options, name
 
 
 def test_nodes_run_what_constraints_pin(config: dict) -> None:

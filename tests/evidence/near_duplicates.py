@@ -19,6 +19,7 @@ from unittest.mock import patch
 from cluster.storage import Store
 from pipelines.data_config import DataConfig, DedupConfig, NearDuplicateConfig, SourceConfig
 from pipelines.dedup import dedup_stage
+from pipelines.drive import drive
 from pipelines.graph import Graph
 from pipelines.runs import Run
 from pipelines.similarity import Pairs, drop_similar
@@ -44,9 +45,9 @@ def run(texts: Sequence[str], near: NearDuplicateConfig) -> tuple[float, set[tup
     with tempfile.TemporaryDirectory() as folder, patch("pipelines.dedup.drop_similar", keep), in_this_process():
         store = Store(folder)
         stages = Run.create(store, "name: evidence\n")
-        graph.run(store, stages, until="ingest")
+        drive(graph, store, stages, until="ingest")
         started = time.process_time()
-        graph.run(store, stages)
+        drive(graph, store, stages)
         seconds = time.process_time() - started
     pairs, dropped = found
     return seconds, set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)), set(dropped.second.tolist())

@@ -84,6 +84,7 @@ class Helpers:
 def under_ray(store_uri: str, workers: int, steps: int, seed: int) -> float:
     """Tokens/s of the pretrain stage, as its summary says; each seed is another artifact."""
     from cluster.storage import Store
+    from pipelines.drive import drive
     from pipelines.recipe import Recipe
     from pipelines.runs import Run
     from pipelines.stages import build_graph
@@ -91,7 +92,7 @@ def under_ray(store_uri: str, workers: int, steps: int, seed: int) -> float:
     recipe = Recipe.load(REPOSITORY / RECIPE, overrides(workers, steps, seed))
     store = Store(store_uri)
     run = Run.create(store, recipe.to_yaml(), until="pretrain")
-    results = build_graph(recipe, "", keep=False).run(store, run, until="pretrain")
+    results = drive(build_graph(recipe, "", keep=False), store, run, until="pretrain")
     return results["pretrain"].metadata["tokens_per_second"]
 
 

@@ -11,6 +11,7 @@ from cluster.artifact import Artifact
 from cluster.storage import Store
 from pipelines.data_config import DataConfig, SourceConfig
 from pipelines.dedup import dedup_stage
+from pipelines.drive import drive
 from pipelines.graph import Graph
 from pipelines.ingest import ingest_stage
 from pipelines.recipe import TokenizerConfig
@@ -94,7 +95,7 @@ def in_this_process(backwards: bool = False) -> Iterator[None]:
 
 def run_stages(graph: Graph, store: Store) -> dict[str, Artifact]:
     """The stages' committed artifacts by name."""
-    results = graph.run(store, Run.create(store, "name: test\n"))
+    results = drive(graph, store, Run.create(store, "name: test\n"))
     return {name: result.artifact for name, result in results.items() if result.artifact is not None}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.storage import JSON
 from pipelines.documents import PARTS, Document, Kind, Split, document_id, write_part
-from pipelines.graph import Stage, StageContext
+from pipelines.stage import Stage, StageContext
 
 _WORD = re.compile("[a-z0-9_]+")  # what a word is in ASCII text
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib"}

@@ -11,8 +11,7 @@ import yaml
 
 from cluster import placement, session
 from cluster.storage import StorageError, Store
-from pipelines import cli
-from pipelines.graph import Graph
+from pipelines import cli, cli_drive
 from pipelines.recipe import Recipe
 from pipelines.runs import Run
 from pipelines.sources import DataError
@@ -43,7 +42,7 @@ def recipe(home: Path) -> Path:
 @pytest.fixture
 def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """To a cluster of one node with a single CPU."""
-    monkeypatch.setattr(session, "connect", lambda address: nullcontext(SimpleNamespace(dashboard_url="")))
+    monkeypatch.setattr(session, "connect", lambda address, modules: nullcontext(SimpleNamespace(dashboard_url="")))
     monkeypatch.setattr(placement, "alive_nodes", lambda: [placement.NodeResources("a", 1)])
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -193,7 +192,7 @@ def test_usage_errors_and_interruptions_have_their_own_exit_codes(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_check_keep", interrupted)
+    monkeypatch.setattr(cli_drive.Selection, "build", interrupted)
     assert run_cli(monkeypatch, "run", recipe) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 
@@ -219,9 +218,9 @@ def test_an_unwritable_store_is_one_line(
 
 def test_a_run_is_resumed_as_it_was_begun() -> None:
     options = {"--store": "s3://bucket/x?a=1&b=2", "--address": None}
-    command = cli.resume_command("r1", options, keep=False)
+    command = cli_drive.resume_command("r1", options, keep=False)
     assert command == "caravan resume r1 --store 's3://bucket/x?a=1&b=2'"
-    assert cli.resume_command("r1", {"--store": None}, keep=True) == "caravan resume r1 --keep"
+    assert cli_drive.resume_command("r1", {"--store": None}, keep=True) == "caravan resume r1 --keep"
 
 
 @pytest.mark.parametrize(
@@ -235,11 +234,13 @@ def test_a_resumed_run_goes_as_far_as_it_was_begun_for(
     Run.create(store, recipe.read_text(), "r1", begun)
     driven = []
 
-    def drive(recipe: Recipe, open_run: Callable[[], Run], store: str, until: str | None, *_: object) -> None:
+    def drive(
+        recipe: Recipe, open_run: Callable[[], Run], store: Store, selection: cli_drive.Selection, *_: object
+    ) -> None:
         with open_run().driving():  # which may be killed
-            driven.append((until, Run.open(Store(store), "r1").status.until))
+            driven.append((selection.until, Run.open(store, "r1").status.until))
 
-    monkeypatch.setattr(cli, "_drive", drive)
+    monkeypatch.setattr(cli_drive, "_drive", drive)
     assert run_cli(monkeypatch, "resume", "r1", "--store", home / "store", *(["--until", given] if given else [])) == 0
     assert driven == [(goes_to, goes_to)]
 
@@ -266,8 +267,8 @@ def test_an_error_comes_before_what_to_do_next(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(Graph, "run", fail)
-    monkeypatch.setattr(cli, "out", cli.err)
+    monkeypatch.setattr("pipelines.drive.drive", fail)
+    monkeypatch.setattr(cli_drive, "out", cli_drive.err)
     assert run_cli(monkeypatch, "run", recipe, "--run-id", "r1", "--until", "shards") == 1
     assert capfd.readouterr().err.splitlines()[-2:] == [f"error: {error}", hint]
 
@@ -283,7 +284,7 @@ def test_workers_without_room_are_refused_before_anything_starts(
         assert run_cli(monkeypatch, "run", recipe, "--store", home / "store", *arguments) == 1
         return capfd.readouterr().err
 
-    monkeypatch.setattr(Graph, "run", begin)
+    monkeypatch.setattr("pipelines.drive.drive", begin)
     refusal = said("--until", "pretrain").splitlines()[-1]
     assert refusal.startswith("error: workers=2 in groups of ep=1 do not fit") and "workers=1 with ep=1" in refusal
     assert Store(home / "store").list() == [], "not even the run"

@@ -24,10 +24,12 @@ from pipelines.data_report import (
     source_labels,
     write_report,
 )
+from pipelines.drive import drive
 from pipelines.figures import own_style, png
-from pipelines.graph import Graph, Stage, StageResult
+from pipelines.graph import Graph
 from pipelines.report import summarise
 from pipelines.runs import Run
+from pipelines.stage import Stage, StageResult
 from tests.pipelines.data_stages import data_graph, in_this_process, run_stages
 
 SEQ_LEN = 16
@@ -330,7 +332,7 @@ def _graph(metadata: dict[str, dict]) -> Graph:
 
 def _run(graph: Graph, store: Store) -> tuple[Run, dict[str, StageResult]]:
     run = Run.create(store, "name: test\n")
-    return run, graph.run(store, run)
+    return run, drive(graph, store, run)
 
 
 def test_the_report_is_part_of_the_shards_and_of_every_run_that_used_them(tmp_path: Path) -> None:
@@ -356,6 +358,6 @@ def test_the_report_is_part_of_the_shards_and_of_every_run_that_used_them(tmp_pa
 def test_a_run_that_made_no_shards_has_no_report(tmp_path: Path) -> None:
     store = Store(tmp_path)
     run = Run.create(store, "name: test\n")
-    summary = summarise(run, _graph(some_metadata()).run(store, run, until="dedup"), 1.0)
+    summary = summarise(run, drive(_graph(some_metadata()), store, run, until="dedup"), 1.0)
     assert summary.data is None and summary.plots == ()
     assert not run.directory.exists(JSON_FILE)

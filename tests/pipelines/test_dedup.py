@@ -18,12 +18,15 @@ from pipelines.data_config import DataConfig, DecontaminateConfig, DedupConfig, 
 from pipelines.decontaminate import read_evaluation
 from pipelines.dedup import dedup_stage
 from pipelines.documents import ingest_parts, kept_parts, read_part, read_table
+from pipelines.drive import drive
 from pipelines.formats import Limits
-from pipelines.graph import Graph, Stage, stage_key
+from pipelines.graph import Graph
 from pipelines.ngrams import hash_words, plain_text
 from pipelines.runs import Run
 from pipelines.similarity import Pairs, drop_similar
 from pipelines.sources import DataError, find_corpus
+from pipelines.stage import Stage
+from pipelines.stage_key import stage_key
 from tests.pipelines.data_stages import in_this_process
 from tests.pipelines.near_duplicates import documents_stage, planted, similar_pairs, word_ngrams
 
@@ -39,7 +42,7 @@ def run(documents: Stage, settings: DataConfig, folder: Path, backwards: bool = 
     store = Store(folder)
     graph = Graph([documents, dedup_stage(settings)])
     with in_this_process(backwards):
-        results = graph.run(store, Run.create(store, "name: test\n"))
+        results = drive(graph, store, Run.create(store, "name: test\n"))
     artifacts = results["ingest"].artifact, results["dedup"].artifact
     assert artifacts[0] and artifacts[1]
     return artifacts[0], artifacts[1]

@@ -23,6 +23,7 @@ from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
 from llama.training.mesh import process_group
 from llama.training.trainer import Trainer
+from pipelines.drive import drive
 from pipelines.export import write_export
 from pipelines.finetune import StartError, Trained, find_start, fitting_start
 from pipelines.loader import ShardLoader
@@ -185,7 +186,7 @@ def test_conversations_become_adapters_become_a_directory(directory, tmp_path):
     store = Store(tmp_path / "store")
     graph = build_graph(found, "", keep=False)
     with in_this_process():
-        results = graph.run(store, Run.create(store, found.to_yaml()), until="shards")
+        results = drive(graph, store, Run.create(store, found.to_yaml()), until="shards")
     shards, tokenizer = (results[name].artifact for name in ("shards", "tokenizer"))
     start = fitting_start(found.train.start_from, found.model)
 

@@ -10,8 +10,8 @@ from tensorboardX.record_writer import RecordWriter
 from cluster.artifact import Artifact
 from cluster.storage import Store
 from pipelines.follow import TENSORBOARD, duration, followed, progress
-from pipelines.graph import Event, StageContext
 from pipelines.metrics import MetricsWriter
+from pipelines.stage import Event, StageContext
 from tests.pipelines.reports import report
 from tests.pipelines.test_event_file import curve
 

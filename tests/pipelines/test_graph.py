@@ -1,4 +1,5 @@
 import random
+import time
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -7,8 +8,11 @@ from pydantic import BaseModel
 
 from cluster.artifact import Artifact, CorruptArtifact
 from cluster.storage import Store
-from pipelines.graph import Event, Graph, GraphError, Stage, canonical
+from pipelines.drive import drive
+from pipelines.graph import Graph
 from pipelines.runs import Run
+from pipelines.stage import Event, GraphError, Stage
+from pipelines.stage_key import canonical
 
 
 class Work:
@@ -30,7 +34,7 @@ class Work:
     def run(self, stages, **options):
         """Names of the stages that ran, in order."""
         self.ran = []
-        self.results = Graph(stages).run(self.store, Run.create(self.store, "name: x\n"), **options)
+        self.results = drive(Graph(stages), self.store, Run.create(self.store, "name: x\n"), **options)
         return self.ran
 
 
@@ -88,7 +92,7 @@ def test_a_failure_is_recorded_and_the_next_run_goes_on_from_there(work):
     run = Run.create(work.store, "name: x\n")
     events: list[Event] = []
     with pytest.raises(OSError, match="disk"):
-        Graph(stages).run(work.store, run, on_event=events.append)
+        drive(Graph(stages), work.store, run, on_event=events.append)
 
     status = Run.open(work.store, run.id).status
     assert status.state == "failed" and status.error == "the disk caught fire"
@@ -107,7 +111,7 @@ def test_a_failure_is_recorded_and_the_next_run_goes_on_from_there(work):
     repaired = [work.stage("a"), work.stage("b", ["a"]), work.stage("c", ["b"])]
     assert Graph(repaired).keys == Graph(stages).keys
     work.ran = []
-    Graph(repaired).run(work.store, Run.open(work.store, run.id))
+    drive(Graph(repaired), work.store, Run.open(work.store, run.id))
     assert work.ran == ["b", "c"]
     assert Run.open(work.store, run.id).status.state == "done"
 
@@ -119,7 +123,7 @@ def test_a_rival_that_commits_first_wins(work):
         return {"inputs": {}, "config": "slow"}
 
     stage = work.stage("a")
-    results = Graph([replace(stage, run=slow), work.stage("b", ["a"])]).run(work.store, Run.create(work.store, ""))
+    results = drive(Graph([replace(stage, run=slow), work.stage("b", ["a"])]), work.store, Run.create(work.store, ""))
     assert results["a"].metadata["config"] == 0
     assert results["a"].artifact.files.read_bytes("out") == b"a(0)"
     assert results["b"].state == "skipped"
@@ -132,13 +136,15 @@ def test_status_can_be_read_while_a_stage_runs(work):
 
     def look(context):
         context.emit("half way", fraction=0.5, values={"loss": 1.5})
-        seen.append(Run.open(work.store, run.id).status)
+        while (status := Run.open(work.store, run.id).status).stages["look"].state == "pending":
+            time.sleep(0.01)
+        seen.append(status)
         context.attempt.store.write_bytes("out", b"seen")
         return {}
 
     events: list[Event] = []
     stages = [work.stage("a"), Stage("look", 1, {}, look, ("a",)), work.stage("z", ["look"])]
-    Graph(stages).run(work.store, run, on_event=events.append)
+    drive(Graph(stages), work.store, run, on_event=events.append)
     (status,) = seen
     assert status.state == "running" and not status.is_lost()
     assert [stage.state for stage in status.stages.values()] == ["done", "running", "pending"]
@@ -179,7 +185,7 @@ def test_recorded_entries_are_what_the_artifact_consists_of(work):
         context.record(context.attempt.store.write_bytes("out", b"part of it"))
         return {}
 
-    artifact = Graph([Stage("a", 1, {}, run)]).run(work.store, Run.create(work.store, ""))["a"].artifact
+    artifact = drive(Graph([Stage("a", 1, {}, run)]), work.store, Run.create(work.store, ""))["a"].artifact
     assert [file.path for file in artifact.manifest().files] == ["out"]
 
 
@@ -244,5 +250,5 @@ def test_a_watcher_that_fails_does_not_take_the_run_with_it(work):
         raise RuntimeError("the screen broke")
 
     run = Run.create(work.store, "name: x\n")
-    Graph([work.stage("a")]).run(work.store, run, on_event=watch)
+    drive(Graph([work.stage("a")]), work.store, run, on_event=watch)
     assert Run.open(work.store, run.id).status.state == "done"

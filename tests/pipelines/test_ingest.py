@@ -10,6 +10,7 @@ from cluster.artifact import Attempt
 from cluster.storage import Store
 from pipelines.data_config import CleanConfig, DedupConfig, LanguageConfig, SourceConfig
 from pipelines.documents import SPLITS, document_id, ingest_parts, read_table
+from pipelines.drive import drive
 from pipelines.graph import Graph
 from pipelines.ingest import ingest_stage, split_of
 from pipelines.runs import Run
@@ -26,7 +27,7 @@ def progress(folder, config):
     """What the stage tells whoever watches."""
     store, events = Store(folder), []
     with in_this_process():
-        Graph([ingest_stage(config)]).run(store, Run.create(store, "name: test\n"), on_event=events.append)
+        drive(Graph([ingest_stage(config)]), store, Run.create(store, "name: test\n"), on_event=events.append)
     return [event for event in events if event.kind == "progress"]
 
 

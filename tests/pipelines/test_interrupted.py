@@ -26,9 +26,11 @@ from cluster.filesystem import TEMPORARY_PREFIX, FileSystem, LocalFiles, ObjectF
 from cluster.storage import StorageError, Store
 from llama.retry import retried
 from pipelines.data_config import DedupConfig, NearDuplicateConfig
-from pipelines.graph import Graph, Stage, StageContext
+from pipelines.drive import drive
+from pipelines.graph import Graph
 from pipelines.parts import Written, map_parts
 from pipelines.runs import Run
+from pipelines.stage import Stage, StageContext
 from tests.pipelines.data_stages import data_config, data_graph, in_this_process, write_corpus
 
 
@@ -152,7 +154,7 @@ class Place:
 
     def drive(self, graph: Graph, fault: Fault | None = None) -> None:
         store = self.store(fault)
-        graph.run(store, Run.create(store, "name: test\n"))
+        drive(graph, store, Run.create(store, "name: test\n"))
 
     def drive_until_killed(self, graph: Graph, moment: int) -> bool:
         """False if it ends before that."""
@@ -176,7 +178,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(params=["disk", "objects"])
 def new_place(request, tmp_path, monkeypatch) -> Callable[[], Place]:
-    monkeypatch.setattr("pipelines.graph.retried", partial(retried, sleep=lambda seconds: None))
+    monkeypatch.setattr("pipelines.stage.retried", partial(retried, sleep=lambda seconds: None))
 
     def make() -> Place:
         made.append(Place(tmp_path / str(len(made)), request.param == "objects"))

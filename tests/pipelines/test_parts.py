@@ -9,9 +9,11 @@ import pytest
 from cluster.artifact import Artifact
 from cluster.parts import finished_parts
 from cluster.storage import Store
-from pipelines.graph import Event, Graph, Stage, StageContext
+from pipelines.drive import drive as drive_run
+from pipelines.graph import Graph
 from pipelines.parts import Written, map_parts
 from pipelines.runs import Run
+from pipelines.stage import Event, Stage, StageContext
 from tests.pipelines.data_stages import in_this_process
 
 
@@ -39,7 +41,7 @@ class Work:
 def drive(work: Work, store: Store, events: list[Event] | None = None) -> Artifact:
     graph = Graph([work.stage()])
     with in_this_process():
-        graph.run(store, Run.create(store, "name: test\n"), on_event=(events or []).append)
+        drive_run(graph, store, Run.create(store, "name: test\n"), on_event=(events or []).append)
     return graph.artifact(store, "work")
 
 

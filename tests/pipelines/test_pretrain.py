@@ -16,8 +16,9 @@ from llama.training.config import OptimizerConfig, ParallelConfig
 from llama.training.metrics import TrainSummary
 from pipelines import pretrain
 from pipelines.finetune import StartError, find_start
-from pipelines.graph import Graph, Stage, StageContext
+from pipelines.graph import Graph
 from pipelines.recipe import TrainRecipe
+from pipelines.stage import Stage, StageContext
 from pipelines.training_worker import Outcome, WorkerTask
 
 MODEL = ModelConfig(dim=32, num_layers=1, num_heads=2)

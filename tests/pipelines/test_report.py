@@ -11,10 +11,10 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from pipelines.graph import Event
 from pipelines.progress import RunDisplay, print_summary
 from pipelines.report import RunSummary, draw_expert_load, draw_learning_rate, draw_loss, draw_throughput
 from pipelines.runs import one_line
+from pipelines.stage import Event
 from tests.pipelines.reports import report
 
 EVALUATION = {"loss": 2.0, "bits_per_byte": 1.0, "unigram_bits_per_byte": 1.5}

@@ -99,8 +99,8 @@ def test_a_store_that_fails_is_told_once_and_nothing_unwritten_is_pointed_at(sto
     for _ in range(2):
         monkeypatch.setattr(Store, "write_bytes", full)
         assert run.keep_traceback("export", ValueError("second")) is None
-        run._save_or_warn()
-        run._save_or_warn()
+        run.save_or_warn()
+        run.save_or_warn()
         assert [record.message for record in caplog.records] == [
             f"the status of run {run.id} was not written: the disk is full"
         ]

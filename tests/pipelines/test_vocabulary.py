@@ -15,6 +15,7 @@ from pipelines import baselines, vocabulary
 from pipelines.conversations import chat_contents
 from pipelines.data_config import SourceConfig
 from pipelines.documents import Document, KeptPart, document_id, kept_parts, read_part, write_part
+from pipelines.drive import drive
 from pipelines.graph import Graph
 from pipelines.recipe import TokenizerConfig
 from pipelines.runs import Run
@@ -214,7 +215,7 @@ def test_a_tokenizer_that_loses_text_is_adopted_with_a_warning(foreign, tmp_path
     graph = data_graph(data_config(tmp_path / "corpus"), tokenizer=TokenizerConfig(path=str(foreign)))
     store, events = Store(tmp_path / "store"), []
     with in_this_process():
-        graph.run(store, Run.create(store, ""), until="tokenizer", on_event=events.append)
+        drive(graph, store, Run.create(store, ""), until="tokenizer", on_event=events.append)
     (warning,) = [event.message for event in events if event.stage == "tokenizer" and event.kind == "progress"]
     assert warning == "warning: the tokenizer does not bring these back as they were written: mixed case"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class FakeCluster:
         self._check()
         return [*self.jobs.values()]
 
-    def submit(self, entrypoint: str, run_id: str, job_id: str) -> None:
+    def submit(self, entrypoint: str, run_id: str, job_id: str, modules: Sequence[str] = ()) -> None:
         self._check()
         if job_id in self.jobs:
             raise JobExists(f"the cluster has a job {job_id!r} already")

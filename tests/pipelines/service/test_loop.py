@@ -72,11 +72,9 @@ def test_a_run_from_its_submission_to_its_end(service: Orchestrator, cluster: Fa
 
 
 def test_the_driver_gets_what_was_asked_for() -> None:
-    asked = Submission(keep=True, force=("dedup", "shards"))
+    asked = Submission(keep=True)
     command = driver_command("r", "s3://b/x?a=1&b=2", asked)
-    assert command == (
-        "python -m pipelines.cli resume r --store 's3://b/x?a=1&b=2' --force dedup --force shards --keep"
-    )
+    assert command == ("python -m pipelines.cli resume r --store 's3://b/x?a=1&b=2' --keep")
 
 
 def test_who_waits_is_told_why_and_starts_when_there_is_room(

@@ -10,8 +10,7 @@ QUICKSTART = Path(pipelines.__file__).parent / "recipes" / "quickstart.yaml"
 
 def needs(until: str | None = None, *overrides: str) -> dict[str, float]:
     recipe = Recipe.load(QUICKSTART, overrides)
-    stages = [stage.name for stage in build_graph(recipe, dashboard_url="", keep=False).selected(until)]
-    return needs_of(recipe, stages)
+    return needs_of(recipe, build_graph(recipe, dashboard_url="", keep=False).selected(until))
 
 
 def test_the_quickstart_fits_on_two_cpus_and_needs_both() -> None:
@@ -36,3 +35,8 @@ def test_an_elastic_training_needs_the_fewest_workers_that_can_train() -> None:
     elastic = ("train.workers=[1, 8]", "train.parallel.dp_shard=-1")
     assert needs("pretrain", *elastic, "train.parallel.ep=1") == {"CPU": 1.0}
     assert needs("pretrain", *elastic, "train.parallel.ep=2") == {"CPU": 2.0}
+
+
+def test_a_stage_of_the_user_s_own_needs_what_its_options_say() -> None:
+    own = "stages={own: {uses: 'json:dumps', after: [ingest], num_cpus: 3, num_gpus: 1, accelerator_type: L4}}"
+    assert needs("own", own) == {"CPU": 3.0, "GPU": 1.0, "GPU:L4": 1.0}

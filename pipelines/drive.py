@@ -1,0 +1,278 @@
+"""Driving a run: tries its stages when they are due, and keeps its status.
+
+One thread, the caller's, decides and writes the status. Each try has a thread of its own, which looks whether the
+stage is committed, waits for its turn if somebody else is at it, has it executed, and says how that ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from cluster.artifact import Artifact, Manifest
+from cluster.storage import JSON, StorageError, Store
+from pipelines.execution import Executor, Here, WorkerLost
+from pipelines.graph import Graph
+from pipelines.runs import Run, StageStatus, one_line
+from pipelines.schedule import Schedule
+from pipelines.stage import Event, GraphError, Stage, StageResult, Work
+
+_LOOKS_AT_ONCE = 16
+
+_log = logging.getLogger(__name__)
+
+
+class StageTimeout(RuntimeError):
+    """A try of a stage ran longer than it may."""
+
+
+def drive(
+    graph: Graph,
+    store: Store,
+    run: Run,
+    *,
+    until: str | None = None,
+    from_stage: str | None = None,
+    executor: Executor | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> dict[str, StageResult]:
+    """Run what is not committed yet, as far as `Graph.selected(until, from_stage)` goes, and keep the run's status.
+
+    `executor` is `Here` by default.
+    The error of the first stage that fails for good is recorded and goes on to the caller, once no stage is being tried
+    any more; so does CorruptArtifact for a committed artifact whose manifest cannot be read. Raises GraphError.
+    `on_event` is called from the caller's thread.
+    """
+    return _Drive(graph, store, run, graph.selected(until, from_stage), executor or Here(), on_event).run_all()
+
+
+def find_committed(graph: Graph, store: Store, selected: Sequence[Stage]) -> dict[str, Manifest]:
+    """Manifests, by stage, of what need not run: of the selected stages, and of what they need besides."""
+    names = {stage.name for stage in selected if not stage.always} | {up for stage in selected for up in stage.upstream}
+
+    def look(name: str) -> Manifest | None:
+        try:
+            return graph.artifact(store, name).manifest()
+        except StorageError:  # whoever tries the stage will meet it again, and say so
+            return None
+
+    with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+        found = zip(names, pool.map(look, names), strict=True)
+        return {name: manifest for name, manifest in found if manifest is not None}
+
+
+@dataclass
+class _Try:
+    """One try of a stage, seen from the driver. Set `end` to end it; then `late` says whether its time was up."""
+
+    stage: Stage
+    end: threading.Event = field(default_factory=threading.Event)
+    late: bool = False
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """How a try ended. `skipped`: the stage turned out to be committed."""
+
+    attempted: _Try
+    metadata: dict[str, JSON] | None = None
+    skipped: bool = False
+    error: BaseException | None = None
+
+
+class _Drive:
+    def __init__(
+        self,
+        graph: Graph,
+        store: Store,
+        run: Run,
+        selected: Sequence[Stage],
+        executor: Executor,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._graph, self._store, self._run, self._selected = graph, store, run, selected
+        self._executor, self._on_event = executor, on_event
+        self._messages: queue.SimpleQueue[Event | _Finished] = queue.SimpleQueue()
+        self._tries: dict[str, _Try] = {}
+        self._results: dict[str, StageResult] = {}
+        self._error: BaseException | None = None
+
+    def run_all(self) -> dict[str, StageResult]:
+        for stage in self._selected:
+            self._executor.check(self._work(stage))
+        self._begin_status()
+        with self._run.driving():
+            committed = find_committed(self._graph, self._store, self._selected)
+            self._require_upstream(committed)
+            schedule = Schedule(
+                self._selected, self._executor.capacity(), [s.name for s in self._selected if s.name in committed]
+            )
+            for stage in self._selected:
+                if manifest := committed.get(stage.name):
+                    self._skip(stage, manifest.metadata)
+            try:
+                self._follow(schedule)
+            except BaseException as error:
+                self._interrupt(schedule, error)
+                raise
+            if self._error is not None:
+                raise self._error
+        return {stage.name: self._results[stage.name] for stage in self._selected}
+
+    # -- the status
+
+    def _begin_status(self) -> None:
+        keys, status = self._graph.keys, self._run.status
+        fresh = {stage.name: StageStatus(key=keys[stage.name]) for stage in self._selected}
+        status.stages = {  # what an earlier turn of the run has to say of the other stages stays
+            name: fresh.get(name) or status.stages[name]
+            for name in self._graph.stages
+            if name in fresh or name in status.stages
+        }
+
+    def _skip(self, stage: Stage, metadata: dict[str, JSON]) -> None:
+        status = self._run.status.stages[stage.name]
+        now = time.time()
+        status.state, status.started, status.ended = "skipped", status.started or now, now
+        self._results[stage.name] = StageResult("skipped", status.key, self._artifact(stage), metadata, 0.0)
+        self._tell(Event(stage.name, "skipped", "committed already"))
+
+    def _tell(self, event: Event) -> None:
+        """A watcher that fails must not take the run with it."""
+        try:
+            self._on_event(event)
+        except Exception:
+            _log.warning("an event of stage %s could not be shown", event.stage, exc_info=True)
+
+    # -- deciding
+
+    def _follow(self, schedule: Schedule) -> None:
+        self._run.save_or_warn()
+        while not schedule.is_over:
+            now = time.monotonic()
+            for stage in schedule.due(now):
+                self._try(stage)
+            for name in schedule.overdue(now):
+                self._tries[name].late = True
+                self._tries[name].end.set()
+            try:
+                message = self._messages.get(timeout=schedule.wait(now))
+            except queue.Empty:
+                continue
+            if isinstance(message, Event):
+                self._heard(message, schedule)
+            else:
+                self._ended(message, schedule)
+
+    def _heard(self, event: Event, schedule: Schedule) -> None:
+        if event.stage not in self._tries:  # said before the try ended, and overtaken by that
+            return
+        status = self._run.status.stages[event.stage]
+        if event.kind == "running":
+            schedule.began(event.stage, time.monotonic())
+            status.state, status.started, status.ended, status.error = "running", time.time(), None, ""
+            self._run.save_or_warn()
+        else:
+            status.progress = event.message
+        self._tell(event)
+
+    def _ended(self, finished: _Finished, schedule: Schedule) -> None:
+        stage = finished.attempted.stage
+        del self._tries[stage.name]
+        status = self._run.status.stages[stage.name]
+        if finished.metadata is None:
+            self._failed(finished, schedule)
+            return
+        schedule.succeeded(stage.name)
+        if finished.skipped:
+            self._skip(stage, finished.metadata)
+            self._run.save_or_warn()
+            return
+        status.state, status.ended = "done", time.time()
+        self._run.save_or_warn()
+        seconds = status.ended - (status.started or status.ended)
+        self._results[stage.name] = StageResult("done", status.key, self._artifact(stage), finished.metadata, seconds)
+        self._tell(Event(stage.name, "done", seconds=seconds))
+
+    def _failed(self, finished: _Finished, schedule: Schedule) -> None:
+        name, error = finished.attempted.stage.name, finished.error
+        if finished.attempted.late:
+            limit = finished.attempted.stage.tries.timeout
+            error = StageTimeout(f"stage {name!r} was ended after {limit:g} s; raise stages.{name}.timeout")
+        assert error is not None
+        if not isinstance(error, Exception):  # somebody wants this process to end
+            schedule.stop()
+        wait = schedule.failed(name, time.monotonic(), lost=isinstance(error, WorkerLost))
+        status = self._run.status.stages[name]
+        if wait is not None:
+            status.state, status.progress = "pending", f"{one_line(error)}; another try in {wait:.0f} s"
+            self._run.save_or_warn()
+            self._tell(Event(name, "progress", status.progress))
+            return
+        self._record_failure(name, error)
+        self._error = self._error or error
+
+    def _record_failure(self, name: str, error: BaseException) -> None:
+        status = self._run.status.stages[name]
+        status.state, status.ended, status.error = "failed", time.time(), one_line(error)
+        status.started = status.started or status.ended
+        traceback = self._run.keep_traceback(name, error)
+        seconds = status.ended - status.started
+        self._tell(Event(name, "failed", status.error, seconds=seconds, traceback=traceback))
+
+    def _interrupt(self, schedule: Schedule, error: BaseException) -> None:
+        """Whoever drives was told to stop, or cannot go on: so is every try, and what it can take back, it does."""
+        schedule.stop()
+        for each in self._tries.values():
+            each.end.set()
+        going, waiting = list(self._tries), set(self._tries)
+        deadline = time.monotonic() + self._executor.end_seconds
+        with suppress(queue.Empty):
+            while waiting:
+                message = self._messages.get(timeout=max(0.0, deadline - time.monotonic()))
+                if isinstance(message, _Finished):
+                    waiting.discard(message.attempted.stage.name)
+        for name in going:
+            self._record_failure(name, error)
+
+    # -- trying
+
+    def _try(self, stage: Stage) -> None:
+        attempted = self._tries[stage.name] = _Try(stage)
+        threading.Thread(target=self._attend, args=(attempted,), name=f"stage-{stage.name}", daemon=True).start()
+
+    def _attend(self, attempted: _Try) -> None:
+        try:
+            finished = self._obtain(attempted)
+        except BaseException as error:
+            finished = _Finished(attempted, error=error)
+        self._messages.put(finished)
+
+    def _obtain(self, attempted: _Try) -> _Finished:
+        work = self._work(attempted.stage)
+        if work.artifact is not None and (manifest := work.artifact.manifest()):
+            return _Finished(attempted, manifest.metadata, skipped=True)
+        return _Finished(attempted, self._executor.execute(work, self._messages.put, attempted.end))
+
+    def _work(self, stage: Stage) -> Work:
+        inputs = {name: self._graph.artifact(self._store, name) for name in stage.upstream}
+        key = self._graph.keys[stage.name]
+        return Work(stage, key, self._artifact(stage), inputs, self._store, self._run.directory, self._run.id)
+
+    def _artifact(self, stage: Stage) -> Artifact | None:
+        return None if stage.always else self._graph.artifact(self._store, stage.name)
+
+    def _require_upstream(self, committed: dict[str, Manifest]) -> None:
+        selected = {stage.name for stage in self._selected}
+        for stage in self._selected:
+            for name in stage.upstream:
+                if name not in selected and name not in committed and stage.name not in committed:
+                    raise GraphError(
+                        f"stage {stage.name!r} needs {name!r}, of which nothing is committed; run {name!r} first"
+                    )
