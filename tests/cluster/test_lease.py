@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,6 +28,14 @@ class Clock:
         self.now = 0.0
 
     def __call__(self) -> float:
+        return self.now
+
+
+class SteppedClock(Clock):
+    """An actor can be stopped before it looks at the time, too."""
+
+    def __call__(self) -> float:
+        idle()
         return self.now
 
 
@@ -88,9 +97,7 @@ def test_a_renewal_that_does_not_show_in_the_stores_times_is_found(store, clock,
     alive = joined(store, "run 1", clock)
     waiter = joined(store, "run 2", clock)
     stats = Store.stats
-    monkeypatch.setattr(
-        Store, "stats", lambda *args: {path: type(stat)(1, 0) for path, stat in stats(*args).items()}
-    )
+    monkeypatch.setattr(Store, "stats", lambda *args: {path: type(stat)(1, 0) for path, stat in stats(*args).items()})
     for _ in range(int(4 * STALE_S / RENEW_S)):
         clock.now += RENEW_S
         alive.renew()
@@ -213,13 +220,15 @@ def test_threads_on_a_disk_are_in_turn_one_after_the_other(store):
 class Claimant:
     def __init__(self, number: int, store: Store, clock: Clock) -> None:
         self.claim = Claim(store, f"run {number}", clock)
-        self.leaving = self.stopped = False
+        self.leaving = self.stopped = self.looked = False
         self.actor = Actor(self._body)
 
     def _body(self) -> None:
         self.claim.join()
         while self.claim.blocker() is not None:
+            self.looked = True
             idle()
+        self.looked = True
         while not self.leaving:
             idle()
         self.claim.close()
@@ -231,6 +240,101 @@ class Claimant:
                     self.claim.renew()
             finally:
                 self.claim._lock.release()
+
+
+class Queue:
+    """Claimants on an object store, the same each time."""
+
+    def __init__(self, number: int, seed: int, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
+        self.store = stepped(Store("s3://bucket/artifact?region=x"), MemoryObjects())
+        with patch("uuid.uuid4", Names(seed)):
+            self.claimants = [Claimant(each, self.store, self.clock) for each in range(number)]
+
+    def __enter__(self) -> "Queue":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for claimant in self.claimants:
+            claimant.actor.kill()
+
+    def in_turn(self) -> list[Claimant]:
+        return [each for each in self.claimants if each.claim.in_turn and not each.claim.lapsed]
+
+    def step(self, claimant: Claimant, steps: int) -> None:
+        for _ in range(steps):
+            claimant.actor.step()
+            assert len(self.in_turn()) <= 1
+
+    def let_one_in(self, claimant: Claimant) -> None:
+        """One goes on, and is renewed, while time passes for all."""
+        for _ in range(100):
+            for _ in range(40):
+                if not claimant.claim.in_turn:
+                    claimant.actor.step()
+            if claimant.claim.in_turn:
+                return
+            self.clock.now += RENEW_S
+            claimant.renew()
+        raise AssertionError("it never gets its turn")
+
+
+def test_two_are_never_in_turn_at_once_in_any_order_of_their_steps():
+    """All interleavings of two claimants up to the end of their first look, whichever id is the smaller."""
+    tried = 0
+    for seed in (1, 3):
+        unfinished: list[tuple[int, ...]] = [(0, 1)]
+        while unfinished:
+            schedule = unfinished.pop()
+            with Queue(2, seed) as queue, patch("uuid.uuid4", Names(seed)):
+                for index in schedule:
+                    queue.claimants[index].actor.step()
+                while going := [index for index in (0, 1) if not queue.claimants[index].looked]:
+                    unfinished += [(*schedule, index) for index in going[1:]]
+                    schedule += (going[0],)
+                    queue.claimants[going[0]].actor.step()
+                assert len(queue.in_turn()) <= 1, schedule
+            tried += 1
+    assert tried > 500
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+@pytest.mark.parametrize("how", ["stopped", "kill", "kill after"])
+def test_wherever_one_is_stopped_or_killed_the_other_gets_in_and_stays_alone(how, seed):
+    for own_steps, others_steps in product(range(1, 30, 1 + (how != "stopped")), (0, 5, 14)):
+        with Queue(2, seed, SteppedClock()) as queue, patch("uuid.uuid4", Names(seed)):
+            first, second = queue.claimants
+            queue.step(second, others_steps)
+            queue.step(first, own_steps)
+            if how != "stopped":
+                first.actor.step(how)
+                first.actor.kill()
+            queue.let_one_in(second)
+            assert queue.in_turn() == [second]
+            if how == "stopped":
+                for _ in range(50):
+                    queue.step(first, 1)
+                    second.renew()
+                assert queue.in_turn() == [second]
+                second.leaving = True
+                second.actor.finish()
+                queue.let_one_in(first)
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_waiter_that_removes_a_dead_claim_does_not_remove_one_that_has_come_back(seed):
+    for removing in range(1, 12):
+        with Queue(3, seed) as queue, patch("uuid.uuid4", Names(seed)):
+            first, second, third = queue.claimants
+            queue.step(first, 4)
+            queue.step(second, 8)
+            queue.clock.now += STALE_S + 1  # both are dead to each other
+            queue.step(second, removing)  # up to where it is about to remove the first, say
+            queue.let_one_in(first)
+            queue.step(second, 1)
+            queue.step(third, 15)
+            queue.step(second, 15)
+            assert queue.in_turn() == [first]
 
 
 class Leases(RuleBasedStateMachine):
@@ -257,7 +361,7 @@ class Leases(RuleBasedStateMachine):
     def at(self, index: int) -> Claimant | None:
         return self.claimants[index % len(self.claimants)] if self.claimants else None
 
-    @rule(index=st.integers(0, 3), steps=st.integers(1, 6))
+    @rule(index=st.integers(0, 3), steps=st.sampled_from([1, 1, 1, 2, 3, 8]))
     def step(self, index: int, steps: int) -> None:
         claimant = self.at(index)
         if claimant is None or claimant.stopped:
