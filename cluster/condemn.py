@@ -9,16 +9,17 @@
     g4  takes its own marker away
 
 What r3 finds stays. If r2 sees no marker, then of each remover either the marker was gone already, so all that it
-deletes was deleted before r3, and r3 finds what is left; or its g1 comes after r2, so g2 comes after r1, finds the root,
-and g3 deletes nothing. (This needs a store that reads and lists what was written before. The look for markers must come
-before the look at the manifest: a remover may end between the two.)
+deletes was deleted before r3, and r3 finds what is left; or its g1 comes after r2, so g2 comes after r1, finds the
+root, and g3 deletes nothing. (This needs a store that reads and lists what was written before. The look for markers
+must come before the look at the manifest: a remover may end between the two.)
 
 Nothing is deleted but what g1 had found, by its name: a new try at the artifact is a new name. A remover that is killed
 leaves its marker; the next one finishes its work (the marker says which attempt had won), and whoever waits takes the
 marker away once it has not changed for PATIENCE_S by the waiter's own clock, or at once if the remover ran on the same
 machine and has ended. A remover goes on only while its marker is there and was renewed within PATIENCE_S / 2, and looks
-before each deletion. What remains is a remover that is stopped for longer than PATIENCE_S in the middle of one deletion:
-a run that has gone on meanwhile may find a manifest gone, and says so; to resume it makes the stage again.
+before each deletion. What remains is a remover that is stopped for longer than PATIENCE_S in the middle of one
+deletion: a run that has gone on meanwhile may find a manifest gone, and says so; to resume it makes the stage again.
+And what remains is a try that is stopped for a day between its last look at its files and its manifest (`commit`).
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from typing import Any
 
 from cluster.artifact import Artifact, Manifest
 from cluster.liveness import Process, Silence
-from cluster.storage import NotFound, StorageError, Store
+from cluster.storage import NotFound, StorageError
 
 PATIENCE_S = 300.0
 """How long a marker must not change before its writer is taken for dead."""
 _RENEW_S = 20.0
 _REQUEST_S = 60.0
 """How long what a process asked of a remote store may take effect after the process has ended."""
+
+_FORGOTTEN_S = 86400.0
 
 FOLDER = "condemned"
 
@@ -66,6 +69,7 @@ class Marker:
         self._winner = winner
         self._clock = clock
         self._beat = 0
+        self._unfinished = False
         self._record: dict[str, Any] = {"by": by, "winner": winner, "process": asdict(Process.current())}
         self._write()
 
@@ -75,17 +79,37 @@ class Marker:
         return f"{FOLDER}/{self._name}"
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete what lies at these paths of the artifact, in this order. Raises Overtaken, and then no more is."""
-        store = self._artifact.store
-        for path in paths:
-            self._hold()
-            if path.rpartition("/")[2] == "manifest.json":
-                self._check_manifest()
-            store.delete(path)
+        """Delete what lies at these paths of the artifact, in this order. Raises Overtaken, and then no more is.
+
+        A marker of a removal that was cut short otherwise stays, for the next remover to go on from.
+        """
+        try:
+            for path in paths:
+                self._hold()
+                if path == "manifest.json" or path.startswith("attempts/"):
+                    self._check_manifest()
+                self._unfinished = True
+                self._artifact.store.delete(path)
+        except Overtaken:
+            self._unfinished = False
+            raise
+        self._unfinished = False
+
+    def remove_others(self, now_ns: int) -> None:
+        """The markers of removers that have ended, or were silent for a day; `now_ns` is by the store's clock."""
+        remote = self._artifact.store.local_path() is None
+        for name, stat in self._folder.stats().items():
+            age = (now_ns - stat.mtime_ns) / 1e9
+            with suppress(NotFound):
+                process = _read(self._folder.read_bytes(name))[1]
+                ended = process is not None and process.has_ended() and (not remote or age > _REQUEST_S)
+                if name != self._name and (ended or age > _FORGOTTEN_S):
+                    self._folder.delete(name)
 
     def withdraw(self) -> None:
         """The removal is over, or not to be."""
-        self._folder.delete(self._name)
+        if not self._unfinished:
+            self._folder.delete(self._name)
 
     def _hold(self) -> None:
         present = self._folder.exists(self._name)

@@ -1,6 +1,6 @@
 """Claims on an artifact, so that of several runs that need the same stage one computes it while the others wait.
 
-    {artifact}/claims/{id}.json     one claimant's: who it is, its number in the queue, and a counter that it keeps raising
+    {artifact}/claims/{id}.json    one claimant's: who it is, its number in the queue, a counter that it keeps raising
 
 A lease saves work and nothing more. That files never mix rests on the attempts alone (cluster/artifact.py): if ever two
 claimants are in turn at once, both compute, and one of the two commits counts.
@@ -9,15 +9,15 @@ The queue is Lamport's bakery ("A New Solution of Dijkstra's Concurrent Programm
 conditional write: every claimant writes its own file only. It writes that it is choosing, lists the others, and writes
 a number above all of theirs. It is in turn when no other claim is choosing or has a smaller (number, id).
 
-Liveness is told by each waiter's own monotonic clock. A claim's holder raises its counter every RENEW_S; a claim that a
-waiter has seen unchanged for STALE_S is dead to it, and it removes the file. So is one whose process ran on the waiter's
-own machine and has ended, at once.
+Liveness is told by each waiter's own monotonic clock. A claim's holder raises its counter every RENEW_S; a claim that
+a waiter has seen unchanged for STALE_S is dead to it, and it removes the file. So is one whose process ran on the
+waiter's own machine and has ended, at once.
 
 What is promised, in a store that lists and reads what was written before (file systems, S3, Google Cloud Storage):
 
-    one in turn   No two claimants are in turn at once, unless one was stopped, or cut off from the store, for longer than
-                  STALE_S / 2 while it was in turn. It then goes on (with the work that others now repeat), and nobody
-                  tells it. One that was stopped before its turn notices, and queues again under another name.
+    one in turn   No two claimants are in turn at once, unless one was stopped, or cut off from the store, for longer
+                  than STALE_S while it was in turn. It then goes on (with the work that others now repeat), and
+                  nobody tells it. One that was stopped before its turn notices, and queues again under another name.
     no deadlock   If the first in the queue dies, the others go on after STALE_S. One that lives but has not looked for
                   STALE_S is not renewed, so that a claimant that forgot its claim holds up nobody.
     in order      Whoever has its number before another begins to choose is served before it.

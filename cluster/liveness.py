@@ -14,9 +14,9 @@ from pathlib import Path
 class Process:
     """A process, for others on its machine: they need not wait to see that it has ended.
 
-    `machine` is one boot of one kernel and the namespace that the number `pid` counts in, so that containers do not take
-    each other's processes for theirs; it is empty where the system does not tell (no /proc), and then nothing is ever
-    known. `started`, in ticks since that boot, tells the process from a later one of its number.
+    `machine` is one boot of one kernel and the namespace that the number `pid` counts in, so that containers do not
+    take each other's processes for theirs; it is empty where the system does not tell (no /proc), and then nothing is
+    ever known. `started`, in ticks since that boot, tells the process from a later one of its number.
     """
 
     machine: str

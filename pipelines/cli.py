@@ -22,6 +22,7 @@ from rich.markup import escape
 
 from pipelines.cli_bench import bench
 from pipelines.cli_keys import keys
+from pipelines.cli_operate import gc
 from pipelines.cli_runs import export, show
 from pipelines.cli_serve import deploy, scale, status, trace, undeploy
 from pipelines.screen import (
@@ -55,7 +56,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(keys, name="keys")
-for command in (show, export, deploy, scale, status, trace, undeploy):
+for command in (show, export, gc, deploy, scale, status, trace, undeploy):
     app.command()(command)
 
 RecipeArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]

@@ -124,7 +124,7 @@ class SteppedFiles:
 
     def delete(self, key: str) -> None:
         with operation():
-            names = sorted(self.inner.stats(key))
+            names = [] if self.inner.is_file(key) else sorted(self.inner.stats(key))
             if not names:
                 self.inner.delete(key)
         for name in names:
