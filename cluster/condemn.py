@@ -85,9 +85,9 @@ class Marker:
         """
         try:
             for path in paths:
-                self._hold()
                 if path == "manifest.json" or path.startswith("attempts/"):
                     self._check_manifest()
+                self._hold()
                 self._unfinished = True
                 self._artifact.store.delete(path)
         except Overtaken:

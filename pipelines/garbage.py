@@ -315,12 +315,14 @@ class _noted:
 
 def _store_time(store: Store) -> int:
     """Nanoseconds since the epoch by the clock that gives files their times."""
-    folder, name = store.child("probes"), f"{uuid.uuid4().hex}"
+    folder, name = store.child("probes"), uuid.uuid4().hex
     folder.write_bytes(name, b"caravan")
-    try:
-        return folder.stats()[name].mtime_ns
-    finally:
-        folder.delete(name)
+    stats = folder.stats()
+    now_ns = stats[name].mtime_ns
+    for each, stat in stats.items():
+        if each == name or now_ns - stat.mtime_ns > ABANDONED_S * 1e9:  # of one who was killed just here
+            folder.delete(each)
+    return now_ns
 
 
 def _name(address: Address) -> str:

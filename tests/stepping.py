@@ -24,12 +24,14 @@ class Killed(BaseException):
 
 
 class Actor:
-    """`body` in a thread. `result` is what it returned, `error` what it raised."""
+    """`body` in a thread. `result` is what it returned, `error` what it raised, `pending` the operation and its key
+    that the next step does."""
 
     def __init__(self, body: Callable[[], Any]) -> None:
         self.result: Any = None
         self.error: BaseException | None = None
         self.done = self.killed = False
+        self.pending: tuple[str, str] = ("idle", "")
         self._body = body
         self._order: Order = "go"
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
@@ -75,23 +77,24 @@ class Actor:
 
 
 @contextmanager
-def operation() -> Iterator[None]:
+def operation(what: str = "idle", key: str = "") -> Iterator[None]:
     """The block is one operation of whichever actor's thread this is, if any."""
     actor: Actor | None = getattr(_of_this_thread, "actor", None)
     if actor is None:
         yield
         return
+    actor.pending = what, key
     order = "kill" if actor.killed else actor._wait()
     if order == "kill":
         actor.killed = True
         raise Killed
-    if order == "fail":
+    if order == "fail" and what != "idle":
         raise OSError("this one failed")
     yield
     if order == "kill after":
         actor.killed = True
         raise Killed
-    if order == "fail after":
+    if order == "fail after" and what != "idle":
         raise OSError("this one took effect, and failed")
 
 
@@ -108,27 +111,27 @@ class SteppedFiles:
         self.inner = inner
 
     def is_file(self, key: str) -> bool:
-        with operation():
+        with operation("look", key):
             return self.inner.is_file(key)
 
     def open_input(self, key: str) -> BinaryIO:
-        with operation(), self.inner.open_input(key) as file:
+        with operation("read", key), self.inner.open_input(key) as file:
             return io.BytesIO(file.read())
 
     def create(self, key: str, exclusive: bool = False) -> Sink:
         return _SteppedSink(self.inner, key, exclusive)
 
     def stats(self, key: str) -> dict[str, FileStat]:
-        with operation():
+        with operation("list", key):
             return self.inner.stats(key)
 
     def delete(self, key: str) -> None:
-        with operation():
+        with operation("delete", key):
             names = [] if self.inner.is_file(key) else sorted(self.inner.stats(key))
             if not names:
                 self.inner.delete(key)
         for name in names:
-            with operation():
+            with operation("delete", f"{key}/{name}"):
                 self.inner.delete(f"{key}/{name}")
 
 
@@ -143,10 +146,10 @@ class _SteppedSink:
 
     def commit(self) -> None:
         if self._held_back:  # an object store is asked first and written to then
-            with operation():
+            with operation("look", self._key):
                 if self._inner.is_file(self._key):
                     raise AlreadyExists(self._key)
-        with operation():
+        with operation("write", self._key):
             self._sink.commit()
 
     def abort(self) -> None:

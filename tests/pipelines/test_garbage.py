@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +18,7 @@ from cluster.condemn import Marker
 from cluster.liveness import Process
 from cluster.parts import keep_part
 from cluster.storage import StorageError, Store
+from pipelines import cli
 from pipelines.garbage import ABANDONED_S, collect
 from pipelines.retention import Policy, RetentionError
 from pipelines.runs import Run, RunStatus, StageStatus
@@ -302,3 +306,34 @@ def test_a_run_is_a_folder_that_the_service_may_have_begun(store):
     Run(store, "queued", recipe, RunStatus(state="failed", created=time.time())).save()
     gc(store)
     assert there(store) == set()
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["caravan", "gc", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_the_command_says_what_it_does_and_does_it(store, monkeypatch, capsys):
+    commit(artifact(store, "train", "a"), b"x" * 1500)
+    add_run(store, "r", {"train": "a"}, ended=time.time())
+    assert command(monkeypatch, "--store", store.uri) == 0
+    assert "removed 0 bytes of 0 artifacts; 1 runs kept, 0 not" in capsys.readouterr().out
+    assert command(monkeypatch, "--store", store.uri, "--keep-last", 0, "--dry-run") == 0
+    assert re.search(r"would remove artifacts/train/a \(1\.\d KB\): no kept run needs it", capsys.readouterr().out)
+    assert command(monkeypatch, "--store", store.uri, "--keep-last", 0, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["removed"][0]["artifact"] == "train/a" and report["dropped_runs"] == ["r"] and not report["dry_run"]
+    assert there(store) == set()
+    store.write_bytes("runs/bad/status.json", b"{")
+    assert command(monkeypatch, "--store", store.uri) == 1
+    assert "run 'bad' cannot be read" in capsys.readouterr().err
+    assert command(monkeypatch, "--store", store.uri, "--keep-last", -1) == 2
+
+
+def test_the_command_needs_neither_ray_nor_torch(store):
+    script = "import sys; sys.modules['ray'] = sys.modules['torch'] = None\n"
+    script += "import sys; sys.argv = ['caravan', 'gc', '--store', sys.argv[1]]; from pipelines.cli import main; main()"
+    ended = subprocess.run([sys.executable, "-c", script, store.uri], capture_output=True, text=True)
+    assert ended.returncode == 0 and "removed 0 bytes" in ended.stdout, ended.stderr
