@@ -125,6 +125,7 @@ def deploy(
             # What ended the deployment is what the caller must hear of, not that the removal failed as well.
             with contextlib.suppress(Exception):
                 undeploy(dashboard_url=dashboard_url)
+                hold.release(args.model, dashboard_url)
         raise
     _let_go(_served(apps), args.model, dashboard_url)
     return endpoint

@@ -1,5 +1,6 @@
 """Removing an artifact that others may be about to use: who waits, who goes on, and who stops."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from cluster.artifact import Artifact
 from cluster.condemn import PATIENCE_S, Marker, Overtaken, Settling, earlier_winners, settled
+from cluster.liveness import Process
 from cluster.storage import StorageError, Store
 
 
@@ -129,3 +131,16 @@ def test_a_removal_that_the_store_cut_short_leaves_word(artifact, monkeypatch):
         marker.delete(["manifest.json", f"attempts/{name}"])
     marker.withdraw()
     assert earlier_winners(artifact) == {name}
+
+
+def test_markers_of_who_is_at_work_stay(artifact, monkeypatch):
+    old, living, own = (Marker(artifact, by, None) for by in ("old", "living", "own"))
+    folder = artifact.store.local_path()
+    assert folder is not None
+    now = os.stat(folder / own.path).st_mtime_ns
+    os.utime(folder / old.path, ns=(0, now - 2 * 86400 * 10**9))
+    own.remove_others(now)
+    assert artifact.store.list("condemned") == sorted([living.path, own.path])
+    monkeypatch.setattr(Process, "has_ended", lambda self: True)
+    own.remove_others(now)
+    assert artifact.store.list("condemned") == [own.path]
