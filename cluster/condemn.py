@@ -19,7 +19,8 @@ marker away once it has not changed for PATIENCE_S by the waiter's own clock, or
 machine and has ended. A remover goes on only while its marker is there and was renewed within PATIENCE_S / 2, and looks
 before each deletion. What remains is a remover that is stopped for longer than PATIENCE_S in the middle of one
 deletion: a run that has gone on meanwhile may find a manifest gone, and says so; to resume it makes the stage again.
-And what remains is a try that is stopped for a day between its last look at its files and its manifest (`commit`).
+And what remains is a try of a forgotten run that has written nothing for a day, and commits in the very moment in which
+its files are removed: its manifest may name what is gone (`fetch` and `verify` say so), or only what was left.
 """
 
 from __future__ import annotations

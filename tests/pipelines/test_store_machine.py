@@ -308,7 +308,7 @@ class OnObjects(Machine):
 def test_wherever_a_run_and_a_removal_meet_what_the_run_has_stays(first, committed):
     """One goes so many steps, then the other goes some, then the first goes on, and both end."""
     met = 0
-    for ahead, between in product(range(1, 30), range(1, 36, 4)):
+    for ahead, between in product(range(1, 30), range(1, 36, 6)):
         machine = OnObjects()
         machine.begin(1, committed)
         machine.arrive(claims=False, records=True)
@@ -322,7 +322,7 @@ def test_wherever_a_run_and_a_removal_meet_what_the_run_has_stays(first, committ
                     machine.check_all()
         met += worker.uses is not None
         machine.close()
-    assert met > 100
+    assert met > 60
 
 
 @pytest.mark.parametrize("kind", [OnDisk, OnObjects])
