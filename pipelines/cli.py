@@ -28,7 +28,7 @@ from pipelines.cli_drive import (
     run,
 )
 from pipelines.cli_keys import keys
-from pipelines.cli_operate import doctor, render
+from pipelines.cli_operate import doctor, gc, render
 from pipelines.cli_runs import export, show
 from pipelines.cli_serve import deploy, scale, status, trace, undeploy
 from pipelines.screen import (
@@ -59,7 +59,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(keys, name="keys")
 app.add_typer(render, name="render")
-for command in (run, resume, show, export, deploy, scale, status, trace, undeploy, doctor):
+for command in (run, resume, show, export, deploy, scale, status, trace, undeploy, doctor, gc):
     app.command()(command)
 
 # --- the local cluster ----------------------------------------------------------------------------------------------
