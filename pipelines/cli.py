@@ -13,7 +13,7 @@ import typer
 from pipelines.cli_bench import bench
 from pipelines.cli_drive import resume, run
 from pipelines.cli_keys import keys
-from pipelines.cli_operate import doctor, render
+from pipelines.cli_operate import doctor, gc, render
 from pipelines.cli_runs import export, show
 from pipelines.cli_serve import deploy, scale, status, trace, undeploy
 from pipelines.cli_service import delete, down, logs, runs, stop, submit, up
@@ -54,6 +54,7 @@ for command in (
     trace,
     undeploy,
     doctor,
+    gc,
 ):
     app.command()(command)
 

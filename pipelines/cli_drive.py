@@ -144,13 +144,14 @@ def show_plan(recipe: Recipe, selection: Selection, store: Store, as_json: bool)
     """What a run would do, and why; touches nothing."""
     from rich.table import Table
 
+    from cluster.artifact import Artifact
     from pipelines.drive import find_committed
     from pipelines.generations import make_anew
     from pipelines.plan import last_record, plan
 
     graph = make_anew(selection.build(recipe, store), selection.force, store, run_id=None)
     selected = graph.selected(selection.until, selection.from_stage)
-    committed = find_committed(graph, store, selected)
+    committed = find_committed(graph, store, selected, Artifact.manifest)
     steps = plan(graph, selected, committed, selection.force, last_record(store, recipe.name))
     if as_json:
         print_json([asdict(step) for step in steps])

@@ -1,4 +1,5 @@
-"""The `caravan` commands for whoever runs the machines: what is wrong here, and manifests for Kubernetes."""
+"""The `caravan` commands for whoever runs the machines: what is wrong here, what of a store can go, and
+manifests for Kubernetes."""
 
 from __future__ import annotations
 
@@ -48,6 +49,35 @@ def doctor(store: StoreOption = None, address: AddressOption = None, as_json: Js
         sys.stdout.flush()
         os._exit(1)
     if failed:
+        raise typer.Exit(1)
+
+
+def gc(
+    store: StoreOption = None,
+    keep_last: Annotated[
+        int | None, typer.Option(min=0, help="Keep the last so many runs that have ended [default: all]")
+    ] = None,
+    keep_days: Annotated[
+        float | None, typer.Option(min=0, help="Keep runs that ended in the last so many days [default: all]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove artifacts, checkpoints and abandoned tries that no kept run and no deployment needs.
+
+    A run is kept if it has not ended, or if --keep-last or --keep-days says so; without either all runs are. Runs that
+    are not kept stay on record: to resume one makes its stages again.
+    """
+    from pipelines.garbage import collect, lines
+    from pipelines.retention import Policy
+
+    report = collect(named_store(store), Policy(keep_last, keep_days), dry_run)
+    if as_json:
+        print_json({"dry_run": dry_run, **report.as_json()})
+    else:
+        for line in lines(report, dry_run):
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
+    if report.failed:
         raise typer.Exit(1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,14 +17,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cluster.artifact import Artifact, Manifest
+from cluster.condemn import settled
 from cluster.storage import JSON, StorageError, Store
-from pipelines.execution import Executor, Here, WorkerLost
+from pipelines.execution import Ended, Executor, Here, WorkerLost
 from pipelines.graph import Graph
 from pipelines.runs import Run, StageStatus, one_line
 from pipelines.schedule import Schedule
 from pipelines.stage import Event, GraphError, Stage, StageResult, Work
+from pipelines.turn import await_turn, claimed
 
 _LOOKS_AT_ONCE = 16
+_LOOK_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -52,18 +56,23 @@ def drive(
     return _Drive(graph, store, run, graph.selected(until, from_stage), executor or Here(), on_event).run_all()
 
 
-def find_committed(graph: Graph, store: Store, selected: Sequence[Stage]) -> dict[str, Manifest]:
-    """Manifests, by stage, of what need not run: of the selected stages, and of what they need besides."""
+def find_committed(
+    graph: Graph, store: Store, selected: Sequence[Stage], look: Callable[[Artifact], Manifest | None] = settled
+) -> dict[str, Manifest]:
+    """Manifests, by stage, of what need not run: of the selected stages, and of what they need besides.
+
+    `look` is for a run that has its keys on record; whoever only wants to know may take `Artifact.manifest`.
+    """
     names = {stage.name for stage in selected if not stage.always} | {up for stage in selected for up in stage.upstream}
 
-    def look(name: str) -> Manifest | None:
+    def find(name: str) -> Manifest | None:
         try:
-            return graph.artifact(store, name).manifest()
+            return look(graph.artifact(store, name))
         except StorageError:  # whoever tries the stage will meet it again, and say so
             return None
 
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
-        found = zip(names, pool.map(look, names), strict=True)
+        found = zip(names, pool.map(find, names), strict=True)
         return {name: manifest for name, manifest in found if manifest is not None}
 
 
@@ -256,9 +265,26 @@ class _Drive:
 
     def _obtain(self, attempted: _Try) -> _Finished:
         work = self._work(attempted.stage)
-        if work.artifact is not None and (manifest := work.artifact.manifest()):
-            return _Finished(attempted, manifest.metadata, skipped=True)
-        return _Finished(attempted, self._executor.execute(work, self._messages.put, attempted.end))
+        if work.artifact is None:
+            return _Finished(attempted, self._execute(work, attempted))
+        told = ""
+
+        def wait(blocker: str) -> None:
+            nonlocal told
+            if attempted.end.wait(_LOOK_SECONDS):
+                raise Ended(f"stage {work.stage.name!r} was ended")
+            if blocker != told:
+                told = blocker
+                self._messages.put(Event(work.stage.name, "progress", f"waits for {blocker}"))
+
+        with claimed(work.artifact, f"run {work.run_id} on {socket.gethostname()}") as claim:
+            manifest = await_turn(work.artifact, claim, wait)
+            if manifest is not None:
+                return _Finished(attempted, manifest.metadata, skipped=True)
+            return _Finished(attempted, self._execute(work, attempted))
+
+    def _execute(self, work: Work, attempted: _Try) -> dict[str, JSON]:
+        return self._executor.execute(work, self._messages.put, attempted.end)
 
     def _work(self, stage: Stage) -> Work:
         inputs = {name: self._graph.artifact(self._store, name) for name in stage.upstream}

@@ -39,8 +39,10 @@ from pipelines.gauges import TrainGauges
 from pipelines.loader import ShardLoader, validation_batches
 from pipelines.metrics import MetricsWriter
 from pipelines.shard_set import ShardSet
+from pipelines.training_folder import CHECKPOINTS, HANGS, INCARNATIONS, METRICS
 
-CHECKPOINTS, METRICS, INCARNATIONS, HANGS = "checkpoints", "metrics", "incarnations", "hangs"
+__all__ = ["CHECKPOINTS", "HANGS", "INCARNATIONS", "METRICS"]
+
 START = "start_fingerprint"
 """In an incarnation's record: of the weights that the training started from."""
 

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from cluster import hold
 from cluster.serve.checks import LOOPBACK, check_port, check_room, proxy_listens
 from cluster.serve.declaration import declaration, declared_args, declared_engine, with_model, without_autoscaling
 from cluster.serve.errors import DeployFailed, NotDeployed, ServeError, telling_line
@@ -27,6 +28,7 @@ from cluster.serve.view import (
     target_replicas,
 )
 from cluster.serve.weights import check_model, check_replaceable
+from cluster.storage import Store
 
 if TYPE_CHECKING:
     from cluster.serve.rest import ServeClient
@@ -114,6 +116,7 @@ def deploy(
         check_room(args, wanted, nodes)
     app = declaration(args, _kept_engine(apps.get(APP_NAME), args), replicas=wanted, runtime_env=runtime_env)
     endpoint = Endpoint(f"http://{host}:{port}", args.served_name)
+    hold.take(args.model, dashboard_url)
     try:
         client.declare({**apps, APP_NAME: app}, {"host": host, "port": port})
         _serve(client, endpoint, wanted, args, timeout_s)
@@ -122,7 +125,9 @@ def deploy(
             # What ended the deployment is what the caller must hear of, not that the removal failed as well.
             with contextlib.suppress(Exception):
                 undeploy(dashboard_url=dashboard_url)
+                hold.release(args.model, dashboard_url)
         raise
+    _let_go(_served(apps), args.model, dashboard_url)
     return endpoint
 
 
@@ -148,13 +153,16 @@ def update(model: str, *, dashboard_url: str, timeout_s: float = 600.0) -> Endpo
         # What is wrong is told at once; of a file on another machine each replica finds it, and then all goes back.
         check_replaceable(declared_engine(before).model, model)
     app, endpoint = with_model(before, model, replicas=target), endpoint_of(details)
+    hold.take(model, dashboard_url)
     client.declare({**apps, APP_NAME: app}, details["http_options"])
     try:
         _wait_until_serving(client, endpoint, None, timeout_s, declared_engine(app).revision)
     except DeployFailed as error:
         back = with_model(app, declared_engine(before).model, replicas=target)
         client.declare({**apps, APP_NAME: back}, details["http_options"])
+        _let_go(model, declared_engine(before).model, dashboard_url)
         raise DeployFailed(f"{error}; back to the weights of {declared_engine(before).model}") from error
+    _let_go(declared_engine(before).model, model, dashboard_url)
     return endpoint
 
 
@@ -230,6 +238,18 @@ def undeploy(*, dashboard_url: str, timeout_s: float = 60.0) -> None:
         if time.monotonic() > deadline:
             raise ServeError(f"the application is still there after {timeout_s:.0f} s")
         time.sleep(_POLL_S)
+    _let_go(_served(declared(details)), None, dashboard_url)
+
+
+def _served(apps: dict[str, Any]) -> str | None:
+    """The model of the application among those declared."""
+    return declared_engine(apps[APP_NAME]).model if APP_NAME in apps else None
+
+
+def _let_go(model: str | None, successor: str | None, dashboard_url: str) -> None:
+    """`model` is served no more, unless the successor is the same."""
+    if model is not None and (successor is None or Store(model) != Store(successor)):
+        hold.release(model, dashboard_url)
 
 
 def _is_here(dashboard_url: str) -> bool:

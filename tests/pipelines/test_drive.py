@@ -1,6 +1,7 @@
 """Driving a run in this process: what is tried at once, again, anew, or not at all."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -170,6 +171,54 @@ def test_a_status_that_cannot_be_written_costs_no_work(store, monkeypatch, caplo
     results = drive(Graph([Stage("a", 1, {}, fail_then_heal)]), store, run)
     assert results["a"].artifact.verify().files[0].path == "out"
     assert "was not written: the disk is full" in caplog.text
+
+
+def test_of_two_runs_that_need_a_stage_one_makes_it_while_the_other_waits(store):
+    made, said, begun, go_on = [], [], threading.Event(), threading.Event()
+
+    def slow(context):
+        made.append(context.run_id)
+        begun.set()
+        assert go_on.wait(30)
+        context.attempt.store.write_bytes("out", b"whole")
+        return {"by": context.run_id}
+
+    def watch(event: Event) -> None:
+        said.append(event.message)
+        go_on.set()
+
+    graph = Graph([Stage("a", 1, {}, slow)])
+    first, second = new_run(store), new_run(store)
+    with ThreadPoolExecutor(1) as pool:
+        earlier = pool.submit(drive, graph, store, first)
+        assert begun.wait(30)
+        later = drive(graph, store, second, on_event=watch)["a"]
+        assert earlier.result()["a"].metadata == later.metadata == {"by": first.id}
+    assert later.state == "skipped" and made == [first.id]
+    assert said[0].startswith(f"waits for run {first.id} on ")
+    assert not store.list(f"artifacts/a/{graph.keys['a']}/claims")
+
+
+def test_a_run_that_waits_for_another_can_be_interrupted(store):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(context):
+        begun.set()
+        assert go_on.wait(30)
+        return {}
+
+    def interrupt(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    graph, second = Graph([Stage("a", 1, {}, slow)]), new_run(store)
+    with ThreadPoolExecutor(1) as pool:
+        earlier = pool.submit(drive, graph, store, new_run(store))
+        assert begun.wait(30)
+        with pytest.raises(KeyboardInterrupt):
+            drive(graph, store, second, on_event=interrupt, executor=Endless())
+        go_on.set()
+        assert earlier.result()["a"].state == "done"
+    assert Run.open(store, second.id).status.stages["a"].error == "interrupted"
 
 
 def abc(made):

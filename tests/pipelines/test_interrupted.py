@@ -23,6 +23,7 @@ import pytest
 
 from cluster.artifact import Artifact
 from cluster.filesystem import TEMPORARY_PREFIX, FileSystem, LocalFiles, ObjectFiles, Sink
+from cluster.lease import Claim
 from cluster.storage import StorageError, Store
 from llama.retry import retried
 from pipelines.data_config import DedupConfig, NearDuplicateConfig
@@ -172,8 +173,13 @@ class Place:
 def quick(monkeypatch):
     """Tasks in this process, and no waiting for the disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(Claim, "enter", refuse)  # a lease would keep the rivals apart
     with in_this_process():
         yield
+
+
+def refuse(*_: object) -> None:
+    raise StorageError("no leases here")
 
 
 @pytest.fixture(params=["disk", "objects"])
