@@ -115,6 +115,8 @@ def read_run(store: Store, run_id: str, names: Iterable[str]) -> RunFacts:
         if "recipe.yaml" in names:
             recipe = yaml.safe_load(directory.read_bytes("recipe.yaml"))
         ended = status["state"] in _ENDED if status else False
+        if "submission.json" in names and not directory.read_json("submission.json")["outcome"]:
+            ended = False  # it waits to be resumed
         times = [float(status.get(name) or 0.0) for name in ("created", "started", "heartbeat", "ended")]
         stages = {name: stage["key"] for name, stage in status.get("stages", {}).items()}
     except NotFound:  # deleted while we looked

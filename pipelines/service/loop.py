@@ -17,16 +17,15 @@ API that fails stops what needs it and is tried again at the next tick; `health`
 from __future__ import annotations
 
 import logging
-import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from cluster.head import ClusterError
-from cluster.jobs import Job, JobExists
+from cluster.jobs import Job, JobExists, JobsApi
 from cluster.storage import StorageError, Store
 from pipelines.generations import make_anew
 from pipelines.runs import Run, RunError, RunStatus, new_run_id
@@ -46,15 +45,6 @@ _SUBMIT_TRIES = 30
 _LOCK_SECONDS = 15.0
 
 _log = logging.getLogger(__name__)
-
-
-class Jobs(Protocol):
-    """`cluster.jobs.JobsApi`."""
-
-    def list(self) -> list[Job]: ...
-    def submit(self, entrypoint: str, run_id: str, job_id: str, modules: Sequence[str] = ()) -> None: ...
-    def ask_to_stop(self, job_id: str) -> None: ...
-    def logs(self, job_id: str, *, follow: bool = False) -> Iterator[str]: ...
 
 
 @dataclass
@@ -85,7 +75,7 @@ class Orchestrator:
     def __init__(
         self,
         store: Store,
-        jobs: Jobs,
+        jobs: JobsApi,
         resources: Resources,
         *,
         queue: QueuePolicy | None = None,
@@ -240,7 +230,7 @@ class Orchestrator:
     def _submit(self, entry: _Entry) -> None:
         """Has the cluster start the job that the submission names."""
         submission = entry.submission
-        command = driver_command(entry.id, self.store.uri, submission)
+        command = submission.driver_command(entry.id, self.store.uri)
         try:
             self.jobs.submit(command, entry.id, submission.job_id, submission.modules)
             entry.refusals = 0
@@ -504,10 +494,3 @@ class Orchestrator:
             if what not in self._problems:
                 _log.warning("%s: %s", what, error)
             self._noted[what] = str(error)
-
-
-def driver_command(run_id: str, store_uri: str, submission: Submission) -> str:
-    """The shell command of a run's driver. Where it begins and ends is in the run's own status, and what was to be made
-    anew is of a new generation already."""
-    keep = ["--keep"] if submission.keep else []
-    return shlex.join(["python", "-m", "pipelines.cli", "resume", run_id, "--store", store_uri, *keep])

@@ -7,6 +7,8 @@ once.
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -28,10 +30,10 @@ OVER: frozenset[RunState] = frozenset(("stopped", "done", "failed", "lost"))
 class Submission:
     """Times are seconds since the epoch.
 
-    `until`, `from_stage`, `force` and `keep` are the driver's options. Of the waiting runs the one with the highest
-    `priority` is first. `needs` are amounts by resource (pipelines/service/needs.py), `modules` what its workers must
-    get to import besides our packages. `job_id` is that of the latest of
-    `tries`, empty while the run waits. `outcome` is how the latest try ended, empty before it has.
+    `until`, `from_stage`, `force` and `keep` are what `caravan run` calls so. Of the waiting runs the one with the
+    highest `priority` is first. `needs` are amounts by resource (pipelines/service/needs.py), `modules` what workers
+    must get to import besides our packages. `job_id` is that of the latest of `tries`, empty while the run waits.
+    `outcome` is how the latest try ended, empty before it has.
     """
 
     until: str | None = None
@@ -85,6 +87,12 @@ class Submission:
         self.submitted, self.job_id, self.stop_asked = now, "", None
         self.outcome, self.error, self.ended = "", "", None
 
+    def driver_command(self, run_id: str, store_uri: str) -> str:
+        """The shell command of the run's driver. Where it begins and ends is in the run's own status, and what was to
+        be made anew is of a new generation already (pipelines/generations.py)."""
+        keep = ["--keep"] if self.keep else []
+        return shlex.join(["python", "-m", "pipelines.cli", "resume", run_id, "--store", store_uri, *keep])
+
 
 def state_of(submission: Submission | None, status: RunStatus, job: Job | None, *, lost: bool, now: float) -> RunState:
     """The state of a run.
@@ -116,11 +124,18 @@ def outcome_error(submission: Submission, status: RunStatus, job: Job | None, st
         return ""
     if status.job == submission.job_id and status.state == "failed":
         return status.error
+    said = _in_one_line(job.message) if job is not None else ""
     if status.job == submission.job_id:
-        said = f": {job.message.splitlines()[0]}" if job is not None and job.message else ""
-        return f"its driver ended without a word{said}; resume it"
-    message = job.message.strip() if job is not None else ""
-    return f"its driver did not begin: {message.splitlines()[0]}" if message else "its driver did not begin"
+        return f"its driver ended without a word{f': {said}' if said else ''}; resume it"
+    return f"its driver did not begin{f': {said}' if said else ''}"
+
+
+def _in_one_line(message: str) -> str:
+    """Ray's word on a job: what happened, and of the log that may follow it the last line."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines() if line.strip()]
+    if len(lines) < 2:
+        return "".join(lines)
+    return f"{lines[0].partition(', last available logs')[0].rstrip(':')}: {lines[-1]}"
 
 
 def _driven_by_hand(submission: Submission, status: RunStatus) -> bool:

@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.storage import Store
-from pipelines.retention import Policy, RetentionError, RunFacts, artifact_at, roots_of
+from pipelines.retention import Policy, RetentionError, RunFacts, artifact_at, find_roots, roots_of
+from pipelines.runs import Run
+from pipelines.service.index import write_submission
+from pipelines.service.submission import Submission
 
 DAY = 86400.0
 
@@ -78,3 +81,14 @@ def test_needs_of_several_runs_add_up():
     assert roots.needs["pretrain", "k"].steps == {"step-00000001", "step-00000002"}
     roots = roots_of(store, [*runs, RunFacts("c", 1.0, (("pretrain", "k"),))], Policy(), 2.0)
     assert roots.needs["pretrain", "k"].steps is None, "its own run may be exported from any checkpoint"
+
+
+def test_a_run_that_waits_to_be_resumed_has_not_ended(tmp_path: Path):
+    store = Store(tmp_path)
+    run = Run.create(store, "name: x\n", "r")
+    run.status.state, run.status.ended = "failed", 1.0
+    run.save()
+    for asked, kept in ((None, ()), (Submission(), ("r",)), (Submission(outcome="failed", ended=1.0), ())):
+        if asked is not None:
+            write_submission(store, "r", asked)
+        assert find_roots(store, Policy(keep_last=0), now=1e12).kept == kept

@@ -11,7 +11,7 @@ from cluster.storage import StorageError, Store
 from pipelines.runs import Run
 from pipelines.service.errors import RequestRefused, UnknownRun, WrongState
 from pipelines.service.intake import Accepted, RunRequest, accept
-from pipelines.service.loop import Orchestrator, driver_command
+from pipelines.service.loop import Orchestrator
 from pipelines.service.queue import QueuePolicy
 from pipelines.service.resources import Room
 from pipelines.service.submission import Submission
@@ -73,7 +73,7 @@ def test_a_run_from_its_submission_to_its_end(service: Orchestrator, cluster: Fa
 
 def test_the_driver_gets_what_was_asked_for() -> None:
     asked = Submission(keep=True)
-    command = driver_command("r", "s3://b/x?a=1&b=2", asked)
+    command = asked.driver_command("r", "s3://b/x?a=1&b=2")
     assert command == ("python -m pipelines.cli resume r --store 's3://b/x?a=1&b=2' --keep")
 
 

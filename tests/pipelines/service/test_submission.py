@@ -171,9 +171,17 @@ def test_every_try_has_a_job_of_its_own() -> None:
     ("status", "of", "found", "words"),
     [
         (FAILED, job("FAILED", "exit 1"), "failed", "the disk is full"),
-        (RUNNING, job("FAILED", "killed by 9\nmore"), "lost", "ended without a word: killed by 9; resume it"),
+        (RUNNING, job("FAILED", "killed by 9\n"), "lost", "ended without a word: killed by 9; resume it"),
         (RUNNING, None, "lost", "ended without a word; resume it"),
-        (PENDING, job("FAILED", "no such package\n at"), "failed", "did not begin: no such package"),
+        (
+            PENDING,
+            job(
+                "FAILED",
+                "it failed with exit code 127, last available logs (truncated):\n\x1b[31mx\x1b[0m\nno python\n",
+            ),
+            "failed",
+            "did not begin: it failed with exit code 127: no python",
+        ),
         (PENDING, job("FAILED"), "failed", "did not begin"),
     ],
 )
