@@ -251,29 +251,35 @@ class Orchestrator:
         entry.submission, entry.job, entry.refusals, entry.waits_for = begun, None, 0, ""
 
     def _start_waiting(self) -> None:
+        """One after the other: to start a job takes a second, in which a more urgent run may have come."""
+        tried: set[str] = set()
+        while (entry := self._next(tried)) is not None:
+            tried.add(entry.id)
+            with self._noting("store"), entry.lock:
+                self._begin(entry)
+
+    def _next(self, tried: set[str]) -> _Entry | None:
+        """The run to start now, of those that were not `tried` in this tick; and what the others wait for."""
         entries = self._active()
-        waiting = [entry for entry in entries if not entry.submission.job_id]
+        waiting = {entry.id: entry for entry in entries if not entry.submission.job_id}
         started = [entry for entry in entries if entry.submission.job_id]
         room = None
         with self._noting("resources"):
             room = self._room = self._resources.look([entry.job.driver for entry in started if entry.job is not None])
         if room is None or not waiting:
-            return
+            return None
         decision = decide(
             [Waiting(e.id, e.submission.needs, e.submission.submitted, e.submission.priority, e.submission.tags)
-             for e in waiting],
+             for e in waiting.values()],
             [Running(e.id, e.submission.needs, e.submission.tags) for e in started],
             room.capacity,
             room.others,
             self._queue,
             self._clock(),
         )  # fmt: skip
-        by_id = {entry.id: entry for entry in waiting}
         for run_id, why in decision.waits.items():
-            by_id[run_id].waits_for = why
-        for run_id in decision.start:
-            with self._noting("store"), by_id[run_id].lock:
-                self._begin(by_id[run_id])
+            waiting[run_id].waits_for = why
+        return next((waiting[run_id] for run_id in decision.start if run_id not in tried), None)
 
     def _begin(self, entry: _Entry) -> None:
         if entry.submission.job_id or entry.submission.outcome or not self._look(entry):

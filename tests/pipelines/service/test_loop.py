@@ -96,6 +96,22 @@ def test_who_waits_is_told_why_and_starts_when_there_is_room(
     assert states(service) == {"a": "done", "b": "starting", "big": "queued"}
 
 
+def test_a_more_urgent_run_that_comes_while_another_is_started_is_next(
+    service: Orchestrator, cluster: FakeCluster
+) -> None:
+    cluster.room = Room({"CPU": 2.0}, {})
+
+    def come(what: str) -> None:
+        if what == "submit a":
+            service.submit(ask("urgent", priority=9))
+
+    cluster.before = come
+    for run_id in ("a", "b"):
+        service.submit(ask(run_id))
+    service.tick()
+    assert states(service) == {"a": "starting", "b": "queued", "urgent": "starting"}
+
+
 def test_a_queued_run_is_stopped_at_once_and_a_running_one_by_its_job(
     service: Orchestrator, cluster: FakeCluster, clock: Clock
 ) -> None:
