@@ -51,7 +51,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Entry:
-    """A submitted run without an outcome. `lock` is held by whoever changes it. `begun`: the job whose driver was seen."""
+    """A submitted run without an outcome. `lock` is held by whoever changes it. `begun`: the job whose driver was
+    seen."""
 
     id: str
     name: str
