@@ -10,7 +10,6 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,6 +39,7 @@ from pipelines.screen import (
     open_store,
     out,
     print_json,
+    service_for,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def submit(
     from pipelines.recipe import Recipe
 
     selection = Selection(until, from_stage, tuple(force or ()), keep)
-    with _service(address, store) as found:
+    with service_for(address, store) as found:
         home = named_store(found.health()["store"]) if found is not None else named_store(store)
         parsed = Recipe.load(recipe, overrides or [], home)
         if found is not None:
@@ -85,14 +85,19 @@ def submit(
             if priority or tag:
                 fail("--priority and --tag are for a service, and there is none; start one: caravan up")
             submitted = _submit_job(parsed, selection, store, run_id, address)
-        if as_json:
-            print_json(submitted)
-        else:
-            out.print(f"submitted run {submitted['run_id']} to {submitted['store']}", highlight=False, markup=False)
+        print_submitted(submitted, as_json)
         if follow and found is not None:
             _follow_run(found, submitted["run_id"])
         elif follow:
             _follow_job(submitted["run_id"], address)
+
+
+def print_submitted(submitted: Mapping[str, str], as_json: bool) -> None:
+    if as_json:
+        print_json(submitted)
+    else:
+        line = f"submitted run {submitted['run_id']} to {submitted['store']}"
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _submit_job(
@@ -143,7 +148,7 @@ def runs(
         if each not in STATES:
             fail(f"--state={each} is none of {', '.join(STATES)}")
     from_time = _seconds(since)
-    with _service(address, store) as found:
+    with service_for(address, store) as found:
         if found is not None:
             query = {"state": state, "tag": tag, "name": name, "since": from_time, "sort": sort, "ascending": ascending}
             answer = found.runs({**query, "limit": limit, "offset": offset})
@@ -174,7 +179,7 @@ def logs(run_id: RunArgument, follow: FollowOption = False, address: AddressOpti
     from cluster import jobs
     from pipelines.service.client import ServiceRefused
 
-    with _service(address, None) as found:
+    with service_for(address, None) as found:
         try:
             if found is not None:
                 _follow_run(found, run_id) if follow else _write(found.logs(run_id))
@@ -194,7 +199,7 @@ def stop(run_id: RunArgument, address: AddressOption = None) -> None:
     from pipelines.service.client import ServiceRefused
     from pipelines.service.submission import OVER
 
-    with _service(address, None) as found:
+    with service_for(address, None) as found:
         if found is not None:
             try:
                 if found.run(run_id)["state"] not in OVER | {"stopping"}:
@@ -215,7 +220,7 @@ def delete(run_id: RunArgument, store: StoreOption = None, address: AddressOptio
     from pipelines.service.index import delete_run, read_run
     from pipelines.service.submission import OVER
 
-    with _service(address, store) as found:
+    with service_for(address, store) as found:
         if found is not None:
             found.delete(run_id)
         else:
@@ -230,22 +235,6 @@ def delete(run_id: RunArgument, store: StoreOption = None, address: AddressOptio
 
 
 # --- how they do it -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _service(address: str | None, store: str | None) -> Iterator[ServiceClient | None]:
-    """The service to ask; None if there is none, or if it keeps another store than the one that is named."""
-    from pipelines.service.client import find_service
-
-    found = find_service(address)
-    try:
-        if found is not None and store is not None and found.health()["store"] != named_store(store).uri:
-            yield None
-        else:
-            yield found
-    finally:
-        if found is not None:
-            found.close()
 
 
 def _follow_run(service: ServiceClient, run_id: str) -> None:
