@@ -144,6 +144,7 @@ class _Drive:
             for name in self._graph.stages
             if name in fresh or name in status.stages
         }
+        status.inputs = {name: keys[name] for stage in self._selected for name in stage.upstream if name not in fresh}
 
     def _skip(self, stage: Stage, metadata: dict[str, JSON]) -> None:
         status = self._run.status.stages[stage.name]

@@ -56,7 +56,8 @@ class StageStatus:
 @dataclass
 class RunStatus:
     """The run goes from the stage `from_stage` to the stage `until`, None for all on that side. `pid` on `host` is the
-    driver; `heartbeat` is when it last said that it lives (seconds since the epoch)."""
+    driver; `heartbeat` is when it last said that it lives (seconds since the epoch). `inputs`: the keys of artifacts
+    that it starts from and does not make, by their stage."""
 
     state: State = "pending"
     created: float = 0.0
@@ -69,6 +70,7 @@ class RunStatus:
     until: str | None = None
     from_stage: str | None = None
     stages: dict[str, StageStatus] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "RunStatus":

@@ -8,8 +8,10 @@ import pytest
 from cluster.storage import StorageError, Store
 from pipelines.drive import drive
 from pipelines.execution import WorkerLost
+from pipelines.garbage import collect
 from pipelines.generations import make_anew, read_generations
 from pipelines.graph import Graph
+from pipelines.retention import Policy
 from pipelines.runs import Run
 from pipelines.stage import Event, GraphError, Stage, Tries
 
@@ -248,6 +250,21 @@ def test_from_a_stage_on(store):
         drive(abc(made), store, new_run(store), from_stage="c", until="a")
     with pytest.raises(GraphError, match="no stage 'x'"):
         drive(abc(made), store, new_run(store), from_stage="x")
+
+
+def test_what_a_run_starts_from_is_not_removed_under_it(store, monkeypatch):
+    def collects(context):
+        report = collect(store, Policy(keep_last=0))
+        assert report.dropped_runs and not report.removed
+        context.attempt.store.write_bytes("out", context.inputs["a"].files.read_bytes("out"))
+        return {}
+
+    monkeypatch.setattr("pipelines.garbage.ABANDONED_S", 0)
+    graph = Graph([Stage("a", 1, {}, writes(lambda: "a")), Stage("b", 1, {}, collects, ("a",))])
+    drive(graph, store, new_run(store), until="a")
+    run = new_run(store)
+    assert drive(graph, store, run, from_stage="b")["b"].artifact.files.read_bytes("out") == b"a"
+    assert Run.open(store, run.id).status.inputs == {"a": graph.keys["a"]}
 
 
 def test_made_anew_is_a_generation_that_all_share_from_then_on(store):
