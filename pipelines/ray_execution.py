@@ -1,4 +1,6 @@
-"""Stages as Ray tasks: each in a worker process of its own, with what it asked for, on whatever node has that.
+"""Stages as Ray tasks: each in a worker process of its own, with what it asked for, on whatever node has that. One that
+leaves the work to workers of its own runs beside the driver, as long as there is a place: a node that is only lent, and
+may go, is no place to wait for others, and the dashboard and the endpoint may listen on the head's loopback only.
 
 A task that is ended is first interrupted (KeyboardInterrupt in its main thread, once that is back from a call that
 blocks), so that it can take back what it has begun, and after END_SECONDS killed. What it started dies with its
@@ -26,6 +28,7 @@ from typing import Any, Self
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.storage import JSON
 from pipelines.execution import Ended, WorkerLost
@@ -117,7 +120,8 @@ class OnRay:
             number = next(self._numbers)
             self._listeners[number] = listener
             if self._inbox is None:
-                self._inbox = ray.remote(_Inbox).options(num_cpus=0, max_restarts=-1).remote()
+                beside = _beside_driver(soft=False)
+                self._inbox = ray.remote(_Inbox).options(num_cpus=0, max_restarts=-1, **beside).remote()
                 threading.Thread(target=self._listen, name="stage-events", daemon=True).start()
         task = ray.remote(_perform).options(name=work.stage.name, max_retries=0, **_asked(work.stage.resources))
         try:
@@ -265,10 +269,15 @@ class _Mouth(logging.Handler):
 def _asked(resources: Resources) -> dict[str, Any]:
     """Ray's options of a task with these resources."""
     if resources.own_workers:
-        return {"num_cpus": 0}
+        return {"num_cpus": 0, **_beside_driver(soft=True)}
     asked: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
     if resources.memory:
         asked["memory"] = resources.memory
     if resources.accelerator_type:
         asked["accelerator_type"] = resources.accelerator_type
     return asked
+
+
+def _beside_driver(soft: bool) -> dict[str, Any]:
+    """Ray's option for this process's own node. Otherwise it puts what takes nothing on any, actors at random."""
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft)}
