@@ -149,7 +149,7 @@ class _Drive:
     def _skip(self, stage: Stage, metadata: dict[str, JSON]) -> None:
         status = self._run.status.stages[stage.name]
         now = time.time()
-        status.state, status.started, status.ended = "skipped", status.started or now, now
+        status.state, status.started, status.ended, status.error = "skipped", status.started or now, now, ""
         self._results[stage.name] = StageResult("skipped", status.key, self._artifact(stage), metadata, 0.0)
         self._tell(Event(stage.name, "skipped", "committed already"))
 
@@ -195,19 +195,22 @@ class _Drive:
     def _ended(self, finished: _Finished, schedule: Schedule) -> None:
         stage = finished.attempted.stage
         del self._tries[stage.name]
-        status = self._run.status.stages[stage.name]
         if finished.metadata is None:
             self._failed(finished, schedule)
             return
         schedule.succeeded(stage.name)
-        if finished.skipped:
-            self._skip(stage, finished.metadata)
+        self._succeeded(stage, finished.metadata, finished.skipped)
+
+    def _succeeded(self, stage: Stage, metadata: dict[str, JSON], skipped: bool) -> None:
+        if skipped:
+            self._skip(stage, metadata)
             self._run.save_or_warn()
             return
-        status.state, status.ended = "done", time.time()
+        status = self._run.status.stages[stage.name]
+        status.state, status.ended, status.error = "done", time.time(), ""
         self._run.save_or_warn()
         seconds = status.ended - (status.started or status.ended)
-        self._results[stage.name] = StageResult("done", status.key, self._artifact(stage), finished.metadata, seconds)
+        self._results[stage.name] = StageResult("done", status.key, self._artifact(stage), metadata, seconds)
         self._tell(Event(stage.name, "done", seconds=seconds))
 
     def _failed(self, finished: _Finished, schedule: Schedule) -> None:
@@ -237,19 +240,24 @@ class _Drive:
         self._tell(Event(name, "failed", status.error, seconds=seconds, traceback=traceback))
 
     def _interrupt(self, schedule: Schedule, error: BaseException) -> None:
-        """Whoever drives was told to stop, or cannot go on: so is every try, and what it can take back, it does."""
+        """Whoever drives was told to stop, or cannot go on: so is every try, and what it can take back, it does.
+
+        The status says so first, for this process may be told again, or be killed, before they have all ended."""
         schedule.stop()
         for each in self._tries.values():
             each.end.set()
-        going, waiting = list(self._tries), set(self._tries)
+        for name in self._tries:
+            self._record_failure(name, error)
+        self._run.save_or_warn()
         deadline = time.monotonic() + self._executor.end_seconds
         with suppress(queue.Empty):
-            while waiting:
+            while self._tries:
                 message = self._messages.get(timeout=max(0.0, deadline - time.monotonic()))
                 if isinstance(message, _Finished):
-                    waiting.discard(message.attempted.stage.name)
-        for name in going:
-            self._record_failure(name, error)
+                    stage = message.attempted.stage
+                    del self._tries[stage.name]
+                    if message.metadata is not None:  # it came to its end all the same
+                        self._succeeded(stage, message.metadata, message.skipped)
 
     # -- trying
 

@@ -153,6 +153,39 @@ def test_an_interrupted_driver_ends_its_tries(store):
     assert ended == {"a": ("failed", "interrupted"), "b": ("pending", "")}
 
 
+class Finishes(Endless):
+    """An executor whose tries, told to end, have just come to their end."""
+
+    def execute(self, work, on_event, end):
+        on_event(Event(work.stage.name, "running"))
+        assert end.wait(20)
+        return work.perform(lambda event: None)
+
+
+def test_the_status_of_an_interrupted_stage_is_never_wrong(store):
+    executor, run = Finishes(), new_run(store)
+
+    def interrupt(event: Event) -> None:
+        if event.kind == "running":
+            raise KeyboardInterrupt
+
+    def interrupt_twice(event: Event) -> None:
+        if event.kind in ("running", "done"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drive(Graph([Stage("a", 1, {}, writes(lambda: ""))]), store, run, executor=executor, on_event=interrupt)
+    status = Run.open(store, run.id).status
+    assert (status.state, status.error) == ("failed", "interrupted")
+    assert (status.stages["a"].state, status.stages["a"].error) == ("done", ""), "it is committed"
+
+    run, graph = new_run(store), Graph([Stage("a", 2, {}, writes(lambda: "")), Stage("b", 1, {}, writes(lambda: ""))])
+    with pytest.raises(KeyboardInterrupt):
+        drive(graph, store, run, executor=executor, on_event=interrupt_twice)
+    stages = Run.open(store, run.id).status.stages
+    assert sorted(stage.state for stage in stages.values()) == ["done", "failed"], "never running"
+
+
 def test_a_time_out_needs_more_than_a_thread(store):
     graph = Graph([Stage("a", 1, {}, writes(lambda: ""), tries=Tries(timeout=5))])
     with pytest.raises(GraphError, match="'a' has a time-out, which needs a process of its own"):
