@@ -39,6 +39,7 @@ END_SECONDS = 20.0
 _LOOK_SECONDS = 0.2
 _BATCH_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 5.0
+_CLOSE_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -94,8 +95,9 @@ class OnRay:
     end_seconds = 2 * END_SECONDS
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._inbox: Any = None
+        self._thread = threading.Thread(target=self._listen, name="stage-events", daemon=True)
         self._listeners: dict[int, _Listener] = {}
         self._numbers = count()
         self._closed = threading.Event()
@@ -122,7 +124,7 @@ class OnRay:
             if self._inbox is None:
                 beside = _beside_driver(soft=False)
                 self._inbox = ray.remote(_Inbox).options(num_cpus=0, max_restarts=-1, **beside).remote()
-                threading.Thread(target=self._listen, name="stage-events", daemon=True).start()
+                self._thread.start()
         task = ray.remote(_perform).options(name=work.stage.name, max_retries=0, **_asked(work.stage.resources))
         try:
             outcome = self._await(task.remote(work, self._inbox, number), work.stage.name, end)
@@ -131,17 +133,24 @@ class OnRay:
         finally:
             with self._lock:
                 del self._listeners[number]
+                self._lock.notify_all()
 
     def close(self) -> None:
+        """Ends what is still being tried. No thread asks Ray for anything after this: without a connection Ray would
+        start a cluster to answer it."""
         self._closed.set()
+        with self._lock:
+            for listener in self._listeners.values():
+                listener.over.set()
+            self._lock.wait_for(lambda: not self._listeners, _CLOSE_SECONDS)
         if self._inbox is not None:
             ray.kill(self._inbox)
+            self._thread.join(_CLOSE_SECONDS)
 
-    @staticmethod
-    def _await(task: Any, name: str, end: threading.Event) -> _Outcome:
+    def _await(self, task: Any, name: str, end: threading.Event) -> _Outcome:
         asked: float | None = None
         killed = False
-        while True:
+        while not self._closed.is_set():
             try:
                 outcome: _Outcome = ray.get(task, timeout=_LOOK_SECONDS)
                 return outcome
@@ -159,6 +168,8 @@ class OnRay:
             elif asked is not None and not killed and time.monotonic() - asked > END_SECONDS:
                 killed = True
                 ray.cancel(task, force=True, recursive=True)
+        ray.cancel(task, force=True, recursive=True)
+        raise Ended(f"stage {name!r} was ended")
 
     def _listen(self) -> None:
         while not self._closed.is_set():
