@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _RUN = "caravan_run"
 _API_ADDRESS = "RAY_API_SERVER_ADDRESS"
+_CLEAR_SECONDS = 50
+"""What a job that is stopped may take to end what it has begun on the cluster, before it is killed. Ray's own is 3."""
 _STOP_SECONDS = 60.0
 _SHOWN_RUNS = 10
 
@@ -89,7 +91,11 @@ def submit(
         job_id = client.submit_job(
             entrypoint=entrypoint,
             submission_id=_free_id(client, run_id),
-            runtime_env={**runtime_env(modules), "working_dir": folder, "env_vars": dict(env_vars or {})},
+            runtime_env={
+                **runtime_env(modules),
+                "working_dir": folder,
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_CLEAR_SECONDS), **(env_vars or {})},
+            },
             metadata={**(metadata or {}), _RUN: run_id},
         )
         return _job(client.get_job_info(job_id))
