@@ -11,7 +11,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -76,6 +76,17 @@ def find_committed(
         return {name: manifest for name, manifest in found if manifest is not None}
 
 
+def check_upstream(selected: Sequence[Stage], committed: Collection[str]) -> None:
+    """Raises GraphError if a stage that is to run needs one that is neither selected nor committed."""
+    names = {stage.name for stage in selected}
+    for stage in selected:
+        for name in stage.upstream:
+            if name not in names and name not in committed and stage.name not in committed:
+                raise GraphError(
+                    f"stage {stage.name!r} needs {name!r}, of which nothing is committed; run {name!r} first"
+                )
+
+
 @dataclass
 class _Try:
     """One try of a stage, seen from the driver. Set `end` to end it; then `late` says whether its time was up."""
@@ -118,7 +129,7 @@ class _Drive:
         self._begin_status()
         with self._run.driving():
             committed = find_committed(self._graph, self._store, self._selected)
-            self._require_upstream(committed)
+            check_upstream(self._selected, committed)
             schedule = Schedule(
                 self._selected, self._executor.capacity(), [s.name for s in self._selected if s.name in committed]
             )
@@ -302,12 +313,3 @@ class _Drive:
 
     def _artifact(self, stage: Stage) -> Artifact | None:
         return None if stage.always else self._graph.artifact(self._store, stage.name)
-
-    def _require_upstream(self, committed: dict[str, Manifest]) -> None:
-        selected = {stage.name for stage in self._selected}
-        for stage in self._selected:
-            for name in stage.upstream:
-                if name not in selected and name not in committed and stage.name not in committed:
-                    raise GraphError(
-                        f"stage {stage.name!r} needs {name!r}, of which nothing is committed; run {name!r} first"
-                    )

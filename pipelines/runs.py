@@ -185,7 +185,7 @@ class Run:
 
         Raises RunError if another live process drives it.
         """
-        self._refuse_second_driver()
+        self.check_undriven()
         now = time.time()
         self.status.state, self.status.error, self.status.ended = "running", "", None
         self.status.started, self.status.heartbeat = now, now
@@ -206,7 +206,8 @@ class Run:
             self.status.ended = time.time()
             self.save_or_warn()
 
-    def _refuse_second_driver(self) -> None:
+    def check_undriven(self) -> None:
+        """Raises RunError if another live process drives the run."""
         try:
             current = RunStatus.from_json(self.directory.read_json("status.json"))
         except NotFound:
