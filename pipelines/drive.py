@@ -150,6 +150,8 @@ class _Drive:
     def _begin_status(self) -> None:
         keys, status = self._graph.keys, self._run.status
         fresh = {stage.name: StageStatus(key=keys[stage.name]) for stage in self._selected}
+        for stage in status.stages.values():  # of an earlier turn whose driver was killed
+            stage.state = "pending" if stage.state == "running" else stage.state
         status.stages = {  # what an earlier turn of the run has to say of the other stages stays
             name: fresh.get(name) or status.stages[name]
             for name in self._graph.stages

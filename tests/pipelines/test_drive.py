@@ -12,7 +12,7 @@ from pipelines.garbage import collect
 from pipelines.generations import make_anew, read_generations
 from pipelines.graph import Graph
 from pipelines.retention import Policy
-from pipelines.runs import Run
+from pipelines.runs import Run, StageStatus
 from pipelines.stage import Event, GraphError, Stage, Tries
 
 
@@ -283,6 +283,14 @@ def test_from_a_stage_on(store):
         drive(abc(made), store, new_run(store), from_stage="c", until="a")
     with pytest.raises(GraphError, match="no stage 'x'"):
         drive(abc(made), store, new_run(store), from_stage="x")
+
+
+def test_nothing_of_a_killed_driver_s_turn_is_running_any_more(store):
+    run = new_run(store)
+    run.status.stages = {"a": StageStatus("done"), "b": StageStatus("running"), "d": StageStatus("failed")}
+    drive(abc([]), store, run, until="a")
+    states = {name: stage.state for name, stage in Run.open(store, run.id).status.stages.items()}
+    assert states == {"a": "done", "b": "pending", "d": "failed"}
 
 
 def test_what_a_run_starts_from_is_not_removed_under_it(store, monkeypatch):
