@@ -1,4 +1,6 @@
-"""Stages as Ray tasks: each in a worker process of its own, with what it asked for, on whatever node has that.
+"""Stages as Ray tasks: each in a worker process of its own, with what it asked for, on whatever node has that. One that
+leaves the work to workers of its own runs beside the driver, as long as there is a place: a node that is only lent, and
+may go, is no place to wait for others, and the dashboard and the endpoint may listen on the head's loopback only.
 
 A task that is ended is first interrupted (KeyboardInterrupt in its main thread, once that is back from a call that
 blocks), so that it can take back what it has begun, and after END_SECONDS killed. What it started dies with its
@@ -26,6 +28,7 @@ from typing import Any, Self
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.storage import JSON
 from pipelines.execution import Ended, WorkerLost
@@ -36,6 +39,7 @@ END_SECONDS = 20.0
 _LOOK_SECONDS = 0.2
 _BATCH_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 5.0
+_CLOSE_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -91,8 +95,9 @@ class OnRay:
     end_seconds = 2 * END_SECONDS
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._inbox: Any = None
+        self._thread = threading.Thread(target=self._listen, name="stage-events", daemon=True)
         self._listeners: dict[int, _Listener] = {}
         self._numbers = count()
         self._closed = threading.Event()
@@ -117,8 +122,9 @@ class OnRay:
             number = next(self._numbers)
             self._listeners[number] = listener
             if self._inbox is None:
-                self._inbox = ray.remote(_Inbox).options(num_cpus=0, max_restarts=-1).remote()
-                threading.Thread(target=self._listen, name="stage-events", daemon=True).start()
+                beside = _beside_driver(soft=False)
+                self._inbox = ray.remote(_Inbox).options(num_cpus=0, max_restarts=-1, **beside).remote()
+                self._thread.start()
         task = ray.remote(_perform).options(name=work.stage.name, max_retries=0, **_asked(work.stage.resources))
         try:
             outcome = self._await(task.remote(work, self._inbox, number), work.stage.name, end)
@@ -127,17 +133,24 @@ class OnRay:
         finally:
             with self._lock:
                 del self._listeners[number]
+                self._lock.notify_all()
 
     def close(self) -> None:
+        """Ends what is still being tried. No thread asks Ray for anything after this: without a connection Ray would
+        start a cluster to answer it."""
         self._closed.set()
+        with self._lock:
+            for listener in self._listeners.values():
+                listener.over.set()
+            self._lock.wait_for(lambda: not self._listeners, _CLOSE_SECONDS)
         if self._inbox is not None:
             ray.kill(self._inbox)
+            self._thread.join(_CLOSE_SECONDS)
 
-    @staticmethod
-    def _await(task: Any, name: str, end: threading.Event) -> _Outcome:
+    def _await(self, task: Any, name: str, end: threading.Event) -> _Outcome:
         asked: float | None = None
         killed = False
-        while True:
+        while not self._closed.is_set():
             try:
                 outcome: _Outcome = ray.get(task, timeout=_LOOK_SECONDS)
                 return outcome
@@ -155,6 +168,8 @@ class OnRay:
             elif asked is not None and not killed and time.monotonic() - asked > END_SECONDS:
                 killed = True
                 ray.cancel(task, force=True, recursive=True)
+        ray.cancel(task, force=True, recursive=True)
+        raise Ended(f"stage {name!r} was ended")
 
     def _listen(self) -> None:
         while not self._closed.is_set():
@@ -265,10 +280,15 @@ class _Mouth(logging.Handler):
 def _asked(resources: Resources) -> dict[str, Any]:
     """Ray's options of a task with these resources."""
     if resources.own_workers:
-        return {"num_cpus": 0}
+        return {"num_cpus": 0, **_beside_driver(soft=True)}
     asked: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
     if resources.memory:
         asked["memory"] = resources.memory
     if resources.accelerator_type:
         asked["accelerator_type"] = resources.accelerator_type
     return asked
+
+
+def _beside_driver(soft: bool) -> dict[str, Any]:
+    """Ray's option for this process's own node. Otherwise it puts what takes nothing on any, actors at random."""
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft)}

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import ray
@@ -200,11 +201,36 @@ def test_two_stages_at_once_on_two_workers(store, executor, tmp_path):
     assert len({result.metadata["pid"] for result in results.values()}) == 2
 
 
-def test_closing_leaves_no_thread(executor):
-    def listeners():
-        return [thread for thread in threading.enumerate() if thread.name == "stage-events"]
+def test_closing_ends_what_is_tried_and_leaves_no_thread(store, executor):
+    def threads():
+        return {thread for thread in threading.enumerate() if thread.name.startswith("stage-")}
 
-    before = len(listeners())
-    with OnRay():
-        pass
-    assert len(listeners()) == before <= 1
+    before, interrupted = threads(), []
+
+    def interrupt(signum, frame):
+        interrupted.append(signum)
+        raise KeyboardInterrupt
+
+    def twice(event):
+        if event.kind == "running":
+            signal.setitimer(signal.ITIMER_REAL, 0.5)  # for the second, while the driver waits for the stage's end
+            raise KeyboardInterrupt
+
+    def stubborn(context):
+        while True:
+            with suppress(KeyboardInterrupt):
+                time.sleep(0.01)
+
+    run, former = Run.create(store, "name: x\n"), signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt), OnRay() as own:
+            drive(Graph([Stage("work", 1, {}, stubborn)]), store, run, executor=own, on_event=twice)
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    assert interrupted
+    deadline = time.monotonic() + 20
+    while still := threads() - before:
+        assert time.monotonic() < deadline, still
+        time.sleep(0.05)
+    status = Run.open(store, run.id).status
+    assert (status.state, status.stages["work"].state) == ("failed", "failed")
