@@ -11,12 +11,14 @@ import logging
 import typer
 
 from pipelines.cli_bench import bench
-from pipelines.cli_drive import resume, run
+from pipelines.cli_cluster import down, up
+from pipelines.cli_drive import run
 from pipelines.cli_keys import keys
 from pipelines.cli_operate import doctor, gc, render
+from pipelines.cli_resume import resume
 from pipelines.cli_runs import export, show
 from pipelines.cli_serve import deploy, scale, status, trace, undeploy
-from pipelines.cli_service import delete, down, logs, runs, stop, submit, up
+from pipelines.cli_service import delete, logs, runs, stop, submit
 from pipelines.screen import (
     INTERRUPTED,
     TERMINATED,

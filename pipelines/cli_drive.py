@@ -1,4 +1,4 @@
-"""The `caravan` commands that drive a run from this process: `run` and `resume`."""
+"""Driving a run from this process: `caravan run`, and what `caravan resume` does where no service does it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from rich.markup import escape
 from pipelines.screen import (
     AddressOption,
     JsonOption,
-    RunArgument,
     StoreOption,
     err,
     expected_error,
@@ -45,9 +44,6 @@ FromOption = Annotated[
 ]
 ForceOption = Annotated[
     list[str] | None, typer.Option("--force", help="Make this stage anew, and so what follows it; may be repeated.")
-]
-ResumeUntilOption = Annotated[
-    str | None, typer.Option(help="Run this stage and what it needs from now on [default: as the run was begun]")
 ]
 KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the endpoint serving.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would run and why, and do nothing.")]
@@ -112,24 +108,23 @@ def run(
     _drive(parsed, create, opened, selection, store, address, as_json)
 
 
-def resume(
-    run_id: RunArgument,
-    overrides: SetOption = None,
-    store: StoreOption = None,
-    until: ResumeUntilOption = None,
-    force: ForceOption = None,
-    keep: KeepOption = False,
-    address: AddressOption = None,
-    as_json: JsonOption = False,
+def drive_again(
+    run_id: str,
+    overrides: list[str],
+    store: str | None,
+    until: str | None,
+    force: tuple[str, ...],
+    keep: bool,
+    address: str | None,
+    as_json: bool,
 ) -> None:
-    """Go on with a run that ended early, with the stages that it was begun for: committed ones are skipped, training
-    goes on from its last checkpoint."""
+    """Goes on with a run; `until` is None for the stage that it was begun for."""
     from pipelines.recipe import Recipe
     from pipelines.runs import Run
 
     found = Run.open(open_store(store), run_id)
-    recipe = Recipe.from_yaml(found.recipe_yaml, overrides or [], found.store)
-    selection = Selection(until or found.status.until, found.status.from_stage, tuple(force or ()), keep)
+    recipe = Recipe.from_yaml(found.recipe_yaml, overrides, found.store)
+    selection = Selection(until or found.status.until, found.status.from_stage, force, keep)
 
     def open_run() -> Run:
         found.check_undriven()

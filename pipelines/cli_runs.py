@@ -3,23 +3,66 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.screen import JsonOption, RunArgument, StoreOption, named_store, out, print_json
+from pipelines.screen import (
+    AddressOption,
+    JsonOption,
+    RunArgument,
+    StoreOption,
+    err,
+    named_store,
+    out,
+    print_json,
+    service_for,
+)
+
+if TYPE_CHECKING:
+    from pipelines.service.client import ServiceClient
+    from pipelines.show import RunView
 
 
-def show(run_id: RunArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show a run: its stages, the training's last report, its checkpoints, plots and errors."""
+def show(
+    run_id: RunArgument, store: StoreOption = None, address: AddressOption = None, as_json: JsonOption = False
+) -> None:
+    """Show a run: its state and stages, the training's last report, its checkpoints, plots and errors.
+
+    State and stages are the service's word where there is one; all else is read from the store.
+    """
     from pipelines.runs import Run
     from pipelines.show import print_view, view
 
-    found = view(Run.open(named_store(store), run_id))
+    with service_for(address, store) as service:
+        found = _ask(service, run_id, address) if service is not None else None
+    found = found or view(Run.open(named_store(store), run_id))
     if as_json:
         print_json(asdict(found))
     else:
         print_view(out, found)
+
+
+def _ask(service: ServiceClient, run_id: str, address: str | None) -> RunView | None:
+    """None for a run that the service does not have, unless it is the one that was named."""
+    from cluster.storage import StorageError, Store
+    from pipelines.runs import Run, RunError
+    from pipelines.service.client import ServiceRefused
+    from pipelines.show import view, view_of_service
+
+    try:
+        answer = service.run(run_id)
+    except ServiceRefused as error:
+        if error.status != 404 or address is not None:
+            raise
+        return None  # it may be a run of another store
+    stored = None
+    try:
+        stored = view(Run.open(Store(service.health()["store"]), run_id))
+    except (RunError, StorageError) as error:  # the service is elsewhere, perhaps
+        reason = f"reports, checkpoints and files are not shown, the service's store is not read from here: {error}"
+        err.print(reason, highlight=False, markup=False, soft_wrap=True)
+    return view_of_service(answer, stored)
 
 
 def export(

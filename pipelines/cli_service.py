@@ -1,4 +1,4 @@
-"""The `caravan` commands around submitted runs, and around the local cluster that has a service for them.
+"""The `caravan` commands around submitted runs.
 
 They ask the service where there is one: that of `caravan up`, or the one that --address names. Without one, and for
 another store than its own, they ask Ray's Jobs API and read the store themselves.
@@ -10,10 +10,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,6 +39,7 @@ from pipelines.screen import (
     open_store,
     out,
     print_json,
+    service_for,
 )
 
 if TYPE_CHECKING:
@@ -51,101 +50,6 @@ FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Print the jo
 TagOption = Annotated[list[str] | None, typer.Option("--tag", help="name=value; may be repeated.")]
 _STOP_SECONDS = 60.0
 _SHOWN = 50
-
-
-# --- the local cluster ----------------------------------------------------------------------------------------------
-
-
-def up(
-    num_cpus: Annotated[int | None, typer.Option(help="CPUs to offer [default: all]")] = None,
-    num_gpus: Annotated[int | None, typer.Option(help="GPUs to offer [default: all]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the head [default: a free one]")] = None,
-    dashboard_port: Annotated[int | None, typer.Option(help="Port of the dashboard [default: a free one]")] = None,
-    service: Annotated[bool, typer.Option(help="With a service that queues submitted runs.")] = True,
-    service_port: Annotated[int | None, typer.Option(help="Port of the service [default: a free one]")] = None,
-    store: StoreOption = None,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Folder or URI whose files submitted recipes may name; may be repeated. [default: this folder]"
-        ),
-    ] = None,
-    allow_module: Annotated[
-        list[str] | None, typer.Option(help="Python module whose functions may be stages; may be repeated.")
-    ] = None,
-    cap: Annotated[
-        list[str] | None,
-        typer.Option(help="user=2: at most two runs at once with the same tag `user`; may be repeated."),
-    ] = None,
-    token_file: Annotated[
-        str | None, typer.Option(help="File with a token that the service asks for; readable for you alone.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Start a Ray head on this machine that stays until `caravan down`, and a service for runs on it."""
-    from cluster import head
-
-    if not service:
-        record = head.up(num_cpus=num_cpus, num_gpus=num_gpus, port=port, dashboard_port=dashboard_port)
-    else:
-        from pipelines.service import actor
-
-        settings = _settings(store, allow, allow_module, cap, token_file)
-        settings.token()
-        chosen = actor.choose_port(service_port)
-        record = head.up(num_cpus=num_cpus, num_gpus=num_gpus, port=port, dashboard_port=dashboard_port)
-        try:
-            record = head.note_service(record, actor.start(record.address, settings, chosen), settings.token_file)
-        except BaseException:
-            head.down()
-            raise
-    if as_json:
-        print_json(asdict(record))
-        return
-    out.print(f"Ray is up at {record.address}, dashboard {record.dashboard_url}", highlight=False)
-    if record.service_url is not None:
-        out.print(f"runs are queued at {record.service_url}", highlight=False)
-
-
-def down(as_json: JsonOption = False) -> None:
-    """End the Ray head that `caravan up` started, and all that runs on it."""
-    from cluster import head
-
-    record = head.down()
-    if as_json:
-        print_json(asdict(record))
-    else:
-        out.print(f"Ray at {record.address} is down", highlight=False)
-
-
-def _settings(
-    store: str | None,
-    allow: list[str] | None,
-    modules: list[str] | None,
-    caps: list[str] | None,
-    token_file: str | None,
-) -> Any:
-    from pipelines.section import lasting_uri
-    from pipelines.service.settings import ServiceSettings
-
-    given: dict[str, int] = {}
-    for cap in caps or []:
-        name, _, number = cap.partition("=")
-        if not name or not number.isdigit() or int(number) < 1:
-            fail(f"--cap={cap} is not of the form tag=number, such as user=2")
-        given[name] = int(number)
-    opened = open_store(store)
-    try:
-        return ServiceSettings(
-            store=opened.uri,
-            token_file=None if token_file is None else str(Path(token_file).expanduser().absolute()),
-            allow=tuple(lasting_uri(place) for place in (allow or [str(Path.cwd())])),
-            modules=tuple(modules or ()),
-            caps=given,
-        )
-    except ValueError as error:  # pydantic's text has more than the one line
-        lines = [line.strip() for line in str(error).splitlines()]
-        fail(f"--allow: {next((line for line in lines if line.startswith('Value error')), lines[0])}")
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -170,7 +74,7 @@ def submit(
     from pipelines.recipe import Recipe
 
     selection = Selection(until, from_stage, tuple(force or ()), keep)
-    with _service(address, store) as found:
+    with service_for(address, store) as found:
         home = named_store(found.health()["store"]) if found is not None else named_store(store)
         parsed = Recipe.load(recipe, overrides or [], home)
         if found is not None:
@@ -181,14 +85,19 @@ def submit(
             if priority or tag:
                 fail("--priority and --tag are for a service, and there is none; start one: caravan up")
             submitted = _submit_job(parsed, selection, store, run_id, address)
-        if as_json:
-            print_json(submitted)
-        else:
-            out.print(f"submitted run {submitted['run_id']} to {submitted['store']}", highlight=False, markup=False)
+        print_submitted(submitted, as_json)
         if follow and found is not None:
             _follow_run(found, submitted["run_id"])
         elif follow:
             _follow_job(submitted["run_id"], address)
+
+
+def print_submitted(submitted: Mapping[str, str], as_json: bool) -> None:
+    if as_json:
+        print_json(submitted)
+    else:
+        line = f"submitted run {submitted['run_id']} to {submitted['store']}"
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _submit_job(
@@ -239,7 +148,7 @@ def runs(
         if each not in STATES:
             fail(f"--state={each} is none of {', '.join(STATES)}")
     from_time = _seconds(since)
-    with _service(address, store) as found:
+    with service_for(address, store) as found:
         if found is not None:
             query = {"state": state, "tag": tag, "name": name, "since": from_time, "sort": sort, "ascending": ascending}
             answer = found.runs({**query, "limit": limit, "offset": offset})
@@ -270,7 +179,7 @@ def logs(run_id: RunArgument, follow: FollowOption = False, address: AddressOpti
     from cluster import jobs
     from pipelines.service.client import ServiceRefused
 
-    with _service(address, None) as found:
+    with service_for(address, None) as found:
         try:
             if found is not None:
                 _follow_run(found, run_id) if follow else _write(found.logs(run_id))
@@ -290,7 +199,7 @@ def stop(run_id: RunArgument, address: AddressOption = None) -> None:
     from pipelines.service.client import ServiceRefused
     from pipelines.service.submission import OVER
 
-    with _service(address, None) as found:
+    with service_for(address, None) as found:
         if found is not None:
             try:
                 if found.run(run_id)["state"] not in OVER | {"stopping"}:
@@ -311,7 +220,7 @@ def delete(run_id: RunArgument, store: StoreOption = None, address: AddressOptio
     from pipelines.service.index import delete_run, read_run
     from pipelines.service.submission import OVER
 
-    with _service(address, store) as found:
+    with service_for(address, store) as found:
         if found is not None:
             found.delete(run_id)
         else:
@@ -326,22 +235,6 @@ def delete(run_id: RunArgument, store: StoreOption = None, address: AddressOptio
 
 
 # --- how they do it -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _service(address: str | None, store: str | None) -> Iterator[ServiceClient | None]:
-    """The service to ask; None if there is none, or if it keeps another store than the one that is named."""
-    from pipelines.service.client import find_service
-
-    found = find_service(address)
-    try:
-        if found is not None and store is not None and found.health()["store"] != named_store(store).uri:
-            yield None
-        else:
-            yield found
-    finally:
-        if found is not None:
-            found.close()
 
 
 def _follow_run(service: ServiceClient, run_id: str) -> None:

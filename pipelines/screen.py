@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -11,6 +13,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from cluster.storage import Store
+    from pipelines.service.client import ServiceClient
 
 out, err = Console(), Console(stderr=True)
 
@@ -46,6 +49,22 @@ def open_store(uri: str | None) -> Store:
     store = named_store(uri)
     store.check_writable()
     return store
+
+
+@contextmanager
+def service_for(address: str | None, store: str | None) -> Iterator[ServiceClient | None]:
+    """The service to ask; None if there is none, or if it keeps another store than the one that is named."""
+    from pipelines.service.client import find_service
+
+    found = find_service(address)
+    try:
+        if found is not None and store is not None and found.health()["store"] != named_store(store).uri:
+            yield None
+        else:
+            yield found
+    finally:
+        if found is not None:
+            found.close()
 
 
 def print_json(value: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -23,34 +24,26 @@ class RunView:
     """Plain data: `dataclasses.asdict` is JSON. Times are seconds."""
 
     run_id: str
-    state: str
-    """That of the status, or `lost`: it says running, and its driver is gone."""
-    error: str
-    stages: list[dict[str, Any]]
+    state: str = ""
+    """The service's word; without one that of the status, or `lost`: it says running, and its driver is gone."""
+    error: str = ""
+    waits_for: str = ""
+    """Why the service has it queued."""
+    stages: list[dict[str, Any]] = field(default_factory=list)
     """name, state, seconds (None before it began), progress, error."""
-    last: dict[str, Any] | None
+    last: dict[str, Any] | None = None
     """The training's last report (`StepMetrics`); None before the first."""
-    validated: dict[str, Any] | None
+    validated: dict[str, Any] | None = None
     """The last one with a validation loss."""
-    checkpoints: list[dict[str, Any]]
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
     """step, loss, val_loss of each whole one."""
-    files: list[str]
+    files: list[str] = field(default_factory=list)
     """What lies in the run's folder for the eye: plots, TensorBoard's folder, tracebacks."""
 
 
 def view(run: Run) -> RunView:
-    """Raises StorageError."""
-    status, now = run.status, time.time()
-    stages = [
-        {
-            "name": name,
-            "state": stage.state,
-            "seconds": None if stage.started is None else round((stage.ended or now) - stage.started, 1),
-            "progress": stage.progress,
-            "error": stage.error,
-        }
-        for name, stage in status.stages.items()
-    ]
+    """A run as the store has it. Raises StorageError."""
+    status = run.status
     curve: list[dict[str, Any]] = []
     if (folder := training_folder(run)) is not None:
         reader = MetricsReader(folder.child(METRICS))
@@ -60,7 +53,7 @@ def view(run: Run) -> RunView:
         run_id=run.id,
         state="lost" if status.is_lost() else status.state,
         error=status.error,
-        stages=stages,
+        stages=_stages({"stage": name, **asdict(stage)} for name, stage in status.stages.items()),
         last=curve[-1] if curve else None,
         validated=next((row for row in reversed(curve) if row["val_loss"] is not None), None),
         checkpoints=[
@@ -71,6 +64,32 @@ def view(run: Run) -> RunView:
     )
 
 
+def view_of_service(answer: Mapping[str, Any], stored: RunView | None) -> RunView:
+    """A run as the service has it (`run_json` of service/views.py), with what else the store has, if it can be read."""
+    return replace(
+        stored or RunView(answer["id"]),
+        state=answer["state"],
+        error=answer["error"],
+        waits_for=answer["waits_for"],
+        stages=_stages(answer["stages"]),
+    )
+
+
+def _stages(stages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`stages`: the fields of StageStatus, and the name as `stage`."""
+    now = time.time()
+    return [
+        {
+            "name": stage["stage"],
+            "state": stage["state"],
+            "seconds": None if stage["started"] is None else round((stage["ended"] or now) - stage["started"], 1),
+            "progress": stage["progress"],
+            "error": stage["error"],
+        }
+        for stage in stages
+    ]
+
+
 _FOR_THE_EYE = ("plots", "tensorboard", "errors")
 
 
@@ -79,7 +98,9 @@ def _shown(store: Store, path: str) -> str:
 
 
 def print_view(console: Console, view: RunView) -> None:
-    console.print(f"[bold]run[/] {view.run_id}: {view.state} {escape(view.error)}".rstrip(), highlight=False)
+    console.print(
+        f"[bold]run[/] {view.run_id}: {view.state} {escape(view.error or view.waits_for)}".rstrip(), highlight=False
+    )
     table = Table("stage", "state", "time", "progress")
     for stage in view.stages:
         seconds = "" if stage["seconds"] is None else duration(stage["seconds"])

@@ -52,6 +52,7 @@ class ServiceActor:
             RayResources(settings.may_grow_to),
             queue=settings.queue(),
             recipes=settings.recipes(),
+            on_event=settings.told().send,
         )
         self._orchestrator.start()
         api = build_api(self._orchestrator, settings.token(), local_only=True)
@@ -101,7 +102,7 @@ def start(address: str, settings: ServiceSettings, port: int) -> str:
     """Start the service on the cluster at `address`; returns its URL once it answers. Raises ClusterError."""
     from cluster import session
 
-    settings.token()  # what is wrong with its file is said here, and not in an actor's log
+    settings.check_files()  # what is wrong with one is said here, and not in an actor's log
     with session.connect(address, modules=not_installed(settings.modules)):
         import ray
 

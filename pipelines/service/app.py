@@ -31,18 +31,21 @@ class Runs:
     def __init__(self, settings: ServiceSettings) -> None:
         self._server = NodeOnlyServer()
         self._settings = settings
+        self._webhooks = settings.told()
         self._orchestrator = Orchestrator(
             Store(settings.store),
             JobsApi(ray_address_to_api_server_url(ray.get_runtime_context().gcs_address)),
             RayResources(settings.may_grow_to),
             queue=settings.queue(),
             recipes=settings.recipes(),
+            on_event=self._webhooks.send,
         )
         self._orchestrator.start()
 
     def __del__(self) -> None:
         """Serve's shutdown hook."""
         self._orchestrator.close()
+        self._webhooks.close()
 
     def check_health(self) -> None:
         """Serve's probe."""

@@ -30,6 +30,7 @@ from cluster.storage import StorageError, Store
 from pipelines.generations import make_anew
 from pipelines.runs import Run, RunError, RunStatus, new_run_id
 from pipelines.service.errors import Busy, RequestRefused, UnknownRun, WrongState
+from pipelines.service.events import Change, event_of
 from pipelines.service.index import RunIndex, delete_run, read_run, write_submission
 from pipelines.service.intake import Accepted, RunRequest, accept
 from pipelines.service.known import KnownRun, RunRow
@@ -37,6 +38,7 @@ from pipelines.service.policy import RecipePolicy
 from pipelines.service.queue import QueuePolicy, Running, Waiting, decide
 from pipelines.service.resources import Resources, Room
 from pipelines.service.submission import OVER, Outcome, RunState, Submission, outcome_error, state_of
+from pipelines.webhook import Event
 
 _STATUS_SECONDS = 2.0
 """A driver's status is read again after so long, or when its job changes."""
@@ -50,7 +52,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Entry:
-    """A submitted run without an outcome. `lock` is held by whoever changes it."""
+    """A submitted run without an outcome. `lock` is held by whoever changes it. `begun`: the job whose driver was
+    seen."""
 
     id: str
     name: str
@@ -61,6 +64,7 @@ class _Entry:
     asked_to_stop: float = 0.0
     refusals: int = 0
     waits_for: str = ""
+    begun: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def known(self) -> KnownRun:
@@ -71,7 +75,11 @@ class _Entry:
 
 
 class Orchestrator:
-    """`start` makes it work until `close`; without, `load` and `tick` do one step each. Thread-safe."""
+    """`start` makes it work until `close`; without, `load` and `tick` do one step each. Thread-safe.
+
+    `on_event` is told what happens to submitted runs (events.py), while locks are held: it returns at once, and raises
+    nothing.
+    """
 
     def __init__(
         self,
@@ -81,6 +89,7 @@ class Orchestrator:
         *,
         queue: QueuePolicy | None = None,
         recipes: RecipePolicy | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
         clock: Callable[[], float] = time.time,
         tick_seconds: float = 1.0,
         list_seconds: float = 2.0,
@@ -90,6 +99,7 @@ class Orchestrator:
         self._resources = resources
         self._queue = queue or QueuePolicy()
         self._recipes = recipes or RecipePolicy(store.uri)
+        self._on_event = on_event
         self._clock = clock
         self._tick_seconds, self._list_seconds = tick_seconds, list_seconds
         self._index = RunIndex(store, clock)
@@ -141,7 +151,8 @@ class Orchestrator:
         with self._lock:
             for run in self._index.known():
                 if run.submission is not None and not run.submission.outcome:
-                    self._entries.setdefault(run.id, _Entry(run.id, run.name, run.submission, run.status))
+                    entry = _Entry(run.id, run.name, run.submission, run.status, begun=run.status.job)
+                    self._entries.setdefault(run.id, entry)
             self._loaded = True
 
     # -- what it does of itself
@@ -184,6 +195,9 @@ class Orchestrator:
         entry.job = job
         if (changed or job is None or now - entry.looked >= _STATUS_SECONDS) and not self._look(entry):
             return
+        if entry.begun != submission.job_id == entry.status.job:
+            entry.begun = submission.job_id
+            self._tell("started", entry)
         state = entry.state(now)
         if state in OVER:
             self._conclude(entry, state)
@@ -225,6 +239,7 @@ class Orchestrator:
         write_submission(self.store, entry.id, over)
         entry.submission = over
         self._index.put(entry.known())
+        self._tell(over.outcome, entry)
         self._leave(entry)
         _log.info("run %s is %s %s", entry.id, state, error)
 
@@ -444,6 +459,7 @@ class Orchestrator:
             return list(self._entries.values())
 
     def _enter(self, entry: _Entry) -> RunRow:
+        self._tell("queued", entry)
         with self._lock:
             self._entries[entry.id] = entry
         self._wake.set()
@@ -452,6 +468,9 @@ class Orchestrator:
     def _leave(self, entry: _Entry) -> None:
         with self._lock:
             self._entries.pop(entry.id, None)
+
+    def _tell(self, change: Change, entry: _Entry) -> None:
+        self._on_event(event_of(entry.known(), change))
 
     def _row(self, entry: _Entry) -> RunRow:
         return entry.known().row(self._clock(), entry.job, entry.waits_for)

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import httpx
+from fastapi.testclient import TestClient
+
 from cluster.head import ClusterError
 from cluster.jobs import Job, JobExists
 from cluster.storage import Store
 from pipelines.runs import Run
+from pipelines.service.client import ServiceClient
 from pipelines.service.loop import Orchestrator
 from pipelines.service.resources import Room
 
@@ -103,3 +107,15 @@ class Clock:
 
 def states(orchestrator: Orchestrator) -> dict[str, str]:
     return {row.id: row.state for row in orchestrator.rows()}
+
+
+def client_of(application: TestClient, token: str | None = None) -> ServiceClient:
+    """A client of an application, without a socket in between."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        found = application.request(
+            request.method, str(request.url), content=request.read(), headers=dict(request.headers)
+        )
+        return httpx.Response(found.status_code, content=found.content, headers=dict(found.headers))
+
+    return ServiceClient("http://127.0.0.1:1/", token, httpx.MockTransport(answer))

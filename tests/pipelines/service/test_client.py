@@ -13,7 +13,7 @@ from pipelines.service import client as clients
 from pipelines.service.api import build_api
 from pipelines.service.client import ServiceClient, ServiceRefused, ServiceUnavailable, find_service
 from pipelines.service.loop import Orchestrator
-from tests.pipelines.service.fakes import RECIPE, FakeCluster
+from tests.pipelines.service.fakes import RECIPE, FakeCluster, client_of
 
 TOKEN = "a-token-of-some-length"
 
@@ -30,14 +30,7 @@ def service(tmp_path: Path) -> Orchestrator:
 @pytest.fixture
 def client(service: Orchestrator) -> Iterator[ServiceClient]:
     with TestClient(build_api(service, TOKEN)) as inner:
-
-        def answer(request: httpx.Request) -> httpx.Response:
-            found = inner.request(
-                request.method, str(request.url), content=request.read(), headers=dict(request.headers)
-            )
-            return httpx.Response(found.status_code, content=found.content, headers=dict(found.headers))
-
-        made = ServiceClient("http://127.0.0.1:1/", TOKEN, httpx.MockTransport(answer))
+        made = client_of(inner, TOKEN)
         yield made
         made.close()
 

@@ -15,6 +15,7 @@ from pipelines.service.loop import Orchestrator
 from pipelines.service.queue import QueuePolicy
 from pipelines.service.resources import Room
 from pipelines.service.submission import Submission
+from pipelines.webhook import Event
 from tests.pipelines.service.fakes import RECIPE, Clock, FakeCluster, states
 
 
@@ -69,6 +70,95 @@ def test_a_run_from_its_submission_to_its_end(service: Orchestrator, cluster: Fa
     assert states(service) == {"r": "done"}
     turn(service, clock)
     assert len(cluster.jobs) == 1 and service.find("r")[1].submission.outcome == "done"  # type: ignore[union-attr]
+
+
+def test_what_happens_is_told_once_and_in_order(store: Store, cluster: FakeCluster, clock: Clock) -> None:
+    told: list[Event] = []
+
+    def all_told() -> list[tuple[str, str]]:
+        return [(event.run_id, event.event) for event in told]
+
+    service = Orchestrator(store, cluster, cluster, clock=clock, on_event=told.append)
+    service.tick()
+    service.submit(ask("r"))
+    turn(service, clock)
+    assert all_told() == [("r", "run.queued")], "its job is there, its driver is not"
+    cluster.begin("r")
+    for _ in range(3):
+        turn(service, clock)
+    cluster.set("r", "FAILED", "killed")
+    for _ in range(2):
+        turn(service, clock, 1e13)  # the driver has been silent for long
+    service.resume("r")
+    turn(service, clock)
+    cluster.begin("r-2")
+    cluster.end("r-2")  # between two looks
+    for _ in range(2):
+        turn(service, clock)
+    service.submit(ask("s"))
+    service.stop("s")
+    turn(service, clock)
+    once = ["run.queued", "run.started"]
+    assert all_told() == [
+        *(("r", event) for event in [*once, "run.lost", *once, "run.done"]),
+        ("s", "run.queued"),
+        ("s", "run.stopped"),
+    ]
+    assert " ".join(event.state for event in told) == "queued running lost queued running done queued stopped"
+    assert [event.started for event in told] == [None, 1e12, 1e12, None, 1e12, 1e12, None, None]
+    assert len({event.id for event in told}) == len(told) and {event.name for event in told} == {"tiny"}
+    lost = told[2]
+    assert lost.queued == 1000.0 and (lost.ended or 0) > 1e13 and "killed" in (lost.error or "")
+    assert [event.error for event in told if event is not lost] == [None] * 7
+
+
+def test_the_next_service_tells_the_end_and_not_the_beginning_again(
+    store: Store, cluster: FakeCluster, clock: Clock
+) -> None:
+    first: list[Event] = []
+    second: list[Event] = []
+    before = Orchestrator(store, cluster, cluster, clock=clock, on_event=first.append)
+    before.tick()
+    before.submit(ask("begun"))
+    before.submit(ask("not-yet"))
+    turn(before, clock)
+    cluster.begin("begun")
+    turn(before, clock)
+    after = Orchestrator(store, cluster, cluster, clock=clock, on_event=second.append)
+    turn(after, clock)
+    assert second == []
+    cluster.begin("not-yet")
+    cluster.end("begun", "failed", "no text is left")
+    turn(after, clock)
+    told = sorted((event.run_id, event.event, event.error) for event in second)
+    assert told == [("begun", "run.failed", "no text is left"), ("not-yet", "run.started", None)]
+    assert [event.event for event in first] == ["run.queued", "run.queued", "run.started"]
+
+
+def test_an_end_that_the_store_does_not_take_is_told_when_it_does(
+    store: Store, cluster: FakeCluster, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    service = Orchestrator(store, cluster, cluster, clock=clock, on_event=lambda event: told.append(event.event))
+    service.tick()
+    service.submit(ask("r"))
+    turn(service, clock)
+    cluster.begin("r")
+    cluster.end("r")
+    write = Store.write_json
+
+    def fail(self: Store, path: str, value: Any) -> None:
+        if path.endswith("submission.json"):
+            raise StorageError("the disk is full")
+        write(self, path, value)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "write_json", fail)
+        turn(service, clock)
+        turn(service, clock)
+    assert told == ["run.queued", "run.started"]
+    turn(service, clock)
+    assert told == ["run.queued", "run.started", "run.done"]
 
 
 def test_the_driver_gets_what_was_asked_for() -> None:

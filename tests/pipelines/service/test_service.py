@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from cluster import processes
 from pipelines.service.client import ServiceClient, ServiceRefused
 from pipelines.service.submission import OVER
+from pipelines.webhook import SIGNATURE, verify
 from tests.pipelines.service.fakes import RECIPE
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -31,6 +34,8 @@ class Place:
     folder: Path
     environment: dict[str, str]
     client: ServiceClient | None = None
+    told: list[dict[str, Any]] = field(default_factory=list)
+    """What its webhook got."""
 
     def run(self, *arguments: object, code: int = 0) -> str:
         command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
@@ -57,6 +62,31 @@ class Place:
         return {**RECIPE, "name": name, "data": data}
 
 
+@contextmanager
+def receiver(told: list[dict[str, Any]], secret: bytes) -> Iterator[str]:
+    """Keeps what was signed with the secret; the URL."""
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            verify(secret, self.headers[SIGNATURE], body, time.time())
+            told.append(json.loads(body))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        serving = threading.Thread(target=server.serve_forever, args=(0.05,))
+        serving.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/told"
+        finally:
+            server.shutdown()
+            serving.join()
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("service")
@@ -69,16 +99,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     made = Place(folder, {**environment, "CARAVAN_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"})
     options = ["--num-cpus", 2, "--allow", folder / "corpus", "--token-file", token, "--cap", "user=1"]
-    record = json.loads(made.run("up", *options, "--json"))
-    head = made.head()
-    try:
-        made.client = ServiceClient(record["service_url"], TOKEN)
-        yield made
-        made.client.close()
-    finally:
-        members = processes.tree(head)
-        made.run("down")
-        assert processes.await_end(members, grace=10) == 0, "the cluster left processes behind"
+    with receiver(made.told, TOKEN.encode()) as url:
+        options += ["--webhook", url, "--webhook-secret-file", token, "--webhook-loopback-http"]
+        record = json.loads(made.run("up", *options, "--json"))
+        head = made.head()
+        try:
+            made.client = ServiceClient(record["service_url"], TOKEN)
+            yield made
+            made.client.close()
+        finally:
+            members = processes.tree(head)
+            made.run("down")
+            assert processes.await_end(members, grace=10) == 0, "the cluster left processes behind"
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90) -> Any:
@@ -132,6 +164,17 @@ def test_the_commands_go_through_the_service(place: Place) -> None:
     wait_for(lambda: client.run("five")["state"] == "starting", "its job")
     assert client.stop("five")["state"] == "stopping"
     assert "run five is stopped" in place.run("stop", "five")
+    again = json.loads(place.run("resume", "five", "--json"))
+    assert again == submitted, "it is queued again, and not driven here"
+    assert json.loads(place.run("show", "five", "--json"))["state"] in ("queued", "starting", "running")
+    wait_for(lambda: client.run("five")["state"] == "done", "its end")
+    wait_for(lambda: [each for each in place.told if each["event"] == "run.done" and each["run_id"] == "five"], "word")
+    events = [each["event"] for each in place.told if each["run_id"] == "five"]
+    assert [event for event in events if event != "run.started"] == [
+        *("run.queued", "run.stopped"),
+        *("run.queued", "run.done"),
+    ]
+    assert events[-2:] == ["run.started", "run.done"]
     listed = json.loads(place.run("runs", "--tag", "user=ana", "--sort", "id", "--ascending", "--json"))
     assert [run["id"] for run in listed["runs"]] == ["five", "one", "three"]
     place.run("delete", "five")

@@ -1,3 +1,6 @@
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +9,7 @@ import pytest
 from cluster.storage import Store
 from pipelines.service.actor import choose_port
 from pipelines.service.settings import ServiceSettings
+from pipelines.webhook import SIGNATURE, Event, WebhookError, verify
 from tests.conftest import find_free_port
 
 
@@ -39,12 +43,63 @@ def test_what_an_operator_sets_is_what_the_parts_get(tmp_path: Path) -> None:
         {"caps": {"user": 0}},
         {"ageing_seconds": 0},
         {"unknown": 1},
+        {"webhooks": ["https://example.org/word"]},
+        {"webhook_secret_file": "/x"},
+        {"webhook_allow": ["10.0.0.0/8"]},
+        {"webhook_loopback_http": True},
+        {"webhooks": ["http://127.0.0.1/word"], "webhook_secret_file": "/x"},
+        {"webhooks": ["https://key:word@example.org"], "webhook_secret_file": "/x"},
+        {"webhooks": ["https://example.org/word"], "webhook_secret_file": "/x", "webhook_allow": ["10.0.0.1/8"]},
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as caught:
         ServiceSettings.model_validate({"store": "/x", **change})
     assert "carries credentials" in str(caught.value) or "word" not in str(caught.value)
+
+
+def test_who_is_told_is_what_an_operator_sets(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("only-for-this-test")
+    secret.chmod(0o600)
+    received: list[tuple[str, bytes]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append((self.headers[SIGNATURE], self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Receiver)
+    serving = threading.Thread(target=server.serve_forever, args=(0.05,))
+    serving.start()
+    url = f"http://127.0.0.1:{server.server_port}/a-secret-path"
+    try:
+        settings = ServiceSettings(
+            store=str(tmp_path), webhooks=(url,), webhook_secret_file=str(secret), webhook_loopback_http=True
+        )
+        assert "a-secret-path" not in repr(settings)
+        settings.check_files()
+        hooks = settings.told()
+        hooks.send(event := Event("run.done", "r", "tiny", "done"))
+        hooks.close()
+    finally:
+        server.shutdown()
+        server.server_close()
+        serving.join()
+    ((signature, body),) = received
+    assert body == event.body()
+    verify(b"only-for-this-test", signature, body, time.time())
+    secret.chmod(0o644)
+    for use in (settings.check_files, settings.told):
+        with pytest.raises(WebhookError, match="may be used by others; chmod 600"):
+            use()
+    nobody = ServiceSettings(store=str(tmp_path)).told()
+    nobody.send(event)
+    nobody.close()
 
 
 def test_a_taken_port_is_one_clear_line() -> None:
