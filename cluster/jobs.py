@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 _RUN = "caravan_run"
 _API_ADDRESS = "RAY_API_SERVER_ADDRESS"
+_CLEAR_SECONDS = 50
+"""What a job that is stopped may take to end what it has begun on the cluster, before it is killed. Ray's own is 3."""
 _STOP_SECONDS = 60.0
+_STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _ANSWER_SECONDS = 30.0
 _SHOWN_RUNS = 10
 
@@ -264,7 +267,7 @@ def _submit(
     with tempfile.TemporaryDirectory(prefix="caravan-job-") as folder:
         for name, data in (files or {}).items():
             Store(folder).write_bytes(name, data)
-        environment = {**(env_vars or {}), JOB_ID: job_id}
+        environment = {_STOP_WAIT: str(_CLEAR_SECONDS), **(env_vars or {}), JOB_ID: job_id}
         return client.submit_job(
             entrypoint=entrypoint,
             submission_id=job_id,

@@ -71,7 +71,7 @@ class Selection:
         graph = build_graph(recipe, dashboard_url, self.keep, read_generations(store))
         graph.selected(self.until, self.from_stage)
         for name in self.force:
-            graph.check_forced(name)
+            graph.check_forced(name, self.until, self.from_stage)
         return graph
 
     def includes(self, graph: Graph, stage: str) -> bool:
@@ -127,6 +127,7 @@ def drive_again(
     selection = Selection(until or found.status.until, found.status.from_stage, force, keep)
 
     def open_run() -> Run:
+        found.check_undriven()
         found.status.until = selection.until
         if overrides:
             found.replace_recipe(recipe.to_yaml())
@@ -140,13 +141,14 @@ def show_plan(recipe: Recipe, selection: Selection, store: Store, as_json: bool)
     from rich.table import Table
 
     from cluster.artifact import Artifact
-    from pipelines.drive import find_committed
+    from pipelines.drive import check_upstream, find_committed
     from pipelines.generations import make_anew
     from pipelines.plan import last_record, plan
 
     graph = make_anew(selection.build(recipe, store), selection.force, store, run_id=None)
     selected = graph.selected(selection.until, selection.from_stage)
     committed = find_committed(graph, store, selected, Artifact.manifest)
+    check_upstream(selected, committed)
     steps = plan(graph, selected, committed, selection.force, last_record(store, recipe.name))
     if as_json:
         print_json([asdict(step) for step in steps])

@@ -11,7 +11,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -76,6 +76,17 @@ def find_committed(
         return {name: manifest for name, manifest in found if manifest is not None}
 
 
+def check_upstream(selected: Sequence[Stage], committed: Collection[str]) -> None:
+    """Raises GraphError if a stage that is to run needs one that is neither selected nor committed."""
+    names = {stage.name for stage in selected}
+    for stage in selected:
+        for name in stage.upstream:
+            if name not in names and name not in committed and stage.name not in committed:
+                raise GraphError(
+                    f"stage {stage.name!r} needs {name!r}, of which nothing is committed; run {name!r} first"
+                )
+
+
 @dataclass
 class _Try:
     """One try of a stage, seen from the driver. Set `end` to end it; then `late` says whether its time was up."""
@@ -118,7 +129,7 @@ class _Drive:
         self._begin_status()
         with self._run.driving():
             committed = find_committed(self._graph, self._store, self._selected)
-            self._require_upstream(committed)
+            check_upstream(self._selected, committed)
             schedule = Schedule(
                 self._selected, self._executor.capacity(), [s.name for s in self._selected if s.name in committed]
             )
@@ -139,16 +150,19 @@ class _Drive:
     def _begin_status(self) -> None:
         keys, status = self._graph.keys, self._run.status
         fresh = {stage.name: StageStatus(key=keys[stage.name]) for stage in self._selected}
+        for stage in status.stages.values():  # of an earlier turn whose driver was killed
+            stage.state = "pending" if stage.state == "running" else stage.state
         status.stages = {  # what an earlier turn of the run has to say of the other stages stays
             name: fresh.get(name) or status.stages[name]
             for name in self._graph.stages
             if name in fresh or name in status.stages
         }
+        status.inputs = {name: keys[name] for stage in self._selected for name in stage.upstream if name not in fresh}
 
     def _skip(self, stage: Stage, metadata: dict[str, JSON]) -> None:
         status = self._run.status.stages[stage.name]
         now = time.time()
-        status.state, status.started, status.ended = "skipped", status.started or now, now
+        status.state, status.started, status.ended, status.error = "skipped", status.started or now, now, ""
         self._results[stage.name] = StageResult("skipped", status.key, self._artifact(stage), metadata, 0.0)
         self._tell(Event(stage.name, "skipped", "committed already"))
 
@@ -194,19 +208,22 @@ class _Drive:
     def _ended(self, finished: _Finished, schedule: Schedule) -> None:
         stage = finished.attempted.stage
         del self._tries[stage.name]
-        status = self._run.status.stages[stage.name]
         if finished.metadata is None:
             self._failed(finished, schedule)
             return
         schedule.succeeded(stage.name)
-        if finished.skipped:
-            self._skip(stage, finished.metadata)
+        self._succeeded(stage, finished.metadata, finished.skipped)
+
+    def _succeeded(self, stage: Stage, metadata: dict[str, JSON], skipped: bool) -> None:
+        if skipped:
+            self._skip(stage, metadata)
             self._run.save_or_warn()
             return
-        status.state, status.ended = "done", time.time()
+        status = self._run.status.stages[stage.name]
+        status.state, status.ended, status.error = "done", time.time(), ""
         self._run.save_or_warn()
         seconds = status.ended - (status.started or status.ended)
-        self._results[stage.name] = StageResult("done", status.key, self._artifact(stage), finished.metadata, seconds)
+        self._results[stage.name] = StageResult("done", status.key, self._artifact(stage), metadata, seconds)
         self._tell(Event(stage.name, "done", seconds=seconds))
 
     def _failed(self, finished: _Finished, schedule: Schedule) -> None:
@@ -236,19 +253,24 @@ class _Drive:
         self._tell(Event(name, "failed", status.error, seconds=seconds, traceback=traceback))
 
     def _interrupt(self, schedule: Schedule, error: BaseException) -> None:
-        """Whoever drives was told to stop, or cannot go on: so is every try, and what it can take back, it does."""
+        """Whoever drives was told to stop, or cannot go on: so is every try, and what it can take back, it does.
+
+        The status says so first, for this process may be told again, or be killed, before they have all ended."""
         schedule.stop()
         for each in self._tries.values():
             each.end.set()
-        going, waiting = list(self._tries), set(self._tries)
+        for name in self._tries:
+            self._record_failure(name, error)
+        self._run.save_or_warn()
         deadline = time.monotonic() + self._executor.end_seconds
         with suppress(queue.Empty):
-            while waiting:
+            while self._tries:
                 message = self._messages.get(timeout=max(0.0, deadline - time.monotonic()))
                 if isinstance(message, _Finished):
-                    waiting.discard(message.attempted.stage.name)
-        for name in going:
-            self._record_failure(name, error)
+                    stage = message.attempted.stage
+                    del self._tries[stage.name]
+                    if message.metadata is not None:  # it came to its end all the same
+                        self._succeeded(stage, message.metadata, message.skipped)
 
     # -- trying
 
@@ -293,12 +315,3 @@ class _Drive:
 
     def _artifact(self, stage: Stage) -> Artifact | None:
         return None if stage.always else self._graph.artifact(self._store, stage.name)
-
-    def _require_upstream(self, committed: dict[str, Manifest]) -> None:
-        selected = {stage.name for stage in self._selected}
-        for stage in self._selected:
-            for name in stage.upstream:
-                if name not in selected and name not in committed and stage.name not in committed:
-                    raise GraphError(
-                        f"stage {stage.name!r} needs {name!r}, of which nothing is committed; run {name!r} first"
-                    )

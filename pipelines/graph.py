@@ -35,12 +35,16 @@ class Graph:
             generation = self.generations.get(first, 0)
             self.keys[stage.name] = stage_key(stage, upstream, generation) if generation else first
 
-    def check_forced(self, name: str) -> None:
-        """Raises GraphError unless the stage can be made anew."""
+    def check_forced(self, name: str, until: str | None = None, from_stage: str | None = None) -> None:
+        """Raises GraphError unless the stage is selected, and can be made anew."""
         if name not in self.stages:
             raise GraphError(f"there is no stage {name!r} to force; choose one of {', '.join(self.stages)}")
         if self.stages[name].always:
             raise GraphError(f"stage {name!r} always runs; leave out --force {name}")
+        if self.stages[name] not in self.selected(until, from_stage):
+            raise GraphError(
+                f"stage {name!r} is not among those to run; leave out --force {name}, or --from and --until"
+            )
 
     def artifact(self, store: Store, name: str) -> Artifact:
         """Where a stage's output lies, committed or not."""

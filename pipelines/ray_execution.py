@@ -1,4 +1,6 @@
-"""Stages as Ray tasks: each in a worker process of its own, with what it asked for, on whatever node has that.
+"""Stages as Ray tasks: each in a worker process of its own, with what it asked for, on whatever node has that. One that
+leaves the work to workers of its own runs beside the driver, as long as there is a place: a node that is only lent, and
+may go, is no place to wait for others, and the dashboard and the endpoint may listen on the head's loopback only.
 
 A task that is ended is first interrupted (KeyboardInterrupt in its main thread, once that is back from a call that
 blocks), so that it can take back what it has begun, and after END_SECONDS killed. What it started dies with its
@@ -26,16 +28,19 @@ from typing import Any, Self
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.storage import JSON
 from pipelines.execution import Ended, WorkerLost
 from pipelines.runs import one_line
-from pipelines.stage import Event, GraphError, Resources, Work
+from pipelines.stage import Event, GraphError, Resources, Stage, Work
 
 END_SECONDS = 20.0
 _LOOK_SECONDS = 0.2
 _BATCH_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 5.0
+_CLOSE_SECONDS = 5.0
+_ROOM_SECONDS = 15.0
 
 _log = logging.getLogger(__name__)
 
@@ -54,15 +59,21 @@ class _LastWords:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The metadata that a try came to, or its pickled error."""
+    """The metadata that a try came to, or its error: pickled if that can be done, in words, and where it was raised."""
 
     metadata: dict[str, JSON] | None
     error: bytes = b""
+    words: str = ""
+    raised: str = ""
 
     def result(self) -> dict[str, JSON]:
-        if self.metadata is None:
-            raise pickle.loads(self.error)
-        return self.metadata
+        if self.metadata is not None:
+            return self.metadata
+        error: Exception = RuntimeError(self.words)
+        with suppress(Exception):  # its class may be one that only the worker has
+            error = pickle.loads(self.error)
+        error.add_note(f"on the stage's worker:\n{self.raised}")
+        raise error
 
 
 class _Inbox:
@@ -91,8 +102,9 @@ class OnRay:
     end_seconds = 2 * END_SECONDS
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._inbox: Any = None
+        self._thread = threading.Thread(target=self._listen, name="stage-events", daemon=True)
         self._listeners: dict[int, _Listener] = {}
         self._numbers = count()
         self._closed = threading.Event()
@@ -117,27 +129,38 @@ class OnRay:
             number = next(self._numbers)
             self._listeners[number] = listener
             if self._inbox is None:
-                self._inbox = ray.remote(_Inbox).options(num_cpus=0, max_restarts=-1).remote()
-                threading.Thread(target=self._listen, name="stage-events", daemon=True).start()
+                beside = _beside_driver(soft=False)
+                self._inbox = (
+                    ray.remote(_Inbox).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, **beside).remote()
+                )
+                self._thread.start()
         task = ray.remote(_perform).options(name=work.stage.name, max_retries=0, **_asked(work.stage.resources))
         try:
-            outcome = self._await(task.remote(work, self._inbox, number), work.stage.name, end)
+            outcome = self._await(task.remote(work, self._inbox, number), work.stage, listener, end)
             listener.over.wait(_LAST_WORDS_SECONDS)
             return outcome.result()
         finally:
             with self._lock:
                 del self._listeners[number]
+                self._lock.notify_all()
 
     def close(self) -> None:
+        """Ends what is still being tried. No thread asks Ray for anything after this: without a connection Ray would
+        start a cluster to answer it."""
         self._closed.set()
+        with self._lock:
+            for listener in self._listeners.values():
+                listener.over.set()
+            self._lock.wait_for(lambda: not self._listeners, _CLOSE_SECONDS)
         if self._inbox is not None:
             ray.kill(self._inbox)
+            self._thread.join(_CLOSE_SECONDS)
 
-    @staticmethod
-    def _await(task: Any, name: str, end: threading.Event) -> _Outcome:
+    def _await(self, task: Any, stage: Stage, listener: _Listener, end: threading.Event) -> _Outcome:
+        name, submitted = stage.name, time.monotonic()
         asked: float | None = None
-        killed = False
-        while True:
+        killed = told = False
+        while not self._closed.is_set():
             try:
                 outcome: _Outcome = ray.get(task, timeout=_LOOK_SECONDS)
                 return outcome
@@ -149,18 +172,23 @@ class OnRay:
                 if end.is_set():
                     raise Ended(f"stage {name!r} was ended") from error
                 raise WorkerLost(f"the worker of stage {name!r} was lost: {one_line(error)}") from error
+            if not (listener.begun or told) and time.monotonic() - submitted > _ROOM_SECONDS:
+                told = True
+                listener.hear(Event(name, "progress", f"waits for {_room(stage.resources, self.capacity())}"))
             if end.is_set() and asked is None:
                 asked = time.monotonic()
                 ray.cancel(task, force=False, recursive=False)  # it may need what it has started to clear up
             elif asked is not None and not killed and time.monotonic() - asked > END_SECONDS:
                 killed = True
                 ray.cancel(task, force=True, recursive=True)
+        ray.cancel(task, force=True, recursive=True)
+        raise Ended(f"stage {name!r} was ended")
 
     def _listen(self) -> None:
         while not self._closed.is_set():
             try:
                 items = ray.get(self._inbox.take.remote(1.0))
-            except RayError:  # it comes back, without what it held
+            except Exception:  # the inbox comes back, without what it held; what cannot be read here is lost
                 self._closed.wait(1.0)
                 continue
             for number, item in items:
@@ -169,13 +197,15 @@ class OnRay:
 
 
 class _Listener:
-    """What one try says, in the driver. `over` is set when it has said all."""
+    """What one try says, in the driver. `begun`: it has said something; `over` is set when it has said all."""
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
         self._on_event = on_event
+        self.begun = False
         self.over = threading.Event()
 
     def hear(self, item: object) -> None:
+        self.begun = True
         if isinstance(item, Event):
             self._on_event(item)
         elif isinstance(item, _LogRecord):
@@ -192,8 +222,13 @@ def _perform(work: Work, inbox: Any, number: int) -> _Outcome:
     with _ending_with_its_children(), mouth.speaking():
         try:
             return _Outcome(work.perform(mouth.say))
+        except SystemExit as error:
+            if hasattr(error, "ray_terminate_msg"):  # Ray ends this process
+                raise
+            left = RuntimeError(f"the stage called sys.exit({error.code!r})")
+            return _failed(left.with_traceback(error.__traceback__))
         except Exception as error:  # travels as a value: raised, Ray would wrap it, or lose it if it cannot be pickled
-            return _Outcome(None, _portable(error))
+            return _failed(error)
 
 
 @contextmanager
@@ -205,16 +240,14 @@ def _ending_with_its_children() -> Iterator[None]:
         os._exit(1)
 
 
-def _portable(error: Exception) -> bytes:
-    """An error for another process: without its causes, whose story it carries as a note."""
-    error.add_note("on the stage's worker:\n" + "".join(traceback.format_exception(error)))
+def _failed(error: Exception) -> _Outcome:
+    """An error for another process: without its causes, whose story it carries along."""
+    pickled = b""
     with suppress(Exception):
-        pickled = pickle.dumps(error)
-        if str(pickle.loads(pickled)) == str(error):
-            return pickled
-    stand_in = RuntimeError(f"{type(error).__name__}: {error}")
-    stand_in.add_note(error.__notes__[-1])
-    return pickle.dumps(stand_in)
+        candidate = pickle.dumps(error)
+        if str(pickle.loads(candidate)) == str(error):
+            pickled = candidate
+    return _Outcome(None, pickled, f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
 
 
 class _Mouth(logging.Handler):
@@ -255,7 +288,7 @@ class _Mouth(logging.Handler):
             over = isinstance(items[-1], _LastWords)
             try:
                 ray.get(self._inbox.put.remote(self._number, items))
-            except RayError as error:  # it is only the view that suffers
+            except Exception as error:  # it is only the view that suffers
                 _log.debug("the driver does not hear of the stage: %s", error)
 
 
@@ -265,10 +298,28 @@ class _Mouth(logging.Handler):
 def _asked(resources: Resources) -> dict[str, Any]:
     """Ray's options of a task with these resources."""
     if resources.own_workers:
-        return {"num_cpus": 0}
+        return {"num_cpus": 0, **_beside_driver(soft=True)}
     asked: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
     if resources.memory:
         asked["memory"] = resources.memory
     if resources.accelerator_type:
         asked["accelerator_type"] = resources.accelerator_type
     return asked
+
+
+def _room(wanted: Resources, capacity: Resources) -> str:
+    """What a stage that has not begun waits for, in words."""
+    if wanted.own_workers:
+        return "a worker process"
+    kind = f" ({wanted.accelerator_type})" if wanted.accelerator_type else ""
+    return f"a node with {_listed(wanted)} to spare{kind}; all nodes together have {_listed(capacity)}, in use or not"
+
+
+def _listed(resources: Resources) -> str:
+    memory = f" and {resources.memory / 1e9:.1f} GB of memory" if resources.memory else ""
+    return f"{resources.num_cpus:g} CPU, {resources.num_gpus:g} GPU{memory}"
+
+
+def _beside_driver(soft: bool) -> dict[str, Any]:
+    """Ray's option for this process's own node. Otherwise it puts what takes nothing on any, actors at random."""
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft)}

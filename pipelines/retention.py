@@ -1,6 +1,7 @@
 """What of a store is still needed: the roots from which nothing may be taken away.
 
-    a run that has not ended      (pending, running, or lost, since it can be resumed): its stages' artifacts
+    a run that has not ended      (pending, running, or lost, since it can be resumed): its stages' artifacts, and
+                                  those that they start from
     a run that is kept            the last `keep_last` that have ended, and those younger than `keep_days`
     what these runs start from    places of this store in their recipes: `train.start_from`, an adopted tokenizer
     a deployment                  by the hold in the artifact that it serves (cluster/hold.py)
@@ -118,7 +119,8 @@ def read_run(store: Store, run_id: str, names: Iterable[str]) -> RunFacts:
         if "submission.json" in names and not directory.read_json("submission.json")["outcome"]:
             ended = False  # it waits to be resumed
         times = [float(status.get(name) or 0.0) for name in ("created", "started", "heartbeat", "ended")]
-        stages = {name: stage["key"] for name, stage in status.get("stages", {}).items()}
+        stages = [(name, stage["key"]) for name, stage in status.get("stages", {}).items()]
+        inputs = list(status.get("inputs", {}).items())
     except NotFound:  # deleted while we looked
         return RunFacts(run_id, 0.0, ())
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
@@ -127,7 +129,7 @@ def read_run(store: Store, run_id: str, names: Iterable[str]) -> RunFacts:
             f"run {run_id!r} cannot be read, so what it needs is not known and nothing is removed: {problem}; repair "
             f"its folder, or delete it: {directory.uri}"
         ) from error
-    artifacts = tuple((name, str(key)) for name, key in stages.items() if key)
+    artifacts = tuple((name, str(key)) for name, key in stages + inputs if key)
     return RunFacts(run_id, max(times) if ended else None, artifacts, tuple(_strings(recipe)))
 
 

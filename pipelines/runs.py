@@ -61,7 +61,8 @@ class StageStatus:
 class RunStatus:
     """The run goes from the stage `from_stage` to the stage `until`, None for all on that side. `pid` on `host` is the
     driver; `heartbeat` is when it last said that it lives (seconds since the epoch). `job` is the id of the submitted
-    job that it is, if it is one."""
+    job that it is, if it is one. `inputs`: the keys of artifacts that it starts from and does not make, by their
+    stage."""
 
     state: State = "pending"
     created: float = 0.0
@@ -75,6 +76,7 @@ class RunStatus:
     from_stage: str | None = None
     job: str = ""
     stages: dict[str, StageStatus] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "RunStatus":
@@ -207,7 +209,7 @@ class Run:
 
         Raises RunError if another live process drives it.
         """
-        self._refuse_second_driver()
+        self.check_undriven()
         now = time.time()
         self.status.state, self.status.error, self.status.ended = "running", "", None
         self.status.started, self.status.heartbeat = now, now
@@ -229,7 +231,8 @@ class Run:
             self.status.ended = time.time()
             self.save_or_warn()
 
-    def _refuse_second_driver(self) -> None:
+    def check_undriven(self) -> None:
+        """Raises RunError if another live process drives the run."""
         try:
             current = RunStatus.from_json(self.directory.read_json("status.json"))
         except NotFound:

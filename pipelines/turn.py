@@ -40,6 +40,14 @@ def await_turn(artifact: Artifact, claim: Claim | None, wait: Callable[[str], No
 
     if (manifest := settle()) is not None:
         return manifest
-    while claim is not None and (blocker := claim.blocker()) is not None and artifact.manifest() is None:
+    while claim is not None and (blocker := _blocker(claim, artifact)) is not None and artifact.manifest() is None:
         wait(blocker)
     return settle()
+
+
+def _blocker(claim: Claim, artifact: Artifact) -> str | None:
+    try:
+        return claim.blocker()
+    except StorageError as error:
+        _log.warning("%s is made without waiting for others: %s", artifact.store.uri, error)
+        return None

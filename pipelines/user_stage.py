@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 import sysconfig
@@ -59,7 +60,7 @@ def find_function(stage: str, uses: str) -> UserFunction:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise GraphError(f"{where} cannot be imported: {error}; correct it, or install it") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that runs as soon as it is imported
         raise GraphError(f"{where}: importing it raised {type(error).__name__}: {error}") from error
     for part in path.split("."):
         found = getattr(found, part, None)
@@ -79,6 +80,10 @@ def _call(name: str, uses: str, config: dict[str, Any], context: StageContext) -
     metadata = find_function(name, uses)(context, config)
     if metadata is not None and not isinstance(metadata, dict):
         raise GraphError(f"stage {name!r} returned a {type(metadata).__name__}; return a dict, or None")
+    try:
+        json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise GraphError(f"stage {name!r} returned what is no JSON: {error}; return plain numbers and texts") from error
     return metadata or {}
 
 

@@ -5,7 +5,8 @@
 
 Both lie in one flat folder, so that one listing tells which of a thousand runs have changed. They are derived: a
 summary counts only where it says that the run is over, and only for a run whose folder is there; of every other run the
-files in its folder are read, as of those from before there were summaries.
+files in its folder are read, as of those from before there were summaries. A process that begins takes what has not
+changed since from one file (digest.py).
 """
 
 from __future__ import annotations
@@ -18,71 +19,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from cluster.jobs import Job
-from cluster.storage import FileStat, NotFound, Store
+from cluster.storage import FileStat, NotFound, StorageError, Store
 from pipelines.runs import SUMMARIES, RunStatus, recipe_name
-from pipelines.service.submission import RunState, Submission, state_of
+from pipelines.service.digest import read_digest, write_digest
+from pipelines.service.known import KnownRun, RunRow
+from pipelines.service.submission import Submission
 
 Sort = Literal["created", "ended", "priority", "state", "id"]
 SORTS: tuple[Sort, ...] = get_args(Sort)
 
 _READERS = 32
+_DIGEST_AFTER = 50
 _SUBMISSION = "submission.json"
-
-
-@dataclass(frozen=True)
-class RunRow:
-    """A run in a list. Times are seconds since the epoch; `stage` is what it is at."""
-
-    id: str
-    name: str
-    state: RunState
-    created: float
-    started: float | None = None
-    ended: float | None = None
-    stage: str = ""
-    error: str = ""
-    until: str | None = None
-    priority: int = 0
-    tags: Mapping[str, str] = field(default_factory=dict)
-    waits_for: str = ""
-
-
-@dataclass(frozen=True)
-class KnownRun:
-    """What the store has of a run. `summary` and `copy` are what was listed in the flat folder when it was read."""
-
-    id: str
-    name: str
-    status: RunStatus
-    submission: Submission | None
-    summary: FileStat | None = None
-    copy: FileStat | None = None
-
-    @property
-    def is_final(self) -> bool:
-        """Nobody changes it any more, without changing a file of the flat folder."""
-        return self.status.state in ("done", "failed") and (self.submission is None or bool(self.submission.outcome))
-
-    def row(self, now: float, job: Job | None = None, waits_for: str = "") -> RunRow:
-        """`job` is the submission's, if it is known, and `waits_for` why it is queued."""
-        status, asked = self.status, self.submission
-        state = state_of(asked, status, job, lost=status.is_lost(now), now=now)
-        stage = next((name for name, each in status.stages.items() if each.state == "running"), "")
-        return RunRow(
-            self.id,
-            self.name,
-            state,
-            status.created,
-            status.started,
-            status.ended if asked is None or asked.ended is None else asked.ended,
-            stage if state in ("running", "stopping") else "",
-            (asked.error if asked is not None else "") or (status.error if state != "running" else ""),
-            status.until,
-            asked.priority if asked is not None else 0,
-            dict(asked.tags) if asked is not None else {},
-            waits_for if state == "queued" else "",
-        )
 
 
 class RunIndex:
@@ -92,6 +40,7 @@ class RunIndex:
         self._store = store
         self._clock = clock
         self._known: dict[str, KnownRun] = {}
+        self._undigested: set[str] = set()
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
 
@@ -104,9 +53,10 @@ class RunIndex:
                 run_id: (stats.get(f"{SUMMARIES}/{run_id}.json"), stats.get(f"{SUMMARIES}/{run_id}.{_SUBMISSION}"))
                 for run_id in ids
             }
+            earlier = self._known or {run.id: run for run in read_digest(self._store)}
             known = {
                 run_id: run
-                for run_id, run in self._known.items()
+                for run_id, run in earlier.items()
                 if run.is_final and listed.get(run_id) == (run.summary, run.copy)
             }
             wanted = [run_id for run_id in ids if run_id not in known]
@@ -114,8 +64,17 @@ class RunIndex:
                 with ThreadPoolExecutor(min(_READERS, len(wanted))) as readers:
                     read = readers.map(lambda run_id: read_run(self._store, run_id, *listed[run_id]), wanted)
                     known |= {run.id: run for run in read if run is not None}
+                self._keep_digest(known, wanted)
             with self._lock:
                 self._known = known
+
+    def _keep_digest(self, known: Mapping[str, KnownRun], read: Sequence[str]) -> None:
+        """Once so much was read that the next process had better not read it again."""
+        self._undigested.update(run_id for run_id in read if run_id in known and known[run_id].is_final)
+        if len(self._undigested) >= _DIGEST_AFTER:
+            with suppress(StorageError):  # perhaps one may only read here
+                write_digest(self._store, known.values())
+            self._undigested.clear()
 
     def known(self) -> list[KnownRun]:
         with self._lock:

@@ -31,8 +31,9 @@ from pipelines.generations import make_anew
 from pipelines.runs import Run, RunError, RunStatus, new_run_id
 from pipelines.service.errors import Busy, RequestRefused, UnknownRun, WrongState
 from pipelines.service.events import Change, event_of
-from pipelines.service.index import KnownRun, RunIndex, RunRow, delete_run, read_run, write_submission
+from pipelines.service.index import RunIndex, delete_run, read_run, write_submission
 from pipelines.service.intake import Accepted, RunRequest, accept
+from pipelines.service.known import KnownRun, RunRow
 from pipelines.service.policy import RecipePolicy
 from pipelines.service.queue import QueuePolicy, Running, Waiting, decide
 from pipelines.service.resources import Resources, Room

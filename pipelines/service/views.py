@@ -15,7 +15,7 @@ from pipelines.metrics import MetricsReader
 from pipelines.pretrain import METRICS
 from pipelines.runs import Run
 from pipelines.service.errors import UnknownRun
-from pipelines.service.index import KnownRun, RunRow
+from pipelines.service.known import KnownRun, RunRow
 
 _LOOKS_AT_ONCE = 16
 

@@ -110,6 +110,16 @@ def test_job_is_listed_stopped_and_submitted_again(head: ClusterRecord) -> None:
             call("run-9")
 
 
+def test_a_job_that_is_stopped_may_clear_up(head: ClusterRecord) -> None:
+    waits = "import time\ntry:\n    print('begun', flush=True)\n    time.sleep(300)\n"
+    clears = "finally:\n    time.sleep(4)\n    print('cleared', flush=True)\n"
+    raises = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+    jobs.submit("python clears.py", "run-3", files={"clears.py": (raises + waits + clears).encode()})
+    _await(lambda: "begun" in "".join(jobs.logs("run-3")))
+    assert jobs.stop("run-3").status == "STOPPED"
+    assert "cleared" in "".join(jobs.logs("run-3"))
+
+
 def test_head_that_has_worked_is_noted_loopback_only_and_the_only_one(head: ClusterRecord) -> None:
     assert recorded() == head
     listeners = processes.listeners(processes.tree(processes.find(head.pid, head.started)))

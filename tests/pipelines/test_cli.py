@@ -246,6 +246,33 @@ def test_a_resumed_run_goes_as_far_as_it_was_begun_for(
 
 
 @pytest.mark.usefixtures("connected")
+def test_what_is_refused_makes_nothing_anew(
+    recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    store = Store(home / "store")
+
+    def said(*arguments: object) -> str:
+        assert run_cli(monkeypatch, *arguments, "--store", home / "store") == 1
+        return " ".join(capfd.readouterr().err.split())
+
+    unselected = "stage 'tokenizer' is not among those to run; leave out --force tokenizer"
+    assert unselected in said("run", recipe, "--until", "ingest", "--force", "tokenizer")
+    assert unselected in said("run", recipe, "--from", "shards", "--force", "tokenizer", "--dry-run")
+    with Run.create(store, recipe.read_text(), "r1").driving():
+        before = store.list()
+        refusal = said("resume", "r1", "--force", "ingest", "--until", "shards", "--set", "tokenizer.vocab_size=400")
+        assert "run 'r1' is still driven by process" in refusal
+        assert store.list() == before and store.read_bytes("runs/r1/recipe.yaml") == recipe.read_bytes()
+
+
+def test_a_dry_run_says_what_the_run_would_say(
+    recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    assert run_cli(monkeypatch, "run", recipe, "--from", "tokenizer", "--until", "tokenizer", "--dry-run") == 1
+    assert "stage 'tokenizer' needs 'ingest', of which nothing is committed; run" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("connected")
 @pytest.mark.parametrize(
     ("error", "hint"),
     [

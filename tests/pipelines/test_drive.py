@@ -8,9 +8,11 @@ import pytest
 from cluster.storage import StorageError, Store
 from pipelines.drive import drive
 from pipelines.execution import WorkerLost
+from pipelines.garbage import collect
 from pipelines.generations import make_anew, read_generations
 from pipelines.graph import Graph
-from pipelines.runs import Run
+from pipelines.retention import Policy
+from pipelines.runs import Run, StageStatus
 from pipelines.stage import Event, GraphError, Stage, Tries
 
 
@@ -151,6 +153,39 @@ def test_an_interrupted_driver_ends_its_tries(store):
     assert ended == {"a": ("failed", "interrupted"), "b": ("pending", "")}
 
 
+class Finishes(Endless):
+    """An executor whose tries, told to end, have just come to their end."""
+
+    def execute(self, work, on_event, end):
+        on_event(Event(work.stage.name, "running"))
+        assert end.wait(20)
+        return work.perform(lambda event: None)
+
+
+def test_the_status_of_an_interrupted_stage_is_never_wrong(store):
+    executor, run = Finishes(), new_run(store)
+
+    def interrupt(event: Event) -> None:
+        if event.kind == "running":
+            raise KeyboardInterrupt
+
+    def interrupt_twice(event: Event) -> None:
+        if event.kind in ("running", "done"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drive(Graph([Stage("a", 1, {}, writes(lambda: ""))]), store, run, executor=executor, on_event=interrupt)
+    status = Run.open(store, run.id).status
+    assert (status.state, status.error) == ("failed", "interrupted")
+    assert (status.stages["a"].state, status.stages["a"].error) == ("done", ""), "it is committed"
+
+    run, graph = new_run(store), Graph([Stage("a", 2, {}, writes(lambda: "")), Stage("b", 1, {}, writes(lambda: ""))])
+    with pytest.raises(KeyboardInterrupt):
+        drive(graph, store, run, executor=executor, on_event=interrupt_twice)
+    stages = Run.open(store, run.id).status.stages
+    assert sorted(stage.state for stage in stages.values()) == ["done", "failed"], "never running"
+
+
 def test_a_time_out_needs_more_than_a_thread(store):
     graph = Graph([Stage("a", 1, {}, writes(lambda: ""), tries=Tries(timeout=5))])
     with pytest.raises(GraphError, match="'a' has a time-out, which needs a process of its own"):
@@ -248,6 +283,29 @@ def test_from_a_stage_on(store):
         drive(abc(made), store, new_run(store), from_stage="c", until="a")
     with pytest.raises(GraphError, match="no stage 'x'"):
         drive(abc(made), store, new_run(store), from_stage="x")
+
+
+def test_nothing_of_a_killed_driver_s_turn_is_running_any_more(store):
+    run = new_run(store)
+    run.status.stages = {"a": StageStatus("done"), "b": StageStatus("running"), "d": StageStatus("failed")}
+    drive(abc([]), store, run, until="a")
+    states = {name: stage.state for name, stage in Run.open(store, run.id).status.stages.items()}
+    assert states == {"a": "done", "b": "pending", "d": "failed"}
+
+
+def test_what_a_run_starts_from_is_not_removed_under_it(store, monkeypatch):
+    def collects(context):
+        report = collect(store, Policy(keep_last=0))
+        assert report.dropped_runs and not report.removed
+        context.attempt.store.write_bytes("out", context.inputs["a"].files.read_bytes("out"))
+        return {}
+
+    monkeypatch.setattr("pipelines.garbage.ABANDONED_S", 0)
+    graph = Graph([Stage("a", 1, {}, writes(lambda: "a")), Stage("b", 1, {}, collects, ("a",))])
+    drive(graph, store, new_run(store), until="a")
+    run = new_run(store)
+    assert drive(graph, store, run, from_stage="b")["b"].artifact.files.read_bytes("out") == b"a"
+    assert Run.open(store, run.id).status.inputs == {"a": graph.keys["a"]}
 
 
 def test_made_anew_is_a_generation_that_all_share_from_then_on(store):

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import ray
@@ -105,6 +106,70 @@ def test_an_error_comes_back_as_itself_with_where_it_was_raised(store, executor)
     assert "in breaks_awkwardly" in caught.value.__notes__[0]
 
 
+def test_an_error_of_a_class_that_only_the_worker_has(store, executor, tmp_path):
+    (tmp_path / "only_there.py").write_text("class Broken(Exception): pass\n")
+    folder = str(tmp_path)
+
+    def breaks(context):
+        sys.path.append(folder)
+        raise __import__("only_there").Broken("one thing")
+
+    with pytest.raises(RuntimeError, match="^Broken: one thing") as caught:
+        run_stage(store, executor, breaks)
+    assert "in breaks" in caught.value.__notes__[0]
+
+
+def test_a_stage_that_leaves_has_failed_and_is_no_lost_worker(store, executor):
+    def leaves(context):
+        context.run_dir.write_bytes(f"try-{context.attempt.name}", b"")
+        sys.exit("no such word")
+
+    with pytest.raises(RuntimeError, match=r"the stage called sys.exit\('no such word'\)") as caught:
+        run_stage(store, executor, leaves)
+    assert "in leaves" in caught.value.__notes__[0]
+    assert len([path for path in store.list("runs") if "/try-" in path]) == 1, "not repeated"
+
+
+def test_a_stage_for_which_there_is_no_room_says_so(store, executor, monkeypatch):
+    monkeypatch.setattr("pipelines.ray_execution._ROOM_SECONDS", 0.5)
+    said = []
+
+    def watch(event):
+        said.append((event.kind, event.message))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(store, executor, lambda context: {}, watch, resources=Resources(1, 3, accelerator_type="H200"))
+    ((kind, message), *_) = said
+    assert kind == "progress"
+    assert message.startswith(
+        "waits for a node with 1 CPU, 3 GPU to spare (H200); all nodes together have 2 CPU, 0 GPU"
+    )
+
+
+def test_what_a_stage_says_is_heard_though_the_inbox_is_lost_meanwhile(store, executor, tmp_path):
+    go_on, said = tmp_path / "go-on", []
+
+    def work(context):
+        context.emit("one")
+        while not go_on.exists():
+            time.sleep(0.02)
+        context.emit("two")
+        context.emit("three", fraction=1.0)
+        context.attempt.store.write_bytes("out", b"whole")
+        return {}
+
+    def watch(event):
+        said.append(event.message)
+        if event.message == "one":
+            ray.kill(own._inbox, no_restart=False)
+            go_on.touch()
+
+    with OnRay() as own:
+        run_stage(store, own, work, watch)
+    assert "three" in said
+
+
 def test_a_killed_worker_is_replaced(store, executor):
     def work(context):
         if not context.run_dir.exists("killed"):
@@ -200,11 +265,36 @@ def test_two_stages_at_once_on_two_workers(store, executor, tmp_path):
     assert len({result.metadata["pid"] for result in results.values()}) == 2
 
 
-def test_closing_leaves_no_thread(executor):
-    def listeners():
-        return [thread for thread in threading.enumerate() if thread.name == "stage-events"]
+def test_closing_ends_what_is_tried_and_leaves_no_thread(store, executor):
+    def threads():
+        return {thread for thread in threading.enumerate() if thread.name.startswith("stage-")}
 
-    before = len(listeners())
-    with OnRay():
-        pass
-    assert len(listeners()) == before <= 1
+    before, interrupted = threads(), []
+
+    def interrupt(signum, frame):
+        interrupted.append(signum)
+        raise KeyboardInterrupt
+
+    def twice(event):
+        if event.kind == "running":
+            signal.setitimer(signal.ITIMER_REAL, 0.5)  # for the second, while the driver waits for the stage's end
+            raise KeyboardInterrupt
+
+    def stubborn(context):
+        while True:
+            with suppress(KeyboardInterrupt):
+                time.sleep(0.01)
+
+    run, former = Run.create(store, "name: x\n"), signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt), OnRay() as own:
+            drive(Graph([Stage("work", 1, {}, stubborn)]), store, run, executor=own, on_event=twice)
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    assert interrupted
+    deadline = time.monotonic() + 20
+    while still := threads() - before:
+        assert time.monotonic() < deadline, still
+        time.sleep(0.05)
+    status = Run.open(store, run.id).status
+    assert (status.state, status.stages["work"].state) == ("failed", "failed")

@@ -74,3 +74,13 @@ def test_without_a_lease_the_work_is_done_all_the_same(artifact, monkeypatch, ca
         assert claim is None
         assert await_turn(artifact, claim, never) is None
     assert "is made without a lease: the bucket is read-only" in caplog.text
+
+
+def test_a_look_that_fails_does_not_fail_the_stage(artifact, monkeypatch, caplog):
+    def fail(claim):
+        raise StorageError("the store is slow")
+
+    with claimed(artifact, "one"), claimed(artifact, "two") as second:
+        monkeypatch.setattr(Claim, "blocker", fail)
+        assert await_turn(artifact, second, never) is None
+    assert "is made without waiting for others: the store is slow" in caplog.text

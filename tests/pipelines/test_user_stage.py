@@ -35,16 +35,18 @@ def words(tmp_path, monkeypatch):
         "    return {'words': number}\n"
         "def silent(context, config): context.attempt.store.write_bytes('x', b'x')\n"
         "def wrong(context, config): return 7\n"
+        "def odd(context, config): return {'words': {7}}\n"
         "NUMBER = 7\n"
         "class Words:\n"
         "    @staticmethod\n"
         "    def none(context, config): pass\n"
     )
     (tmp_path / "broken_words.py").write_text("1 / 0\n")
+    (tmp_path / "script_words.py").write_text("raise SystemExit(2)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
-    for name in ("count_words", "broken_words"):
+    for name in ("count_words", "broken_words", "script_words"):
         sys.modules.pop(name, None)
 
 
@@ -79,6 +81,8 @@ def test_a_function_from_the_users_folder_is_a_stage(words, tmp_path):
     assert results(uses="count_words:silent").metadata == {}
     with pytest.raises(GraphError, match="stage 'count' returned a int; return a dict, or None"):
         results(uses="count_words:wrong")
+    with pytest.raises(GraphError, match="stage 'count' returned what is no JSON: .*set.*; return plain numbers"):
+        results(uses="count_words:odd")
 
 
 def test_what_a_stage_of_the_users_is_in_the_graph(words):
@@ -130,6 +134,7 @@ def test_what_cannot_be_meant_is_refused(stages, words_of_error):
         ("count_words:no", "module count_words has no function 'no'"),
         ("count_words:NUMBER", "module count_words has no function 'NUMBER'"),
         ("broken_words:x", "importing it raised ZeroDivisionError"),
+        ("script_words:x", "importing it raised SystemExit"),
     ],
 )
 def test_a_function_that_is_not_there_is_one_line(words, uses, words_of_error):

@@ -13,12 +13,12 @@ from pipelines.runs import Run, StageStatus
 from pipelines.service.index import (
     SORTS,
     RunIndex,
-    RunRow,
     Selection,
     delete_run,
     read_run,
     write_submission,
 )
+from pipelines.service.known import RunRow
 from pipelines.service.submission import STATES, Submission
 
 RECIPE = "name: tiny\ndata: {}\n"
