@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pipelines.service.index import KnownRun
+from pipelines.service.known import KnownRun
 from pipelines.service.submission import Outcome
 from pipelines.webhook import Event
 
