@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 from cluster.jobs import Job
 from cluster.storage import FileStat, NotFound, Store
-from pipelines.runs import SUMMARIES, RunStatus, recipe_name
+from pipelines.runs import SUMMARIES, RunStatus, recipe_name, typed
 from pipelines.service.submission import RunState, Submission, state_of
 
 Sort = Literal["created", "ended", "priority", "state", "id"]
@@ -167,7 +167,7 @@ def _summary(store: Store, run_id: str) -> tuple[RunStatus | None, str]:
     try:
         value: dict[str, Any] = store.read_json(f"{SUMMARIES}/{run_id}.json")
         name = value.pop("name")
-        return (RunStatus(**value) if value["state"] in ("done", "failed") else None), name
+        return (typed(RunStatus, value) if value["state"] in ("done", "failed") else None), name
     except NotFound:
         return None, ""
     except (ValueError, TypeError, KeyError, AttributeError):  # derived: the status itself is there

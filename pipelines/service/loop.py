@@ -129,8 +129,11 @@ class Orchestrator:
     def _list_forever(self) -> None:
         while not self._closed.is_set():
             began = time.monotonic()
-            with suppress(StorageError):  # a tick meets it too, or has nothing to do with the store
-                self._index.refresh()
+            try:
+                with suppress(StorageError):  # a tick meets it too, or has nothing to do with the store
+                    self._index.refresh()
+            except Exception:  # as of a tick
+                _log.exception("a look at the list of runs failed")
             # a store that is slow to list is asked more rarely
             self._closed.wait(max(self._list_seconds, 10 * (time.monotonic() - began)))
 
@@ -168,7 +171,7 @@ class Orchestrator:
             return
         for entry in entries:
             if entry.submission.job_id:
-                with self._noting("store"), entry.lock:
+                with self._noting("store", entry), entry.lock:
                     self._reconcile(entry, jobs.get(entry.submission.job_id))
         self._start_waiting()
 
@@ -255,7 +258,7 @@ class Orchestrator:
         tried: set[str] = set()
         while (entry := self._next(tried)) is not None:
             tried.add(entry.id)
-            with self._noting("store"), entry.lock:
+            with self._noting("store", entry), entry.lock:
                 self._begin(entry)
 
     def _next(self, tried: set[str]) -> _Entry | None:
@@ -491,8 +494,9 @@ class Orchestrator:
             entry.lock.release()
 
     @contextmanager
-    def _noting(self, what: str) -> Iterator[None]:
-        """An expected failure of what the block needs is noted for `health`, and logged when it is new."""
+    def _noting(self, what: str, entry: _Entry | None = None) -> Iterator[None]:
+        """An expected failure of what the block needs is noted for `health`, and logged when it is new; so is a defect
+        that one run meets, which is not to keep the service from all others."""
         try:
             yield
         except (StorageError, ClusterError) as error:
@@ -500,3 +504,10 @@ class Orchestrator:
             if what not in self._problems:
                 _log.warning("%s: %s", what, error)
             self._noted[what] = str(error)
+        except Exception as error:
+            if entry is None:
+                raise
+            what = f"run {entry.id}"
+            if what not in self._problems:
+                _log.exception("%s: the service failed on it", what)
+            self._noted[what] = f"the service failed on it ({type(error).__name__}); its log says where"

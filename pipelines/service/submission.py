@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from cluster.jobs import Job
-from pipelines.runs import INTERRUPTED, LOST_AFTER_SECONDS, RunStatus
+from pipelines.runs import INTERRUPTED, LOST_AFTER_SECONDS, RunStatus, typed
 
 LEAST_PRIORITY, MOST_PRIORITY = -100, 100
 MAX_TAGS, MAX_TAG_LENGTH = 20, 64
@@ -72,7 +72,7 @@ class Submission:
         known = {item.name for item in fields(cls)}
         if unknown := value.keys() - known:
             raise TypeError(f"unknown keys {', '.join(sorted(unknown))}")
-        return cls(**{**value, **{name: tuple(value.get(name, ())) for name in ("force", "modules")}})
+        return typed(cls, dict(value))
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "force": list(self.force), "modules": list(self.modules)}

@@ -481,3 +481,18 @@ def test_killed_at_any_step_every_run_ends_as_it_should(tmp_path: Path, monkeypa
         if kills > total:
             break
     assert total > 40
+
+
+def test_a_run_that_the_service_fails_on_is_in_nobodys_way(
+    service: Orchestrator, cluster: FakeCluster, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.submit(ask("bad"))
+    service.tick()
+    service.submit(ask("good"))
+    look = service._look
+    monkeypatch.setattr(service, "_look", lambda entry: look(entry) if entry.id == "good" else 1 / 0)
+    turn(service, clock)
+    assert list(cluster.jobs) == ["bad", "good"]
+    assert service.health()["problems"] == {
+        "run bad": "the service failed on it (ZeroDivisionError); its log says where"
+    }
