@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -270,7 +270,7 @@ def list_runs(store: Store) -> list[str]:
     return sorted({path.split("/", 1)[0] for path in store.child("runs").list() if path.endswith("/status.json")})
 
 
-def typed(kind: type[T], value: Any) -> T:
+def typed(kind: Callable[..., T], value: Any) -> T:
     """The dataclass of what was read as JSON. Raises TypeError that names the first field that does not fit."""
     try:
         made: T = _adapter(kind).validate_python(value)
