@@ -154,8 +154,10 @@ class JobsApi:
         with self._client() as client:
             return _jobs_of(client)
 
-    def submit(self, entrypoint: str, run_id: str, job_id: str, modules: Sequence[str] = ()) -> None:
-        """Start the shell command `entrypoint` on the cluster's head under just this id; `modules` as for `submit`.
+    def submit(
+        self, entrypoint: str, run_id: str, job_id: str, modules: Sequence[str] = (), metadata: Mapping[str, str] = {}
+    ) -> None:
+        """Start the shell command `entrypoint` on the cluster's head under just this id; the rest as for `submit`.
 
         Raises JobExists if there is a job of that id, whatever has become of it.
         """
@@ -163,7 +165,7 @@ class JobsApi:
             _check_id(name)
         with self._client() as client:
             try:
-                _submit(client, entrypoint, run_id, job_id, modules=modules)
+                _submit(client, entrypoint, run_id, job_id, metadata=metadata, modules=modules)
             except RuntimeError as error:
                 if "already exists" in str(error):
                     raise JobExists(f"the cluster has a job {job_id!r} already") from error

@@ -180,11 +180,11 @@ class Orchestrator:
         submission, now = entry.submission, self._clock()
         if submission.outcome or not submission.job_id:
             return
-        if job is not None and (job.id != submission.job_id or job.run_id != entry.id):
+        if job is not None and not submission.owns(job, entry.id):
             job = None
         changed = (job and job.status) != (entry.job and entry.job.status)
         entry.job = job
-        if (changed or job is None or now - entry.looked >= _STATUS_SECONDS) and not self._look(entry):
+        if (changed or job is None or abs(now - entry.looked) >= _STATUS_SECONDS) and not self._look(entry):
             return
         state = entry.state(now)
         if state in OVER:
@@ -199,7 +199,7 @@ class Orchestrator:
 
     def _end_job(self, entry: _Entry, job: Job) -> None:
         now = self._clock()
-        if now - entry.asked_to_stop >= _STOP_AGAIN_SECONDS:
+        if abs(now - entry.asked_to_stop) >= _STOP_AGAIN_SECONDS:
             with self._noting("jobs"):
                 self.jobs.ask_to_stop(job.id)
                 entry.asked_to_stop = now
@@ -235,11 +235,11 @@ class Orchestrator:
         submission = entry.submission
         command = submission.driver_command(entry.id, self.store.uri)
         try:
-            self.jobs.submit(command, entry.id, submission.job_id, submission.modules)
+            self.jobs.submit(command, entry.id, submission.job_id, submission.modules, submission.mark)
             entry.refusals = 0
         except JobExists:
-            # ours, from before a service was killed: the next list has it. Else another run's, of that very name.
-            if not any(job.id == submission.job_id and job.run_id == entry.id for job in self.jobs.list()):
+            # ours, from before a service was killed: the next list has it. Else another run's, or of a deleted one
+            if not any(submission.owns(job, entry.id) for job in self.jobs.list()):
                 self._begin_try(entry)
         except (ClusterError, ValueError) as error:
             entry.refusals += 1
@@ -325,7 +325,11 @@ class Orchestrator:
                 raise RequestRefused(str(error), "run_id") from error
             begun = Run.open(self.store, run_id)
             is_half = begun.status.state == "pending" and not begun.directory.exists("submission.json")
-            if is_half and begun.recipe_yaml == accepted.recipe_yaml:
+            if is_half and (begun.recipe_yaml, begun.status.until, begun.status.from_stage) == (
+                accepted.recipe_yaml,
+                asked.until,
+                asked.from_stage,
+            ):
                 return begun  # a service was killed after this much of the very same request
             raise WrongState(f"run {run_id!r} exists already; resume it, or choose another id") from error
 
@@ -336,6 +340,8 @@ class Orchestrator:
         """
         entry = self._entries.get(run_id)
         if entry is None:
+            if not self._loaded:
+                raise Busy("the service has not read the store yet; try again, and see /api/health")
             run = self._read(run_id)
             if run.submission is None:
                 raise WrongState(f"run {run_id!r} was not submitted to this service; end the process that drives it")

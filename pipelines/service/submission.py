@@ -87,6 +87,16 @@ class Submission:
         self.submitted, self.job_id, self.stop_asked = now, "", None
         self.outcome, self.error, self.ended = "", "", None
 
+    @property
+    def mark(self) -> dict[str, str]:
+        """What the job is given, by which it is known as this submission's: a run that was deleted may have had the
+        same ids."""
+        return {"caravan_submitted": repr(self.submitted)}
+
+    def owns(self, job: Job, run_id: str) -> bool:
+        """Whether that is the job of the latest try of this submission, which is the run's of that id."""
+        return (job.id, job.run_id) == (self.job_id, run_id) and self.mark.items() <= job.metadata.items()
+
     def driver_command(self, run_id: str, store_uri: str) -> str:
         """The shell command of the run's driver. Where it begins and ends is in the run's own status, and what was to
         be made anew is of a new generation already (pipelines/generations.py)."""
