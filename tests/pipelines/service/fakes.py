@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,7 +58,7 @@ class FakeCluster:
         self.before(f"stop {job_id}")
         self.stops.append(job_id)
 
-    def logs(self, job_id: str, *, follow: bool = False) -> Iterator[str]:
+    def logs(self, job_id: str, *, follow: bool = False) -> Generator[str, None, None]:
         self._check()
         yield f"log of {job_id}\n"
         if follow:
