@@ -15,7 +15,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -36,6 +36,7 @@ _STOP_SECONDS = 60.0
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _ANSWER_SECONDS = 30.0
 _SHOWN_RUNS = 10
+_SILENT_SECONDS = 1.0
 
 
 class JobNotFound(ClusterError):
@@ -118,7 +119,8 @@ def status(run_id: str, address: str | None = None) -> Job:
 
 
 def logs(run_id: str, address: str | None = None, *, follow: bool = False) -> Iterator[str]:
-    """The output of the run's latest job, in pieces; with `follow` until the job is over. Raises JobNotFound."""
+    """The output of the run's latest job, in pieces; with `follow` until the job is over, an empty piece for each
+    second of silence. Raises JobNotFound."""
     with _client(address) as client:
         yield from _pieces(client, _latest(client, run_id).id, follow)
 
@@ -157,8 +159,10 @@ class JobsApi:
         with self._client() as client:
             return _jobs_of(client)
 
-    def submit(self, entrypoint: str, run_id: str, job_id: str, modules: Sequence[str] = ()) -> None:
-        """Start the shell command `entrypoint` on the cluster's head under just this id; `modules` as for `submit`.
+    def submit(
+        self, entrypoint: str, run_id: str, job_id: str, modules: Sequence[str] = (), metadata: Mapping[str, str] = {}
+    ) -> None:
+        """Start the shell command `entrypoint` on the cluster's head under just this id; the rest as for `submit`.
 
         Raises JobExists if there is a job of that id, whatever has become of it.
         """
@@ -166,7 +170,7 @@ class JobsApi:
             _check_id(name)
         with self._client() as client:
             try:
-                _submit(client, entrypoint, run_id, job_id, modules=modules)
+                _submit(client, entrypoint, run_id, job_id, metadata=metadata, modules=modules)
             except RuntimeError as error:
                 if "already exists" in str(error):
                     raise JobExists(f"the cluster has a job {job_id!r} already") from error
@@ -177,8 +181,9 @@ class JobsApi:
         with self._client() as client:
             client.stop_job(job_id)
 
-    def logs(self, job_id: str, *, follow: bool = False) -> Iterator[str]:
-        """What a job has printed, in pieces; with `follow` until it is over."""
+    def logs(self, job_id: str, *, follow: bool = False) -> Generator[str, None, None]:
+        """What a job has printed, in pieces; with `follow` until it is over, and an empty one for each second of
+        silence, so that whoever follows can leave."""
         with self._client() as client:
             yield from _pieces(client, job_id, follow)
 
@@ -282,13 +287,22 @@ def _pieces(client: "JobSubmissionClient", job_id: str, follow: bool) -> Iterato
         return
     pieces = client.tail_job_logs(job_id)
     loop = asyncio.new_event_loop()
+    coming = asyncio.ensure_future(anext(pieces), loop=loop)
     try:
         while True:
+            loop.run_until_complete(asyncio.wait([coming], timeout=_SILENT_SECONDS))
+            if not coming.done():
+                yield ""
+                continue
             try:
-                yield loop.run_until_complete(anext(pieces))
+                piece = coming.result()
             except StopAsyncIteration:
                 return
+            coming = asyncio.ensure_future(anext(pieces), loop=loop)
+            yield piece
     finally:
+        coming.cancel()
+        loop.run_until_complete(asyncio.wait([coming]))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
 

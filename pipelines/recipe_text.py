@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+_MAX_VALUES = 100_000
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message is one line."""
@@ -14,6 +16,28 @@ class RecipeError(ValueError):
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader, but a key that comes twice is an error and not the last one's victory."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Raises ConstructorError for aliases that stand for more than anybody writes: ten lines can hold 10^10."""
+        node = super().get_single_node()
+        if node is not None:
+            self._size(node, {})
+        return node
+
+    def _size(self, node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+        """The number of values with every alias written out."""
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if node in sizes:
+            return sizes[node]
+        sizes[node] = _MAX_VALUES  # an alias within itself has no end
+        parts = [part for each in node.value for part in (each if isinstance(each, tuple) else (each,))]
+        size = 1 + sum(self._size(part, sizes) for part in parts)
+        if size > _MAX_VALUES:
+            problem = f"it has more than {_MAX_VALUES:,} values, aliases written out; write less"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        sizes[node] = size
+        return size
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -30,7 +54,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def parse_yaml(text: str, what: str) -> Any:
     try:
-        return yaml.load(text, _UniqueKeyLoader)  # a SafeLoader: builds plain values only
+        loader = _UniqueKeyLoader(text)  # a SafeLoader: builds plain values only
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         hint = '; within {} quote a URI that has a ?: {uri: "s3://..."}' if "got '?'" in (error.problem or "") else ""

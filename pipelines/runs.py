@@ -18,12 +18,15 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cluster.head import JOB_ID
 from cluster.storage import NotFound, StorageError, Store
@@ -34,6 +37,7 @@ SUMMARIES = "summaries"
 INTERRUPTED = "interrupted"
 """The error of a stage that a signal ended."""
 
+T = TypeVar("T")
 State = Literal["pending", "running", "done", "skipped", "failed"]
 
 _SUMMARY = ("state", "created", "started", "ended", "error", "until", "job")
@@ -49,6 +53,8 @@ class RunError(ValueError):
 class StageStatus:
     """Times are seconds since the epoch, UTC; `key` is the artifact's key, empty for a stage without an artifact."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     state: State = "pending"
     key: str = ""
     started: float | None = None
@@ -63,6 +69,8 @@ class RunStatus:
     driver; `heartbeat` is when it last said that it lives (seconds since the epoch). `job` is the id of the submitted
     job that it is, if it is one. `inputs`: the keys of artifacts that it starts from and does not make, by their
     stage."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     state: State = "pending"
     created: float = 0.0
@@ -81,7 +89,7 @@ class RunStatus:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "RunStatus":
         """Raises TypeError or KeyError for anything but a status."""
-        return cls(**{**value, "stages": {name: StageStatus(**stage) for name, stage in value["stages"].items()}})
+        return typed(cls, {**value, "stages": value["stages"]})
 
     def is_lost(self, now: float | None = None) -> bool:
         """True for a run that calls itself running while its driver is dead or silent for LOST_AFTER_SECONDS."""
@@ -263,6 +271,22 @@ class Run:
 def list_runs(store: Store) -> list[str]:
     """Ids of all runs of a store, oldest first for ids made by `new_run_id`."""
     return sorted({path.split("/", 1)[0] for path in store.child("runs").list() if path.endswith("/status.json")})
+
+
+def typed(kind: Callable[..., T], value: Any) -> T:
+    """The dataclass of what was read as JSON. Raises TypeError that names the first field that does not fit."""
+    try:
+        made: T = _adapter(kind).validate_python(value)
+        return made
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise TypeError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def recipe_name(recipe_yaml: str) -> str:

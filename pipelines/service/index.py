@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from cluster.storage import FileStat, NotFound, StorageError, Store
-from pipelines.runs import SUMMARIES, RunStatus, recipe_name
+from pipelines.runs import SUMMARIES, RunStatus, recipe_name, typed
 from pipelines.service.digest import read_digest, write_digest
+from pipelines.service.errors import UnknownRun
 from pipelines.service.known import KnownRun, RunRow
 from pipelines.service.submission import Submission
 
@@ -121,12 +122,25 @@ def read_run(
     return KnownRun(run_id, name, status, asked, summary, copy)
 
 
+def find_run(store: Store, run_id: str) -> KnownRun:
+    """A run by an id from outside, as the store has it. Raises UnknownRun and StorageError."""
+    try:
+        folder = store.child("runs", run_id)
+    except ValueError as error:
+        raise UnknownRun(f"there is no run {run_id[:100]!r}") from error
+    has_submission = folder.exists("submission.json")
+    found = read_run(store, run_id, submitted=has_submission) if "/" not in run_id else None
+    if found is None:
+        raise UnknownRun(f"there is no run {run_id[:100]!r} in {store.uri}")
+    return found
+
+
 def _summary(store: Store, run_id: str) -> tuple[RunStatus | None, str]:
     """The status if the run is over, else None; and its name."""
     try:
         value: dict[str, Any] = store.read_json(f"{SUMMARIES}/{run_id}.json")
         name = value.pop("name")
-        return (RunStatus(**value) if value["state"] in ("done", "failed") else None), name
+        return (typed(RunStatus, value) if value["state"] in ("done", "failed") else None), name
     except NotFound:
         return None, ""
     except (ValueError, TypeError, KeyError, AttributeError):  # derived: the status itself is there

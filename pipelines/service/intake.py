@@ -16,8 +16,8 @@ from pipelines.generations import read_generations
 from pipelines.graph import Graph
 from pipelines.recipe import Recipe
 from pipelines.recipe_text import RecipeError, parse_yaml, set_override, sets_preset
-from pipelines.runs import one_line
-from pipelines.service.errors import RequestRefused
+from pipelines.runs import Run, RunError, one_line
+from pipelines.service.errors import RequestRefused, WrongState
 from pipelines.service.needs import needs_of
 from pipelines.service.policy import PolicyError, RecipePolicy
 from pipelines.service.submission import Submission
@@ -114,3 +114,22 @@ def _stages(request: RunRequest, graph: Graph) -> list[Stage]:
         return graph.selected(request.until, request.from_stage)
     except GraphError as error:
         raise RequestRefused(str(error), "from_stage") from error
+
+
+def create_run(store: Store, run_id: str, accepted: Accepted) -> Run:
+    """The folder of an accepted run. Raises RequestRefused, WrongState if there is a run of that id, StorageError."""
+    asked = accepted.submission
+    try:
+        return Run.create(store, accepted.recipe_yaml, run_id, asked.until, asked.from_stage)
+    except RunError as error:
+        if "malformed" in str(error):
+            raise RequestRefused(str(error), "run_id") from error
+        begun = Run.open(store, run_id)
+        is_half = begun.status.state == "pending" and not begun.directory.exists("submission.json")
+        if is_half and (begun.recipe_yaml, begun.status.until, begun.status.from_stage) == (
+            accepted.recipe_yaml,
+            asked.until,
+            asked.from_stage,
+        ):
+            return begun  # a service was killed after this much of the very same request
+        raise WrongState(f"run {run_id!r} exists already; resume it, or choose another id") from error

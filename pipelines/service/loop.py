@@ -21,23 +21,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 from cluster.head import ClusterError
 from cluster.jobs import Job, JobExists, JobsApi
 from cluster.storage import StorageError, Store
 from pipelines.generations import make_anew
-from pipelines.runs import Run, RunError, RunStatus, new_run_id
-from pipelines.service.errors import Busy, RequestRefused, UnknownRun, WrongState
+from pipelines.runs import new_run_id
+from pipelines.service.entry import Entry
+from pipelines.service.errors import Busy, UnknownRun, WrongState
 from pipelines.service.events import Change, event_of
-from pipelines.service.index import RunIndex, delete_run, read_run, write_submission
-from pipelines.service.intake import Accepted, RunRequest, accept
+from pipelines.service.index import RunIndex, delete_run, find_run, read_run, write_submission
+from pipelines.service.intake import RunRequest, accept, create_run
 from pipelines.service.known import KnownRun, RunRow
 from pipelines.service.policy import RecipePolicy
 from pipelines.service.queue import QueuePolicy, Running, Waiting, decide
 from pipelines.service.resources import Resources, Room
-from pipelines.service.submission import OVER, Outcome, RunState, Submission, outcome_error, state_of
+from pipelines.service.submission import OVER, Outcome, RunState, outcome_error
 from pipelines.webhook import Event
 
 _STATUS_SECONDS = 2.0
@@ -48,30 +49,6 @@ _SUBMIT_TRIES = 30
 _LOCK_SECONDS = 15.0
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Entry:
-    """A submitted run without an outcome. `lock` is held by whoever changes it. `begun`: the job whose driver was
-    seen."""
-
-    id: str
-    name: str
-    submission: Submission
-    status: RunStatus
-    job: Job | None = None
-    looked: float = 0.0
-    asked_to_stop: float = 0.0
-    refusals: int = 0
-    waits_for: str = ""
-    begun: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def known(self) -> KnownRun:
-        return KnownRun(self.id, self.name, self.status, self.submission)
-
-    def state(self, now: float) -> RunState:
-        return state_of(self.submission, self.status, self.job, lost=self.status.is_lost(now), now=now)
 
 
 class Orchestrator:
@@ -103,7 +80,7 @@ class Orchestrator:
         self._clock = clock
         self._tick_seconds, self._list_seconds = tick_seconds, list_seconds
         self._index = RunIndex(store, clock)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._making: set[str] = set()
         self._room: Room | None = None
         self._problems: dict[str, str] = {}
@@ -140,8 +117,11 @@ class Orchestrator:
     def _list_forever(self) -> None:
         while not self._closed.is_set():
             began = time.monotonic()
-            with suppress(StorageError):  # a tick meets it too, or has nothing to do with the store
-                self._index.refresh()
+            try:
+                with suppress(StorageError):  # a tick meets it too, or has nothing to do with the store
+                    self._index.refresh()
+            except Exception:  # as of a tick
+                _log.exception("a look at the list of runs failed")
             # a store that is slow to list is asked more rarely
             self._closed.wait(max(self._list_seconds, 10 * (time.monotonic() - began)))
 
@@ -151,7 +131,7 @@ class Orchestrator:
         with self._lock:
             for run in self._index.known():
                 if run.submission is not None and not run.submission.outcome:
-                    entry = _Entry(run.id, run.name, run.submission, run.status, begun=run.status.job)
+                    entry = Entry(run.id, run.name, run.submission, run.status, begun=run.status.job)
                     self._entries.setdefault(run.id, entry)
             self._loaded = True
 
@@ -180,20 +160,20 @@ class Orchestrator:
             return
         for entry in entries:
             if entry.submission.job_id:
-                with self._noting("store"), entry.lock:
+                with self._noting("store", entry), entry.lock:
                     self._reconcile(entry, jobs.get(entry.submission.job_id))
         self._start_waiting()
 
-    def _reconcile(self, entry: _Entry, job: Job | None) -> None:
+    def _reconcile(self, entry: Entry, job: Job | None) -> None:
         """`job`: the cluster's of the id that the submission had when it was listed."""
         submission, now = entry.submission, self._clock()
         if submission.outcome or not submission.job_id:
             return
-        if job is not None and (job.id != submission.job_id or job.run_id != entry.id):
+        if job is not None and not submission.owns(job, entry.id):
             job = None
         changed = (job and job.status) != (entry.job and entry.job.status)
         entry.job = job
-        if (changed or job is None or now - entry.looked >= _STATUS_SECONDS) and not self._look(entry):
+        if (changed or job is None or abs(now - entry.looked) >= _STATUS_SECONDS) and not self._look(entry):
             return
         if entry.begun != submission.job_id == entry.status.job:
             entry.begun = submission.job_id
@@ -209,14 +189,14 @@ class Orchestrator:
         elif job is not None and submission.stop_asked is not None:
             self._end_job(entry, job)
 
-    def _end_job(self, entry: _Entry, job: Job) -> None:
+    def _end_job(self, entry: Entry, job: Job) -> None:
         now = self._clock()
-        if now - entry.asked_to_stop >= _STOP_AGAIN_SECONDS:
+        if abs(now - entry.asked_to_stop) >= _STOP_AGAIN_SECONDS:
             with self._noting("jobs"):
                 self.jobs.ask_to_stop(job.id)
                 entry.asked_to_stop = now
 
-    def _look(self, entry: _Entry) -> bool:
+    def _look(self, entry: Entry) -> bool:
         """Reads the driver's status. False if somebody has deleted the run's folder: then its job is ended too."""
         found = read_run(self.store, entry.id)
         if found is not None:
@@ -229,7 +209,7 @@ class Orchestrator:
             self._index.forget(entry.id)
         return False
 
-    def _conclude(self, entry: _Entry, state: RunState, error: str | None = None) -> None:
+    def _conclude(self, entry: Entry, state: RunState, error: str | None = None) -> None:
         """The run is over; `error` is what its status and job say unless it is given."""
         if error is None:
             error = outcome_error(entry.submission, entry.status, entry.job, state)
@@ -243,16 +223,16 @@ class Orchestrator:
         self._leave(entry)
         _log.info("run %s is %s %s", entry.id, state, error)
 
-    def _submit(self, entry: _Entry) -> None:
+    def _submit(self, entry: Entry) -> None:
         """Has the cluster start the job that the submission names."""
         submission = entry.submission
         command = submission.driver_command(entry.id, self.store.uri)
         try:
-            self.jobs.submit(command, entry.id, submission.job_id, submission.modules)
+            self.jobs.submit(command, entry.id, submission.job_id, submission.modules, submission.mark)
             entry.refusals = 0
         except JobExists:
-            # ours, from before a service was killed: the next list has it. Else another run's, of that very name.
-            if not any(job.id == submission.job_id and job.run_id == entry.id for job in self.jobs.list()):
+            # ours, from before a service was killed: the next list has it. Else another run's, or of a deleted one
+            if not any(submission.owns(job, entry.id) for job in self.jobs.list()):
                 self._begin_try(entry)
         except (ClusterError, ValueError) as error:
             entry.refusals += 1
@@ -260,7 +240,7 @@ class Orchestrator:
             if isinstance(error, ValueError) or entry.refusals >= _SUBMIT_TRIES:
                 self._conclude(entry, "failed", f"its job was refused: {error}")
 
-    def _begin_try(self, entry: _Entry) -> None:
+    def _begin_try(self, entry: Entry) -> None:
         begun = replace(entry.submission)
         begun.begin_try(entry.id)
         write_submission(self.store, entry.id, begun)
@@ -271,10 +251,10 @@ class Orchestrator:
         tried: set[str] = set()
         while (entry := self._next(tried)) is not None:
             tried.add(entry.id)
-            with self._noting("store"), entry.lock:
+            with self._noting("store", entry), entry.lock:
                 self._begin(entry)
 
-    def _next(self, tried: set[str]) -> _Entry | None:
+    def _next(self, tried: set[str]) -> Entry | None:
         """The run to start now, of those that were not `tried` in this tick; and what the others wait for."""
         entries = self._active()
         waiting = {entry.id: entry for entry in entries if not entry.submission.job_id}
@@ -297,7 +277,7 @@ class Orchestrator:
             waiting[run_id].waits_for = why
         return next((waiting[run_id] for run_id in decision.start if run_id not in tried), None)
 
-    def _begin(self, entry: _Entry) -> None:
+    def _begin(self, entry: Entry) -> None:
         if entry.submission.job_id or entry.submission.outcome or not self._look(entry):
             return  # stopped or deleted meanwhile
         state = entry.state(self._clock())
@@ -319,7 +299,7 @@ class Orchestrator:
             if run_id in self._entries:
                 raise WrongState(f"run {run_id!r} exists already; resume it, or choose another id")
             asked = accepted.submission
-            run = self._create(run_id, accepted)
+            run = create_run(self.store, run_id, accepted)
             try:
                 make_anew(accepted.graph, asked.force, self.store, run_id)
                 write_submission(self.store, run_id, asked)
@@ -327,20 +307,7 @@ class Orchestrator:
                 with suppress(StorageError):  # the first error is the one to report
                     delete_run(self.store, run_id)
                 raise
-            return self._enter(_Entry(run_id, run.name, asked, run.status))
-
-    def _create(self, run_id: str, accepted: Accepted) -> Run:
-        asked = accepted.submission
-        try:
-            return Run.create(self.store, accepted.recipe_yaml, run_id, asked.until, asked.from_stage)
-        except RunError as error:
-            if "malformed" in str(error):
-                raise RequestRefused(str(error), "run_id") from error
-            begun = Run.open(self.store, run_id)
-            is_half = begun.status.state == "pending" and not begun.directory.exists("submission.json")
-            if is_half and begun.recipe_yaml == accepted.recipe_yaml:
-                return begun  # a service was killed after this much of the very same request
-            raise WrongState(f"run {run_id!r} exists already; resume it, or choose another id") from error
+            return self._enter(Entry(run_id, run.name, asked, run.status))
 
     def stop(self, run_id: str) -> RunRow:
         """Takes a run out of the queue, or ends its driver; `resume` goes on with it.
@@ -349,7 +316,9 @@ class Orchestrator:
         """
         entry = self._entries.get(run_id)
         if entry is None:
-            run = self._read(run_id)
+            if not self._loaded:
+                raise Busy("the service has not read the store yet; try again, and see /api/health")
+            run = find_run(self.store, run_id)
             if run.submission is None:
                 raise WrongState(f"run {run_id!r} was not submitted to this service; end the process that drives it")
             raise WrongState(f"run {run_id!r} is {run.row(self._clock()).state} already")
@@ -377,7 +346,7 @@ class Orchestrator:
             active = self._entries.get(run_id)
             if active is not None:
                 raise WrongState(f"run {run_id!r} is {active.state(self._clock())}; it goes on by itself")
-            run = self._read(run_id)
+            run = find_run(self.store, run_id)
             state = run.row(self._clock()).state
             if run.submission is None:
                 raise WrongState(
@@ -388,13 +357,17 @@ class Orchestrator:
             again = replace(run.submission)
             again.queue_again(self._clock())
             write_submission(self.store, run_id, again)
-            return self._enter(_Entry(run_id, run.name, again, run.status))
+            return self._enter(Entry(run_id, run.name, again, run.status))
 
     def delete(self, run_id: str) -> None:
         """Removes the folder of a run that is over; its artifacts stay. Raises UnknownRun, WrongState, StorageError."""
         with self._alone(run_id):
             active = self._entries.get(run_id)
-            state = active.state(self._clock()) if active is not None else self._read(run_id).row(self._clock()).state
+            state = (
+                active.state(self._clock())
+                if active is not None
+                else find_run(self.store, run_id).row(self._clock()).state
+            )
             if active is not None or state not in OVER:
                 raise WrongState(f"run {run_id!r} is {state}; stop it first")
             delete_run(self.store, run_id)
@@ -409,13 +382,13 @@ class Orchestrator:
 
     def find(self, run_id: str) -> tuple[RunRow, KnownRun]:
         """A run as it is now, read from the store. Raises UnknownRun and StorageError."""
-        run = self._read(run_id)
+        run = find_run(self.store, run_id)
         entry = self._entries.get(run_id)
         return (self._row(entry) if entry is not None else run.row(self._clock())), run
 
     def latest_job(self, run_id: str) -> str:
         """The id of the job that the cluster has of a run. Raises UnknownRun, StorageError and ClusterError."""
-        run = self._read(run_id)
+        run = find_run(self.store, run_id)
         own = [job for job in self.jobs.list() if job.run_id == run_id]
         if not own:
             began = "its log went with the cluster that it ran on" if run.status.job else "it was not started as a job"
@@ -454,37 +427,26 @@ class Orchestrator:
 
     # -- inside
 
-    def _active(self) -> list[_Entry]:
+    def _active(self) -> list[Entry]:
         with self._lock:
             return list(self._entries.values())
 
-    def _enter(self, entry: _Entry) -> RunRow:
+    def _enter(self, entry: Entry) -> RunRow:
         self._tell("queued", entry)
         with self._lock:
             self._entries[entry.id] = entry
         self._wake.set()
         return self._row(entry)
 
-    def _leave(self, entry: _Entry) -> None:
+    def _leave(self, entry: Entry) -> None:
         with self._lock:
             self._entries.pop(entry.id, None)
 
-    def _tell(self, change: Change, entry: _Entry) -> None:
+    def _tell(self, change: Change, entry: Entry) -> None:
         self._on_event(event_of(entry.known(), change))
 
-    def _row(self, entry: _Entry) -> RunRow:
+    def _row(self, entry: Entry) -> RunRow:
         return entry.known().row(self._clock(), entry.job, entry.waits_for)
-
-    def _read(self, run_id: str) -> KnownRun:
-        try:
-            store = self.store.child("runs", run_id)
-        except ValueError as error:
-            raise UnknownRun(f"there is no run {run_id[:100]!r}") from error
-        has_submission = store.exists("submission.json")
-        found = read_run(self.store, run_id, submitted=has_submission) if "/" not in run_id else None
-        if found is None:
-            raise UnknownRun(f"there is no run {run_id[:100]!r} in {self.store.uri}")
-        return found
 
     @contextmanager
     def _alone(self, run_id: str) -> Iterator[None]:
@@ -502,7 +464,7 @@ class Orchestrator:
                 self._making.discard(run_id)
 
     @contextmanager
-    def _held(self, entry: _Entry) -> Iterator[None]:
+    def _held(self, entry: Entry) -> Iterator[None]:
         if not entry.lock.acquire(timeout=_LOCK_SECONDS):
             raise Busy(f"run {entry.id!r} is being worked on, and that does not end; see /api/health")
         try:
@@ -511,8 +473,9 @@ class Orchestrator:
             entry.lock.release()
 
     @contextmanager
-    def _noting(self, what: str) -> Iterator[None]:
-        """An expected failure of what the block needs is noted for `health`, and logged when it is new."""
+    def _noting(self, what: str, entry: Entry | None = None) -> Iterator[None]:
+        """An expected failure of what the block needs is noted for `health`, and logged when it is new; so is a defect
+        that one run meets, which is not to keep the service from all others."""
         try:
             yield
         except (StorageError, ClusterError) as error:
@@ -520,3 +483,10 @@ class Orchestrator:
             if what not in self._problems:
                 _log.warning("%s: %s", what, error)
             self._noted[what] = str(error)
+        except Exception as error:
+            if entry is None:
+                raise
+            what = f"run {entry.id}"
+            if what not in self._problems:
+                _log.exception("%s: the service failed on it", what)
+            self._noted[what] = f"the service failed on it ({type(error).__name__}); its log says where"

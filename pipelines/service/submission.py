@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from cluster.jobs import Job
-from pipelines.runs import INTERRUPTED, LOST_AFTER_SECONDS, RunStatus
+from pipelines.runs import INTERRUPTED, LOST_AFTER_SECONDS, RunStatus, typed
 
 LEAST_PRIORITY, MOST_PRIORITY = -100, 100
 MAX_TAGS, MAX_TAG_LENGTH = 20, 64
@@ -72,7 +72,7 @@ class Submission:
         known = {item.name for item in fields(cls)}
         if unknown := value.keys() - known:
             raise TypeError(f"unknown keys {', '.join(sorted(unknown))}")
-        return cls(**{**value, **{name: tuple(value.get(name, ())) for name in ("force", "modules")}})
+        return typed(cls, dict(value))
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "force": list(self.force), "modules": list(self.modules)}
@@ -86,6 +86,16 @@ class Submission:
         """The run waits for its next try."""
         self.submitted, self.job_id, self.stop_asked = now, "", None
         self.outcome, self.error, self.ended = "", "", None
+
+    @property
+    def mark(self) -> dict[str, str]:
+        """What the job is given, by which it is known as this submission's: a run that was deleted may have had the
+        same ids."""
+        return {"caravan_submitted": repr(self.submitted)}
+
+    def owns(self, job: Job, run_id: str) -> bool:
+        """Whether that is the job of the latest try of this submission, which is the run's of that id."""
+        return (job.id, job.run_id) == (self.job_id, run_id) and self.mark.items() <= job.metadata.items()
 
     def driver_command(self, run_id: str, store_uri: str) -> str:
         """The shell command of the run's driver. Where it begins and ends is in the run's own status, and what was to

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -64,7 +64,7 @@ def files(store: Store, run_id: str) -> dict[str, int]:
     return store.child("runs", run_id).sizes()
 
 
-def open_file(store: Store, run_id: str, name: str) -> tuple[int, Iterator[bytes]]:
+def open_file(store: Store, run_id: str, name: str) -> tuple[int, Generator[bytes, None, None]]:
     """Bytes and content of a file of a run's folder. Raises UnknownRun: only a name that is listed is opened, and no
     path is made of one that is not."""
     size = files(store, run_id).get(name)
@@ -75,7 +75,7 @@ def open_file(store: Store, run_id: str, name: str) -> tuple[int, Iterator[bytes
     except NotFound as error:
         raise UnknownRun(f"run {run_id!r} has no file {name[:200]!r} any more") from error
 
-    def blocks() -> Iterator[bytes]:
+    def blocks() -> Generator[bytes, None, None]:
         with source:
             left = size
             while left > 0 and (block := source.read(min(left, BLOCK_BYTES))):

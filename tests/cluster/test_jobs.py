@@ -1,4 +1,6 @@
+import asyncio
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -127,3 +129,24 @@ def test_check_needs_a_jobs_api_and_not_only_a_dashboard(client: FakeClient) -> 
     client.error = RuntimeError("404 page not found")
     with pytest.raises(ClusterError, match=f"the Jobs API at {URL} failed: 404"):
         jobs.check(URL)
+
+
+def test_a_log_that_is_silent_gives_its_reader_the_word_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    class Client:
+        async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+            try:
+                yield "first"
+                await asyncio.sleep(0.1 if job_id == "short" else 1000)
+                yield "last"
+            finally:
+                ended.append(job_id)
+
+    monkeypatch.setattr(jobs, "_SILENT_SECONDS", 0.02)
+    pieces = [*jobs._pieces(Client(), "short", True)]  # type: ignore[arg-type]
+    assert "" in pieces and "".join(pieces) == "firstlast"
+    left = jobs._pieces(Client(), "long", True)  # type: ignore[arg-type]
+    assert [next(left), next(left)] == ["first", ""]
+    left.close()  # type: ignore[attr-defined]
+    assert ended == ["short", "long"]

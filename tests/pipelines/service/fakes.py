@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,12 +44,16 @@ class FakeCluster:
         self._check()
         return [*self.jobs.values()]
 
-    def submit(self, entrypoint: str, run_id: str, job_id: str, modules: Sequence[str] = ()) -> None:
+    def submit(
+        self, entrypoint: str, run_id: str, job_id: str, modules: Sequence[str] = (), metadata: Mapping[str, str] = {}
+    ) -> None:
         self._check()
         if job_id in self.jobs:
             raise JobExists(f"the cluster has a job {job_id!r} already")
         self.before(f"submit {job_id}")
-        self.jobs[job_id] = Job(job_id, run_id, "PENDING", "", entrypoint, 1.0, None, {}, f"driver-{job_id}")
+        self.jobs[job_id] = Job(
+            job_id, run_id, "PENDING", "", entrypoint, 1.0, None, dict(metadata), f"driver-{job_id}"
+        )
         self.commands[job_id] = entrypoint
         self.before(f"submitted {job_id}")
 
@@ -58,7 +62,7 @@ class FakeCluster:
         self.before(f"stop {job_id}")
         self.stops.append(job_id)
 
-    def logs(self, job_id: str, *, follow: bool = False) -> Iterator[str]:
+    def logs(self, job_id: str, *, follow: bool = False) -> Generator[str, None, None]:
         self._check()
         yield f"log of {job_id}\n"
         if follow:

@@ -188,3 +188,32 @@ def test_a_list_is_filtered(rows) -> None:
         if row.name == "tiny"
     }
     assert {row.id for row in selection.of(rows)[0]} == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"stages": null}',
+        '{"stages": {"pretrain": {"started": []}}}',
+        '{"stages": {}, "created": null}',
+        '{"stages": {}, "state": "running", "heartbeat": "x"}',
+        '{"stages": {}, "state": "of tomorrow"}',
+    ],
+)
+def test_a_status_whose_parts_are_not_what_they_should_be_is_damaged(store: Store, text: str) -> None:
+    finish(Run.create(store, RECIPE, "whole"))
+    store.write_bytes("runs/torn/recipe.yaml", b"name: x\n")
+    store.write_bytes("runs/torn/status.json", text.encode())
+    index = RunIndex(store)
+    index.refresh()
+    assert {row.id: row.state for row in index.rows()} == {"whole": "done", "torn": "failed"}
+
+
+@pytest.mark.parametrize("text", ['{"tags": [1]}', '{"submitted": "x"}', '{"needs": {"CPU": null}}', '{"outcome": 7}'])
+def test_a_submission_whose_parts_are_not_what_they_should_be_is_damaged(store: Store, text: str) -> None:
+    Run.create(store, RECIPE, "r")
+    for path in ("runs/r/submission.json", "summaries/r.submission.json"):
+        store.write_bytes(path, text.encode())
+    index = RunIndex(store)
+    index.refresh()
+    assert [row.state for row in index.rows()] == ["failed"] and "damaged" in index.rows()[0].error

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.storage import StorageError, Store
 from pipelines.runs import Run
-from pipelines.service.errors import RequestRefused, UnknownRun, WrongState
+from pipelines.service.errors import Busy, RequestRefused, UnknownRun, WrongState
 from pipelines.service.intake import Accepted, RunRequest, accept
 from pipelines.service.loop import Orchestrator
 from pipelines.service.queue import QueuePolicy
@@ -571,3 +571,68 @@ def test_killed_at_any_step_every_run_ends_as_it_should(tmp_path: Path, monkeypa
         if kills > total:
             break
     assert total > 40
+
+
+def test_a_run_that_the_service_fails_on_is_in_nobodys_way(
+    service: Orchestrator, cluster: FakeCluster, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.submit(ask("bad"))
+    service.tick()
+    service.submit(ask("good"))
+    look = service._look
+    monkeypatch.setattr(service, "_look", lambda entry: look(entry) if entry.id == "good" else 1 / 0)
+    turn(service, clock)
+    assert list(cluster.jobs) == ["bad", "good"]
+    assert service.health()["problems"] == {
+        "run bad": "the service failed on it (ZeroDivisionError); its log says where"
+    }
+
+
+@pytest.mark.parametrize("end", ["SUCCEEDED", "FAILED", "STOPPED", "RUNNING"])
+def test_a_new_run_of_a_deleted_ones_id_gets_a_job_of_its_own(
+    service: Orchestrator, cluster: FakeCluster, clock: Clock, end: str
+) -> None:
+    service.submit(ask("r"))
+    service.tick()
+    cluster.begin("r")
+    cluster.end("r")
+    cluster.set("r", end)
+    turn(service, clock)
+    service.delete("r")
+    service.submit(ask("r"))
+    for _ in range(3):
+        turn(service, clock)
+    assert list(cluster.jobs) == ["r", "r-2"] and states(service) == {"r": "starting"}
+    cluster.begin("r-2")
+    cluster.end("r-2")
+    turn(service, clock)
+    assert states(service) == {"r": "done"}
+
+
+def test_a_half_made_run_is_taken_over_only_by_the_very_same_request(service: Orchestrator) -> None:
+    accepted = accept(ask("r", until="ingest"), service.store, service._recipes, 1.0)
+    Run.create(service.store, accepted.recipe_yaml, "r", "ingest")
+    with pytest.raises(WrongState, match="exists already"):
+        service.submit(ask("r"))
+    assert service.submit(ask("r", until="ingest")).until == "ingest"
+
+
+def test_a_stop_that_comes_before_the_store_was_read_is_to_be_tried_again(
+    service: Orchestrator, cluster: FakeCluster, clock: Clock
+) -> None:
+    service.submit(ask("r"))
+    later = Orchestrator(service.store, cluster, cluster, clock=clock)
+    with pytest.raises(Busy, match="not read the store yet"):
+        later.stop("r")
+    later.tick()
+    assert later.stop("r").state == "stopping"
+
+
+def test_a_clock_that_is_set_back_hides_no_news(service: Orchestrator, cluster: FakeCluster, clock: Clock) -> None:
+    service.submit(ask("r"))
+    service.tick()
+    cluster.set("r", "RUNNING")
+    turn(service, clock)
+    cluster.begin("r")
+    turn(service, clock, -500)
+    assert states(service) == {"r": "running"}
