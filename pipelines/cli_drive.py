@@ -22,6 +22,7 @@ from pipelines.screen import (
     expected_error,
     fail,
     named_store,
+    only_json,
     open_store,
     out,
     print_error,
@@ -228,7 +229,7 @@ def _run_stages(
 
     console = err if as_json else out
     try:
-        with RunDisplay(console) as display, OnRay() as executor:
+        with only_json(as_json), RunDisplay(console) as display, OnRay() as executor:
             results = drive(
                 graph,
                 run.store,
@@ -248,7 +249,8 @@ def _run_stages(
         if expected is None:
             raise
         raise typer.Exit(1) from error
-    summary = summarise(run, results, time.monotonic() - started)
+    with only_json(as_json):
+        summary = summarise(run, results, time.monotonic() - started)
     if as_json:
         print_json(asdict(summary))
     else:

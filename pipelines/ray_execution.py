@@ -39,6 +39,7 @@ END_SECONDS = 20.0
 _LOOK_SECONDS = 0.2
 _BATCH_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 5.0
+_NOBODY = -1
 _CLOSE_SECONDS = 5.0
 _ROOM_SECONDS = 15.0
 
@@ -130,9 +131,7 @@ class OnRay:
             self._listeners[number] = listener
             if self._inbox is None:
                 beside = _beside_driver(soft=False)
-                self._inbox = (
-                    ray.remote(_Inbox).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, **beside).remote()
-                )
+                self._inbox = ray.remote(_Inbox).options(num_cpus=0, max_restarts=-1, **beside).remote()
                 self._thread.start()
         task = ray.remote(_perform).options(name=work.stage.name, max_retries=0, **_asked(work.stage.resources))
         try:
@@ -153,8 +152,9 @@ class OnRay:
                 listener.over.set()
             self._lock.wait_for(lambda: not self._listeners, _CLOSE_SECONDS)
         if self._inbox is not None:
-            ray.kill(self._inbox)
+            self._inbox.put.remote(_NOBODY, [None])  # the listener is back from its call, which Ray would complain of
             self._thread.join(_CLOSE_SECONDS)
+            ray.kill(self._inbox)
 
     def _await(self, task: Any, stage: Stage, listener: _Listener, end: threading.Event) -> _Outcome:
         name, submitted = stage.name, time.monotonic()
@@ -287,7 +287,7 @@ class _Mouth(logging.Handler):
                     items.append(self._items.get_nowait())
             over = isinstance(items[-1], _LastWords)
             try:
-                ray.get(self._inbox.put.remote(self._number, items))
+                ray.get(self._inbox.put.options(max_task_retries=-1).remote(self._number, items))
             except Exception as error:  # it is only the view that suffers
                 _log.debug("the driver does not hear of the stage: %s", error)
 

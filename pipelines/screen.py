@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -69,6 +69,13 @@ def service_for(address: str | None, store: str | None) -> Iterator[ServiceClien
 
 def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def only_json(as_json: bool) -> Iterator[None]:
+    """What libraries print inside the block goes to stderr, so that stdout has JSON and nothing else."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
 
 
 def print_error(message: str) -> None:

@@ -14,6 +14,7 @@ from cluster.storage import StorageError, Store
 from pipelines import cli, cli_drive
 from pipelines.recipe import Recipe
 from pipelines.runs import Run
+from pipelines.screen import only_json, print_json
 from pipelines.sources import DataError
 
 RECIPE = {
@@ -323,3 +324,14 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "app", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+def test_with_json_what_libraries_print_goes_to_stderr(capsys: pytest.CaptureFixture) -> None:
+    with only_json(True):
+        print("(raylet) a worker died")
+    with only_json(False):
+        print("progress")
+    print_json({"a": 1})
+    captured = capsys.readouterr()
+    assert captured.err == "(raylet) a worker died\n"
+    assert captured.out == 'progress\n{\n  "a": 1\n}\n'
