@@ -190,6 +190,7 @@ def test_a_claim_that_its_holder_has_forgotten_is_not_renewed(store, monkeypatch
     with Claim.enter(store, "run 1"), Claim.enter(store, "run 2") as second:
         while second.blocker() is not None:
             time.sleep(0.01)
+        assert second.in_turn
 
 
 def test_threads_on_a_disk_are_in_turn_one_after_the_other(store):
