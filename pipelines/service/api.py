@@ -10,7 +10,6 @@ cluster and the health come from memory, so that they are answered whatever hang
 from __future__ import annotations
 
 import logging
-import mimetypes
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -28,6 +27,7 @@ from pipelines.runs import RunError
 from pipelines.service import views
 from pipelines.service.bounded import Bounded
 from pipelines.service.door import HEALTH, KNOWN, Door, error_body
+from pipelines.service.download import download
 from pipelines.service.errors import Busy, RequestRefused, UnknownRun, WrongState
 from pipelines.service.index import Selection, Sort
 from pipelines.service.intake import RunRequest
@@ -179,16 +179,7 @@ def _add_parts(api: FastAPI, orchestrator: Orchestrator, bounded: Bounded) -> No
     @api.get("/api/runs/{run_id}/files/{name:path}")
     async def file(run_id: str, name: str) -> Response:
         """One of those files."""
-        await bounded.call(orchestrator.find, run_id)
-        size, blocks = await bounded.call(views.open_file, store, run_id, name)
-        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        # what a run wrote is not to run as this service's own page
-        headers = {
-            "Content-Length": str(size),
-            "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": "sandbox",
-        }
-        return StreamingResponse(bounded.follow(blocks), media_type=kind, headers=headers)
+        return await download(orchestrator, bounded, run_id, name)
 
 
 def _add_service(api: FastAPI, orchestrator: Orchestrator) -> None:
