@@ -52,7 +52,7 @@ class ServiceActor:
         self._orchestrator = Orchestrator(
             Store(settings.store),
             JobsApi(dashboard_url),
-            RayResources(settings.may_grow_to),
+            RayResources(dashboard_url, settings.may_grow_to),
             queue=settings.queue(),
             recipes=settings.recipes(),
             on_event=settings.told().send,

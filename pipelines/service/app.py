@@ -37,7 +37,7 @@ class Runs:
         self._orchestrator = Orchestrator(
             Store(settings.store),
             JobsApi(self._dashboard_url),
-            RayResources(settings.may_grow_to),
+            RayResources(self._dashboard_url, settings.may_grow_to),
             queue=settings.queue(),
             recipes=settings.recipes(),
             on_event=self._webhooks.send,

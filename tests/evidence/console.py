@@ -4,8 +4,8 @@
 
 With the mouse and with the keyboard alone: enters with the token (a wrong one is refused), looks at what a recipe would
 do, submits it, watches it to its end, reads its curve (which must be what the API says), its log, its artifacts and the
-report of its data; stops another run; then scales the endpoint from one replica to two, talks to the model, and sees the service killed. No page
-may print an error, and none may be wider than a phone. The pictures are kept.
+report of its data; stops another run; then scales the endpoint from one replica to two, talks to the model, and sees
+the service killed. No page may print an error, and none may be wider than a phone. The pictures are kept.
 
 Needs the environment of `make setup` and Debian's `chromium`; playwright is fetched into .cache/tools. About six
 minutes. Exits non-zero when a claim fails, and 77 where there is no chromium.
