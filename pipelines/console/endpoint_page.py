@@ -47,7 +47,6 @@ async def show(desk: Desk) -> None:
             table.props('flat bordered dense :grid="Quasar.Screen.lt.sm"')
             _Scale(desk, latest)
             chart = ui.echart(charts.replicas([])).classes("full-width").style("height: 420px")
-            chart.props('role=img aria-label="load and memory of the replicas"')
             _Chat(latest, lambda: key.value or None)
         content.visible = False
 

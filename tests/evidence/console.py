@@ -178,7 +178,7 @@ class Console:
     def read(self) -> None:
         page = self.page
         self.tab("Training")
-        page.locator("[role=img][aria-label=loss] canvas").wait_for(timeout=1000 * RUN_SECONDS)
+        page.locator("[data-chart=loss] canvas").wait_for(timeout=1000 * RUN_SECONDS)
         self.picture("training-live")
         page.get_by_role("status").filter(has_text="done").wait_for(timeout=1000 * RUN_SECONDS)
         page.wait_for_timeout(3000)
@@ -206,7 +206,7 @@ class Console:
         self.check("its log, artifacts, report of the data and recipe are shown", True)
 
     def _points(self, chart: str) -> list[Any]:
-        find = f"getElement(document.querySelector('[aria-label=\"{chart}\"]').id.slice(1)).chart"
+        find = f"getElement(document.querySelector('[data-chart=\"{chart}\"]').id.slice(1)).chart"
         return self.page.evaluate(f"{find}.getOption().series[0].data")
 
     def _metrics(self) -> list[dict[str, Any]]:
