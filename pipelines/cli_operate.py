@@ -136,7 +136,6 @@ def kuberay(
     from importlib.metadata import version
 
     from pipelines import kuberay as manifests
-    from pipelines.incarnations import worker_needs
     from pipelines.recipe import Recipe
 
     _refuse_others(
@@ -172,7 +171,7 @@ def kuberay(
         if parsed.train.wait_for_nodes == 0:
             fail("train.wait_for_nodes=0 waits for no pod to come; give the seconds: --set train.wait_for_nodes=900")
         sizes = parsed.train.world_sizes(parsed.model)
-        group = manifests.training_group(sizes, worker_needs(parsed.train), workers_per_pod)
+        group = manifests.training_group(sizes, parsed.train.worker_needs, workers_per_pod)
         if kind is Kind.raycluster:
             made = manifests.ray_cluster(target, group)
         else:

@@ -10,10 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, cast
-
-from openai import BadRequestError, OpenAI
-from openai.types.chat import ChatCompletionMessageParam
+from typing import TYPE_CHECKING, Any, cast
 
 from cluster.artifact import Artifact
 from cluster.serve import control
@@ -21,6 +18,10 @@ from cluster.serve.settings import AppArgs, IngressOptions
 from cluster.storage import JSON
 from pipelines.recipe import RequestsConfig, ServeConfig
 from pipelines.stage import Stage, StageContext
+
+if TYPE_CHECKING:
+    import openai
+    from openai.types.chat import ChatCompletionMessageParam
 
 REPORT = "deploy.json"
 
@@ -133,6 +134,8 @@ def converse(
 
     A conversation that fills the model's context ends there, one turn short.
     """
+    from openai import BadRequestError, OpenAI  # a second to import, which only this needs
+
     client = OpenAI(base_url=base_url, api_key="unused", max_retries=2)
     histories: dict[int, list[dict[str, str]]] = {
         number: [{"role": "system", "content": _SYSTEM.format(topic=_topic(number))}]
@@ -161,7 +164,7 @@ def _topic(conversation: int) -> str:
 
 
 def _ask(
-    client: OpenAI, model: str, messages: list[dict[str, str]], max_tokens: int, conversation: int, number: int
+    client: openai.OpenAI, model: str, messages: list[dict[str, str]], max_tokens: int, conversation: int, number: int
 ) -> tuple[Turn, str]:
     started, first = time.perf_counter(), 0.0
     pieces: list[str] = []

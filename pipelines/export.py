@@ -24,11 +24,10 @@ from llama.hf_adapter import save_adapter
 from llama.lora import merge_lora
 from llama.training.checkpoint import Checkpointer
 from pipelines.finetune import Trained, fitting_start
-from pipelines.pretrain import CHECKPOINTS, INCARNATIONS
 from pipelines.recipe import ExportConfig, Recipe
 from pipelines.runs import Run, RunError
 from pipelines.stage import Stage, StageContext
-from pipelines.training_worker import START
+from pipelines.training_folder import CHECKPOINTS, INCARNATIONS, START, training_folder
 from pipelines.vocabulary import load_tokenizer
 
 ADAPTER = "adapter"
@@ -70,12 +69,6 @@ def write_export(trained: Trained, tokenizer: Artifact, dtype: str, output: Stor
 
 
 # --- out of a run's checkpoints -------------------------------------------------------------------------------------
-
-
-def training_folder(run: Run) -> Store | None:
-    """Where a run's training keeps its checkpoints and metrics; None before it has got there."""
-    stage = run.status.stages.get("pretrain")
-    return run.store.child("artifacts", "pretrain", stage.key) if stage is not None and stage.key else None
 
 
 def checkpoints_of(run: Run) -> dict[int, dict[str, Any]]:

@@ -144,7 +144,7 @@ def _plan(
         sizes = replace(sizes, largest=most)
     known_nodes = frozenset(node.node_id for node in placement.alive_nodes())
     gone = lost | placement.unreachable_nodes()
-    return placement.await_plan(sizes, worker_needs(train), train.wait_for_nodes, gone), known_nodes
+    return placement.await_plan(sizes, train.worker_needs, train.wait_for_nodes, gone), known_nodes
 
 
 def _train_once(plan: placement.PlacementPlan, task: WorkerTask) -> Outcome:
@@ -186,11 +186,6 @@ def _interruptible() -> Iterator[None]:
     finally:
         if on_main_thread:
             signal.signal(signal.SIGINT, before)
-
-
-def worker_needs(train: TrainRecipe) -> placement.WorkerNeeds:
-    """What one process of this training asks of Ray."""
-    return placement.WorkerNeeds(train.cpus_per_worker, train.gpus_per_worker, train.accelerator_type)
 
 
 def _diagnose(error: TrainingFailedError) -> _Failure:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from datasketch import MinHash
 
 from pipelines.ngrams import distinct, fold
 
@@ -50,6 +49,8 @@ class Signer:
     """Makes signatures with a fixed set of permutations."""
 
     def __init__(self, bands: Bands) -> None:
+        from datasketch import MinHash  # it takes SciPy with it
+
         self._minhash = MinHash(bands.count * bands.rows, seed=_SEED, hashfunc=int, scheme=_SCHEME)
 
     def __call__(self, ngrams: np.ndarray) -> np.ndarray:

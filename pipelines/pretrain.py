@@ -22,23 +22,22 @@ import logging
 import re
 from dataclasses import asdict, fields
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import placement
 from cluster.artifact import Artifact
 from cluster.storage import JSON, StorageError
 from llama.config import ModelConfig
 from llama.retry import retried
-from llama.training.checkpoint import Checkpointer
 from llama.training.config import TrainConfig
 from pipelines.finetune import Start, find_start
 from pipelines.follow import followed
-from pipelines.incarnations import TrainingFailed, train_in_incarnations, worker_needs
 from pipelines.recipe import TrainRecipe
 from pipelines.stage import Stage, StageContext
-from pipelines.training_worker import CHECKPOINTS, HANGS, INCARNATIONS, METRICS, WorkerTask
+from pipelines.training_folder import CHECKPOINTS, HANGS, INCARNATIONS, METRICS
 
-__all__ = ["CHECKPOINTS", "INCARNATIONS", "METRICS", "SUMMARY", "TrainingFailed", "check_room", "pretrain_stage"]
+if TYPE_CHECKING:
+    from pipelines.training_worker import WorkerTask
 
 SUMMARY = "summary.json"
 
@@ -74,10 +73,14 @@ def check_room(model: ModelConfig, train: TrainRecipe) -> None:
     """Raises PlacementError if the nodes of this process's cluster hold no plan, and none are to be waited for; it
     names the nearest that fits. For whoever would prepare data first."""
     if train.wait_for_nodes == 0:
-        placement.largest_plan(placement.alive_nodes(), train.world_sizes(model), worker_needs(train))
+        placement.largest_plan(placement.alive_nodes(), train.world_sizes(model), train.worker_needs)
 
 
 def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, context: StageContext) -> dict[str, JSON]:
+    # Ray Train takes seconds to import, and whoever only asks what a recipe means does not need it
+    from pipelines.incarnations import train_in_incarnations
+    from pipelines.training_worker import WorkerTask
+
     sizes = train.world_sizes(model)
     settings = TrainConfig(**{item.name: getattr(train, item.name) for item in fields(TrainConfig)})
 
@@ -99,7 +102,7 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, conte
             incarnation=incarnation,
             run=context.run_id,
             sizes=sizes,
-            needs=worker_needs(train),
+            needs=train.worker_needs,
             known_nodes=known_nodes,
         )
 
@@ -128,6 +131,8 @@ class _StoreRecords:
         self._hang_seconds = train.hang_seconds
 
     def latest_step(self) -> int:
+        from llama.training.checkpoint import Checkpointer
+
         checkpoints = self._store.child(CHECKPOINTS)
         return retried(lambda: Checkpointer(checkpoints, Artifact).latest(), "looking for checkpoints") or 0
 

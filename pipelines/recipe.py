@@ -31,7 +31,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from cluster.location import has_credentials
-from cluster.placement import WorldSizes
+from cluster.placement import WorkerNeeds, WorldSizes
 from cluster.storage import Store
 from llama.config import ModelConfig
 from llama.engine.config import EngineConfig, check_cacheable
@@ -173,6 +173,11 @@ class TrainRecipe(TrainConfig):
     @property
     def _bounds(self) -> tuple[int, int]:
         return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+
+    @property
+    def worker_needs(self) -> WorkerNeeds:
+        """What one process of this training asks of Ray."""
+        return WorkerNeeds(self.cpus_per_worker, self.gpus_per_worker, self.accelerator_type)
 
     def world_sizes(self, model: ModelConfig) -> WorldSizes:
         """The numbers of workers that may train this model."""

@@ -22,9 +22,9 @@ from cluster.storage import Store
 from pipelines.data_report import JSON_FILE, PICTURE_FILE, in_one_line
 from pipelines.figures import new_figure, own_style, png
 from pipelines.metrics import MetricsReader
-from pipelines.pretrain import METRICS
 from pipelines.runs import Run
 from pipelines.stage import StageResult
+from pipelines.training_folder import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,6 @@ from pipelines.evaluate import evaluate_stage
 from pipelines.export import export_stage
 from pipelines.finetune import fitting_start
 from pipelines.graph import Graph
-from pipelines.incarnations import worker_needs
 from pipelines.ingest import ingest_stage
 from pipelines.pretrain import pretrain_stage
 from pipelines.recipe import Recipe
@@ -44,7 +43,7 @@ def build_graph(recipe: Recipe, dashboard_url: str, keep: bool, generations: Map
         tokenizer_stage(recipe.tokenizer),
         shards_stage(ShardConfig.of(recipe.data, recipe.train.seq_len)),
         pretrain_stage(recipe.model, recipe.train, fitting_start(recipe.train.start_from, recipe.model)),
-        evaluate_stage(recipe.model, recipe.evaluate, worker_needs(recipe.train), recipe.train.wait_for_nodes),
+        evaluate_stage(recipe.model, recipe.evaluate, recipe.train.worker_needs, recipe.train.wait_for_nodes),
         export_stage(recipe.model, recipe.export),
         deploy_stage(recipe.name, recipe.serve, recipe.export.dtype, dashboard_url, keep),
     ]

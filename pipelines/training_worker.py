@@ -39,12 +39,7 @@ from pipelines.gauges import TrainGauges
 from pipelines.loader import ShardLoader, validation_batches
 from pipelines.metrics import MetricsWriter
 from pipelines.shard_set import ShardSet
-from pipelines.training_folder import CHECKPOINTS, HANGS, INCARNATIONS, METRICS
-
-__all__ = ["CHECKPOINTS", "HANGS", "INCARNATIONS", "METRICS"]
-
-START = "start_fingerprint"
-"""In an incarnation's record: of the weights that the training started from."""
+from pipelines.training_folder import CHECKPOINTS, HANGS, INCARNATIONS, METRICS, START
 
 _WATCH_SECONDS = 2.0
 _CLOSE_SECONDS = 120.0

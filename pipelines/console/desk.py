@@ -13,16 +13,15 @@ from cluster.serve.errors import ServeError
 from cluster.storage import StorageError, Store
 from pipelines.console.endpoint import Endpoints
 from pipelines.drive import foresee
-from pipelines.export import training_folder
 from pipelines.metrics import MetricsReader
 from pipelines.plan import Step
-from pipelines.pretrain import METRICS
 from pipelines.runs import Run, RunError, one_line
 from pipelines.service.bounded import Bounded
 from pipelines.service.errors import Busy, RequestRefused, UnknownRun, WrongState
 from pipelines.service.intake import RunRequest
 from pipelines.service.loop import Orchestrator
 from pipelines.stage import GraphError
+from pipelines.training_folder import METRICS, training_folder
 
 P = ParamSpec("P")
 T = TypeVar("T")

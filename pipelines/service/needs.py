@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cluster.placement import WorkerNeeds
-from pipelines.incarnations import worker_needs
 from pipelines.recipe import Recipe
 from pipelines.stage import Stage
 from pipelines.stage_options import OWN_STAGES
@@ -29,7 +28,7 @@ LEAST = {"CPU": 1.0}
 
 def needs_of(recipe: Recipe, stages: Iterable[Stage]) -> dict[str, float]:
     """Amounts by resource as pipelines/service/queue.py names them, of a run of these stages."""
-    worker = worker_needs(recipe.train)
+    worker = recipe.train.worker_needs
     serve = recipe.serve
     replica = WorkerNeeds(serve.cpus_per_replica, serve.gpus_per_replica, serve.accelerator_type)
     fewest = recipe.train.world_sizes(recipe.model).fewest or recipe.train.world_sizes(recipe.model).smallest

@@ -10,12 +10,11 @@ from typing import Any
 from cluster.artifact import Artifact, CorruptArtifact
 from cluster.filesystem import BLOCK_BYTES
 from cluster.storage import NotFound, Store
-from pipelines.export import training_folder
 from pipelines.metrics import MetricsReader
-from pipelines.pretrain import METRICS
 from pipelines.runs import Run
 from pipelines.service.errors import UnknownRun
 from pipelines.service.known import KnownRun, RunRow
+from pipelines.training_folder import METRICS, training_folder
 
 _LOOKS_AT_ONCE = 16
 

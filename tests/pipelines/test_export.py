@@ -10,11 +10,10 @@ from cluster.storage import Store
 from llama.hf import load_pretrained
 from llama.tokenizer import Tokenizer
 from pipelines import export
-from pipelines.export import export_checkpoint, training_folder
+from pipelines.export import export_checkpoint
 from pipelines.finetune import StartError, find_start
-from pipelines.pretrain import CHECKPOINTS, INCARNATIONS
 from pipelines.runs import Run, RunError
-from pipelines.training_worker import START
+from pipelines.training_folder import CHECKPOINTS, INCARNATIONS, START, training_folder
 from tests.pipelines.test_cli import run_cli
 from tests.pipelines.trained_run import RECIPE, make_run, plain_model
 

@@ -232,7 +232,7 @@ def test_ray_trains_handling_of_ctrl_c_does_not_outlive_it() -> None:
 
 def test_the_recipes_resources_reach_rays_scaling_config() -> None:
     nodes = [NodeResources("gpu", cpus=96, gpus=8, accelerator_type="H200")]
-    needs = incarnations.worker_needs(TRAIN)
+    needs = TRAIN.worker_needs
     scaling = placement.largest_plan(nodes, TRAIN.world_sizes(MODEL), needs).to_scaling()
     assert (scaling.num_workers, scaling.use_gpu, scaling.accelerator_type) == (4, True, "H200")
     assert scaling.resources_per_worker == {"CPU": 1.0, "GPU": 1}

@@ -14,7 +14,7 @@ from llama.lora import LoraConfig
 from llama.model import Transformer
 from llama.training.config import OptimizerConfig, ParallelConfig
 from llama.training.metrics import TrainSummary
-from pipelines import pretrain
+from pipelines import incarnations, pretrain
 from pipelines.finetune import StartError, find_start
 from pipelines.graph import Graph
 from pipelines.recipe import TrainRecipe
@@ -70,7 +70,7 @@ def test_settings_reach_the_workers_and_the_summary_the_store(monkeypatch: pytes
         sent.append(task("first", frozenset({"node"})))
         return Outcome(summary, ())
 
-    monkeypatch.setattr(pretrain, "train_in_incarnations", train)
+    monkeypatch.setattr(incarnations, "train_in_incarnations", train)
     monkeypatch.setattr(pretrain, "followed", lambda *_: nullcontext())
     store = Store(tmp_path)
     artifact = Artifact(store)
@@ -100,7 +100,7 @@ def test_an_incarnation_that_reads_its_start_refuses_one_that_has_changed(
         raise InterruptedError
 
     save(seed=0)
-    monkeypatch.setattr(pretrain, "train_in_incarnations", train)
+    monkeypatch.setattr(incarnations, "train_in_incarnations", train)
     monkeypatch.setattr(pretrain, "followed", lambda *_: nullcontext())
     monkeypatch.setattr(pretrain._StoreRecords, "latest_step", lambda self: step)
     start, store = find_start(str(tmp_path / "base")), Store(tmp_path / "out")

@@ -14,8 +14,8 @@ from llama.tokenizer_training import train_tokenizer
 from llama.training.checkpoint import Checkpointer
 from llama.training.mesh import process_group
 from pipelines.metrics import MetricsWriter
-from pipelines.pretrain import CHECKPOINTS, METRICS
 from pipelines.runs import Run, StageStatus
+from pipelines.training_folder import CHECKPOINTS, METRICS
 from tests.pipelines.reports import report
 
 MODEL = {"dim": 32, "num_layers": 1, "num_heads": 2, "max_seq_len": 64}

@@ -15,11 +15,11 @@ from fastapi.testclient import TestClient
 from cluster.artifact import Artifact
 from cluster.storage import StorageError, Store
 from pipelines.metrics import MetricsWriter
-from pipelines.pretrain import METRICS
 from pipelines.runs import Run, StageStatus
 from pipelines.service.api import build_api
 from pipelines.service.index import RunIndex
 from pipelines.service.loop import Orchestrator
+from pipelines.training_folder import METRICS
 from tests.pipelines.reports import report
 from tests.pipelines.service.fakes import RECIPE, Clock, FakeCluster
 
