@@ -69,6 +69,20 @@ def test_the_token_is_asked_for_and_never_shown(http: TestClient) -> None:
         assert not wrong or wrong not in refused.text
 
 
+@pytest.mark.parametrize("form", [b"&".join([b"a=1"] * 9), b"token", b"token=%ff%fe", b"\xff\x00", b""])
+def test_what_is_no_such_form_is_a_wrong_token(http: TestClient, form: bytes) -> None:
+    assert http.post("/console/login", content=form).status_code == 401
+
+
+def test_the_cookie_stays_on_https_where_the_browser_came_by_it(http: TestClient) -> None:
+    def made(origin: str) -> str:
+        headers = {"origin": origin, "host": "127.0.0.1"}
+        return http.post("/console/login", data={"token": TOKEN}, headers=headers).headers["set-cookie"].lower()
+
+    assert "secure" in made("https://127.0.0.1") and "secure" not in made("http://127.0.0.1")
+    http.cookies.clear()
+
+
 def test_the_cookie_is_kept_from_scripts_and_from_other_sites(http: TestClient) -> None:
     made = http.post("/console/login", data={"token": TOKEN}).headers["set-cookie"].lower()
     http.cookies.clear()
@@ -212,7 +226,7 @@ def test_a_failure_is_told_in_one_line_and_a_defect_without_what_it_says(caplog:
     with told(lines.append):
         raise StorageError("the store is away\nand more")
     with told(lines.append):
-        raise TypeError("a secret")
+        raise TypeError(" ".join(("a", "secret")))  # the log shows this line
     assert lines == ["the store is away", "the console failed on this; the service's log says where"]
     assert "TypeError" in caplog.text and "test_pages.py" in caplog.text and "a secret" not in caplog.text
 
