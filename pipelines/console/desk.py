@@ -49,6 +49,11 @@ class Desk:
     def store(self) -> Store:
         return self.orchestrator.store
 
+    def close(self) -> None:
+        """No call is begun any more."""
+        self.bounded.close()
+        self._patient.close()
+
     async def ask(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """Raises what the function raises, and Busy if it takes too long."""
         return await self.bounded.call(lambda: function(*arguments, **options))
@@ -92,3 +97,11 @@ def told(tell: Callable[[str], object]) -> Iterator[None]:
     except Exception as error:
         log_defect("of the console", error)
         tell("the console failed on this; the service's log says where")
+
+
+@contextmanager
+def told_until_over(tell: Callable[[str], object]) -> Iterator[None]:
+    """A failure of the block is told, and goes on being told until a later one ends well."""
+    with told(tell):
+        yield
+        tell("")

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from cluster.storage import StorageError, Store
 from pipelines.console import endpoint_page, new_page, run_page, runs_page
-from pipelines.console.desk import Curve, told
+from pipelines.console.desk import Curve, told, told_until_over
 from pipelines.console.endpoint import Said
 from pipelines.console.mount import mount
 from pipelines.metrics import MetricsWriter
@@ -229,6 +229,34 @@ def test_a_failure_is_told_in_one_line_and_a_defect_without_what_it_says(caplog:
         raise TypeError(" ".join(("a", "secret")))  # the log shows this line
     assert lines == ["the store is away", "the console failed on this; the service's log says where"]
     assert "TypeError" in caplog.text and "test_pages.py" in caplog.text and "a secret" not in caplog.text
+
+
+def test_what_fails_is_told_until_it_works_again_and_is_not_unsaid_while_it_is_tried() -> None:
+    lines: list[str] = []
+    for fails in (True, True, False):
+        with told_until_over(lines.append):
+            if fails:
+                raise StorageError("the store is away")
+    assert lines == ["the store is away", "the store is away", ""]
+
+
+# -- the log
+
+
+def test_a_log_s_lines_are_whole_and_what_was_printed_over_is_not_among_them() -> None:
+    text = "one\r\n10%\r50%\r100%\r\n\ntwo\nthr"
+    for cut in range(len(text)):
+        first, rest = run_page.lines_of("", text[:cut])
+        second, rest = run_page.lines_of(rest, text[cut:])
+        assert ([*first, *second], rest) == (["one", "100%", "", "two"], "thr")
+
+
+def test_a_line_without_an_end_is_kept_short() -> None:
+    rest = ""
+    for piece in ["x" * 1000] * 5 + ["\r" + "y" * 5000]:
+        lines, rest = run_page.lines_of(rest, piece)
+        assert not lines and len(rest) <= run_page.LINE_CHARACTERS
+    assert run_page.lines_of(rest, "z\n") == (["y" * run_page.LINE_CHARACTERS], "")
 
 
 # -- the curve
