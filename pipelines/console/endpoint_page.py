@@ -53,7 +53,7 @@ async def show(desk: Desk) -> None:
 
     async def look() -> None:
         try:
-            found = await desk.ask(desk.endpoints.look, key.value or None, latest())
+            found = await desk.look(key.value or None, latest())
         except NotDeployed:
             seen.clear()
             nothing.visible, content.visible, line.text = True, False, ""

@@ -61,7 +61,7 @@ async def show(desk: Desk, run_id: str) -> None:
         with told_until_over(banner):
             row, run = await desk.ask(desk.orchestrator.find, run_id)
             head.update(row, run)
-            stages.update(run)
+            stages.update(run, row.ended if row.state in OVER else None)
             if panels.value == "Training":
                 await training.update()
             elif panels.value == "Log":
@@ -145,8 +145,9 @@ class _Stages:
         self._table.add_slot("no-data", empty("it has not begun"))
         self._table.add_slot("body-cell-state", STATE_CELL)
 
-    def update(self, run: KnownRun) -> None:
-        self._table.rows = [stage_cells(name, stage) for name, stage in run.status.stages.items()]
+    def update(self, run: KnownRun, ended: float | None) -> None:
+        """`ended`: of a run that is over; a stage that its driver left behind ran no longer."""
+        self._table.rows = [stage_cells(name, stage, ended) for name, stage in run.status.stages.items()]
 
 
 def stage_cells(name: str, stage: StageStatus, now: float | None = None) -> dict[str, Any]:

@@ -59,7 +59,7 @@ async def show(desk: Desk) -> None:
             offset=PAGE_LENGTH * (int(pages.value) - 1),
             limit=PAGE_LENGTH,
         )
-        found, total = selection.of(desk.orchestrator.rows())
+        found, total = selection.of(desk.rows())
         table.rows = [cells(row) for row in found]
         pages.max = max(1, -(-total // PAGE_LENGTH))
         pages.value = min(int(pages.value), pages.max)

@@ -1,16 +1,19 @@
 """The console over a real store, from outside: who gets in, and what the pages say. The pages' life, which is a
 browser's, is shown by tests/evidence/console.py."""
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
 
 from cluster.storage import StorageError, Store
 from pipelines.console import endpoint_page, new_page, run_page, runs_page
-from pipelines.console.desk import Curve, told, told_until_over
-from pipelines.console.endpoint import Said
+from pipelines.console.desk import Curve, Desk, told, told_until_over
+from pipelines.console.endpoint import Endpoints, Said
 from pipelines.console.mount import mount
 from pipelines.metrics import MetricsWriter
 from pipelines.pretrain import METRICS
@@ -238,6 +241,33 @@ def test_what_fails_is_told_until_it_works_again_and_is_not_unsaid_while_it_is_t
             if fails:
                 raise StorageError("the store is away")
     assert lines == ["the store is away", "the store is away", ""]
+
+
+def test_a_store_that_hangs_leaves_the_endpoint_to_be_seen(service: Orchestrator) -> None:
+    hangs, seen = threading.Event(), object()
+    desk = Desk(service, SimpleNamespace(look=lambda key, before: seen))  # type: ignore[arg-type]
+
+    async def scenario() -> object:
+        asked = [asyncio.ensure_future(desk.ask(hangs.wait, 20)) for _ in range(100)]
+        await asyncio.sleep(0)
+        found = await asyncio.wait_for(desk.look(None, None), 10)  # type: ignore[arg-type]
+        assert not any(each.done() for each in asked)
+        hangs.set()
+        await asyncio.gather(*asked)
+        return found
+
+    try:
+        assert asyncio.run(scenario()) is seen
+    finally:
+        hangs.set()
+        desk.close()
+
+
+def test_the_runs_are_gone_through_once_for_all_pages(service: Orchestrator) -> None:
+    desk = Desk(service, Endpoints("http://127.0.0.1:1"))
+    first = desk.rows()
+    assert [row.id for row in first] == ["r"] and desk.rows() is first
+    desk.close()
 
 
 # -- the log
