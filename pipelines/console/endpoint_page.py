@@ -144,7 +144,11 @@ class _Chat:
                 self._text.on("keydown.enter", self._send)
                 self._button = ui.button("Send", on_click=self._send)
             with ui.row().classes("items-center"):
-                self._longest = ui.number("Tokens at most", value=64, min=1, max=4096, precision=0).props("dense")
+                self._longest = (
+                    ui.number("Tokens at most", value=64, min=1, max=4096, precision=0)
+                    .props("dense")
+                    .style("min-width: 9rem")
+                )
                 self._anew = ui.button("Begin anew", on_click=self._forget).props("flat")
 
     def _forget(self) -> None:
@@ -158,15 +162,16 @@ class _Chat:
         self._text.value = ""
         asked = [*self._messages, {"role": "user", "content": text}]
         with self._talk:
-            ui.chat_message(text, name="you", sent=True)
-            with ui.chat_message(name=found.status.endpoint.served_name):
-                reply = ui.label("…").classes("told")
-                counts = ui.label().classes("text-caption quiet told")
+            ui.chat_message(text, name="you", sent=True).classes("full-width").props("bg-color=blue-2")
+            said = ui.chat_message(name=found.status.endpoint.served_name).classes("full-width")
+            with said.props("bg-color=grey-3"), ui.column().classes("gap-none"):
+                reply = ui.label("…").classes("told text-black")
+                counts = ui.label().classes("text-caption text-black told")
         self._button.disable()
         self._anew.disable()
         with told(counts.set_text):
-            said = await self._listen(found, asked, reply, counts)
-            self._messages = [*asked, {"role": "assistant", "content": said}]
+            answer = await self._listen(found, asked, reply, counts)
+            self._messages = [*asked, {"role": "assistant", "content": answer}]
         if not self._button.is_deleted:
             self._button.enable()
             self._anew.enable()

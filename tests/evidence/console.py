@@ -132,6 +132,7 @@ class Console:
         for kind, size in (("wide", WIDE), ("phone", PHONE)):
             self.page.set_viewport_size(size)
             self.page.wait_for_timeout(700)
+            self.page.evaluate("scrollTo(0, 0)")
             self.page.screenshot(path=self.pictures / f"{name}-{kind}.png", full_page=True)
             wide = self.page.evaluate("document.documentElement.scrollWidth")
             if kind == "phone":
