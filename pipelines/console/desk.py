@@ -3,6 +3,8 @@ or Serve runs in a thread and is waited for only so long."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -16,9 +18,11 @@ from pipelines.drive import foresee
 from pipelines.metrics import MetricsReader
 from pipelines.plan import Step
 from pipelines.runs import Run, RunError, one_line
+from pipelines.serve_status import Look
 from pipelines.service.bounded import Bounded
 from pipelines.service.errors import Busy, RequestRefused, UnknownRun, WrongState
 from pipelines.service.intake import RunRequest
+from pipelines.service.known import RunRow
 from pipelines.service.loop import Orchestrator
 from pipelines.stage import GraphError
 from pipelines.training_folder import METRICS, training_folder
@@ -31,7 +35,8 @@ EXPECTED = (
 )  # fmt: skip
 """What a page shows as one line; anything else is a defect."""
 
-_THREADS, _SECONDS = 32, 30.0
+_THREADS, _SERVE_THREADS, _SECONDS = 32, 8, 30.0
+_ROWS_SECONDS = 1.0
 _SCALE_SECONDS = 150.0
 
 
@@ -42,15 +47,34 @@ class Desk:
         self.orchestrator = orchestrator
         self.endpoints = endpoints
         self.bounded = Bounded(_THREADS, _SECONDS)
+        self._serve = Bounded(_SERVE_THREADS, _SECONDS)  # a store that hangs does not keep the endpoint from being seen
         self._patient = Bounded(4, _SCALE_SECONDS)
+        self._rows: tuple[float, list[RunRow]] = (-math.inf, [])
 
     @property
     def store(self) -> Store:
         return self.orchestrator.store
 
+    def close(self) -> None:
+        """No call is begun any more."""
+        self.bounded.close()
+        self._serve.close()
+        self._patient.close()
+
     async def ask(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """Raises what the function raises, and Busy if it takes too long."""
         return await self.bounded.call(lambda: function(*arguments, **options))
+
+    def rows(self) -> list[RunRow]:
+        """All runs, as of at most a second ago: many of them take a while, which all pages share."""
+        now = time.monotonic()
+        if now - self._rows[0] >= _ROWS_SECONDS:
+            self._rows = (now, self.orchestrator.rows())
+        return self._rows[1]
+
+    async def look(self, api_key: str | None, before: Look | None) -> Look:
+        """At the endpoint; raises NotDeployed, ServeError and Busy."""
+        return await self._serve.call(self.endpoints.look, api_key, before)
 
     async def scale(self, replicas: int) -> bool:
         """Once they are there; whether autoscaling was on. Raises ServeError, ValueError and Busy."""
@@ -91,3 +115,11 @@ def told(tell: Callable[[str], object]) -> Iterator[None]:
     except Exception as error:
         log_defect("of the console", error)
         tell("the console failed on this; the service's log says where")
+
+
+@contextmanager
+def told_until_over(tell: Callable[[str], object]) -> Iterator[None]:
+    """A failure of the block is told, and goes on being told until a later one ends well."""
+    with told(tell):
+        yield
+        tell("")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -45,7 +45,7 @@ class Endpoints:
 
 async def converse(
     url: str, model: str, messages: Sequence[dict[str, str]], api_key: str | None, max_tokens: int
-) -> AsyncIterator[Said]:
+) -> AsyncGenerator[Said]:
     """The reply to a conversation, as it comes. `url` is the endpoint's. Raises ServeError in one line."""
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError  # a second to import
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any
 
 from nicegui import ui
 
-from cluster.serve.errors import NotDeployed, ServeError
+from cluster.serve.errors import NotDeployed
 from pipelines.console import charts
 from pipelines.console.desk import Desk, told
 from pipelines.console.endpoint import Said, converse
@@ -52,14 +53,11 @@ async def show(desk: Desk) -> None:
 
     async def look() -> None:
         try:
-            found = await desk.ask(desk.endpoints.look, key.value or None, latest())
+            found = await desk.look(key.value or None, latest())
         except NotDeployed:
             seen.clear()
             nothing.visible, content.visible, line.text = True, False, ""
             banner("")
-            return
-        except ServeError as error:
-            banner(str(error))
             return
         seen.append((1000 * time.time(), found))
         nothing.visible, content.visible = False, True
@@ -151,7 +149,7 @@ class _Chat:
                     .props("dense")
                     .style("min-width: 9rem")
                 )
-                ui.button("Begin anew", on_click=self._forget).props("flat")
+                self._anew = ui.button("Begin anew", on_click=self._forget).props("flat")
 
     def _forget(self) -> None:
         self._messages.clear()
@@ -168,23 +166,27 @@ class _Chat:
             said = ui.chat_message(name=found.status.endpoint.served_name).classes("full-width")
             with said.props("bg-color=grey-3"), ui.column().classes("gap-none"):
                 reply = ui.label("…").classes("told text-black")
-                counts = ui.label().classes("text-caption text-black")
+                counts = ui.label().classes("text-caption text-black told")
         self._button.disable()
-        try:
-            with told(note):
-                answer = await self._listen(found, asked, reply, counts)
-                self._messages = [*asked, {"role": "assistant", "content": answer}]
-        finally:
+        self._anew.disable()
+        with told(counts.set_text):
+            answer = await self._listen(found, asked, reply, counts)
+            self._messages = [*asked, {"role": "assistant", "content": answer}]
+        if not self._button.is_deleted:
             self._button.enable()
+            self._anew.enable()
 
     async def _listen(self, found: Look, asked: list[dict[str, str]], reply: ui.label, counts: ui.label) -> str:
         endpoint, said = found.status.endpoint, ""
-        pieces = converse(endpoint.url, endpoint.served_name, asked, self._key(), int(self._longest.value or 64))
-        async for piece in pieces:
-            said += piece.text
-            reply.text = said
-            if piece.prompt_tokens is not None:
-                counts.text = in_one_line(piece)
+        most = int(self._longest.value or 64)
+        async with aclosing(converse(endpoint.url, endpoint.served_name, asked, self._key(), most)) as pieces:
+            async for piece in pieces:
+                if reply.is_deleted:  # nobody reads it: the endpoint need not go on
+                    break
+                said += piece.text
+                reply.text = said
+                if piece.prompt_tokens is not None:
+                    counts.text = in_one_line(piece)
         return said
 
 

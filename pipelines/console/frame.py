@@ -39,6 +39,9 @@ _CSS = """
 .page .q-table td.keep { white-space: nowrap }
 .panels > .q-panel > .q-tab-panel { padding: 8px 0 }
 .mono, .mono textarea { font-family: ui-monospace, monospace; font-size: 12.5px; line-height: 1.45 }
+.quiet { opacity: .75 }
+.body--dark .page, .body--dark .q-dialog { --q-primary: #93c5fd; --q-negative: #fca5a5 }
+.body--dark .bg-primary, .body--dark .bg-negative { --q-primary: #1d4ed8; --q-negative: #c10015 }
 .told { white-space: pre-wrap; overflow-wrap: anywhere }
 .chart { height: 300px; width: 100% }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)) }
@@ -64,7 +67,7 @@ def page(title: str) -> Iterator[None]:
 
 def empty(text: str) -> str:
     """The slot of a table that has no row."""
-    return f'<span class="text-grey-8">{text}</span>'
+    return f'<span class="quiet">{text}</span>'
 
 
 class Banner:
@@ -83,7 +86,8 @@ class Banner:
 
 def note(message: str, *, good: bool = False) -> None:
     """A line that goes by itself."""
-    ui.notify(message, type="positive" if good else "negative", multi_line=True, close_button="OK", timeout=8000)
+    seen = [{"label": "OK", "color": "white"}]
+    ui.notify(message, type="positive" if good else "negative", multi_line=True, actions=seen, timeout=8000)
 
 
 def ago(then: float | None, now: float | None = None) -> str:

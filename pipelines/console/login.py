@@ -12,8 +12,6 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from pipelines.service.door import CONSOLE, LOGIN
 from pipelines.service.passes import COOKIE, SECONDS, Passes
 
-FORM = "application/x-www-form-urlencoded"
-
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Caravan</title><style>
@@ -37,13 +35,14 @@ def login_routes(token: str | None) -> APIRouter:
 
     @routes.post(LOGIN)
     async def enter(request: Request) -> Response:
-        given = parse_qs((await request.body()).decode("utf-8", "replace"), max_num_fields=5).get("token", [""])[0]
+        given = _token_of(await request.body())
         if passes is None or token is None:
             return RedirectResponse(f"{CONSOLE}/", 303)
         if not hmac.compare_digest(given.strip().encode(), token.encode()):
             return _page("That is not the token.", 401)
         answer = RedirectResponse(f"{CONSOLE}/", 303)
-        is_secure = request.url.scheme == "https"
+        seen_as = request.headers.get("origin", "").partition(":")[0]  # by the browser, before any proxy
+        is_secure = "https" in (seen_as, request.url.scheme)
         pass_ = passes.issue(time.time())
         answer.set_cookie(
             COOKIE, pass_, max_age=SECONDS, path=CONSOLE, httponly=True, samesite="strict", secure=is_secure
@@ -51,6 +50,14 @@ def login_routes(token: str | None) -> APIRouter:
         return answer
 
     return routes
+
+
+def _token_of(form: bytes) -> str:
+    """What was entered; nothing where that is no such form."""
+    try:
+        return parse_qs(form.decode("utf-8", "replace"), max_num_fields=5).get("token", [""])[0]
+    except ValueError:
+        return ""
 
 
 def _page(told: str, status: int = 200) -> HTMLResponse:

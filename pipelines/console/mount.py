@@ -19,6 +19,7 @@ from pipelines.service.loop import Orchestrator
 
 _FAVICON = "🐪"
 _RECONNECT_SECONDS = 10.0
+_TAB_SECONDS = 600.0  # NiceGUI keeps a place for what each tab stores, which here is nothing, for a month
 
 
 def mount(api: FastAPI, orchestrator: Orchestrator, dashboard_url: str, token: str | None) -> None:
@@ -63,7 +64,8 @@ def mount(api: FastAPI, orchestrator: Orchestrator, dashboard_url: str, token: s
         await endpoint_page.show(desk)
 
     api.include_router(login_routes(token))
-    app.on_shutdown(desk.bounded.close)
+    app.on_shutdown(desk.close)
+    app.storage.max_tab_storage_age = _TAB_SECONDS
     ui.run_with(
         api,
         mount_path=CONSOLE,

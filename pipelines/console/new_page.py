@@ -49,7 +49,7 @@ async def show(desk: Desk) -> None:
             field.props("dense outlined")
         keep = ui.checkbox("Leave its endpoint serving")
         with ui.row():
-            ui.button("Submit", on_click=lambda: submit())
+            enter = ui.button("Submit", on_click=lambda: submit())
             ui.button("What would it do?", on_click=lambda: foresee()).props("outline")
         plan = ui.table(rows=[], row_key="stage", columns=[
             {"name": name, "label": name, "field": name, "align": "left"} for name in ("stage", "action", "why")
@@ -70,10 +70,15 @@ async def show(desk: Desk) -> None:
             plan.visible = True
 
     async def submit() -> None:
+        if not enter.enabled:  # a second click, which was under way
+            return
+        enter.disable()
         banner("")
         with told(banner):
             row = await desk.ask(desk.orchestrator.submit, asked())
             ui.navigate.to(f"/runs/{row.id}")
+            return
+        enter.enable()
 
 
 def request(recipe: str, values: dict[str, str], *, keep: bool) -> RunRequest:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
@@ -12,18 +15,21 @@ from nicegui import background_tasks, context, ui
 
 from cluster.storage import NotFound
 from pipelines.console import charts
-from pipelines.console.desk import EXPECTED, Curve, Desk, told
+from pipelines.console.desk import Curve, Desk, told, told_until_over
 from pipelines.console.frame import COLORS, STATE_CELL, Banner, ago, confirmed, empty, note, page, repeated, spent
 from pipelines.data_report import JSON_FILE, in_one_line
 from pipelines.follow import progress
-from pipelines.runs import StageStatus, one_line
+from pipelines.runs import StageStatus
 from pipelines.service import views
 from pipelines.service.door import CONSOLE
 from pipelines.service.known import KnownRun, RunRow
 from pipelines.service.submission import OVER
 
 DATA_PICTURE = "plots/data.png"
-LOG_LINES = 1000
+LOG_LINES, LINE_CHARACTERS = 1000, 2000
+"""That are shown of a log, and of a line."""
+
+_LOG_SECONDS = 0.5
 
 _TABS = ("Stages", "Training", "Log", "Artifacts", "Data", "Recipe")
 
@@ -52,11 +58,10 @@ async def show(desk: Desk, run_id: str) -> None:
                 recipe = _Recipe(desk, run_id)
 
     async def look() -> None:
-        banner("")
-        with told(banner):
+        with told_until_over(banner):
             row, run = await desk.ask(desk.orchestrator.find, run_id)
             head.update(row, run)
-            stages.update(run)
+            stages.update(run, row.ended if row.state in OVER else None)
             if panels.value == "Training":
                 await training.update()
             elif panels.value == "Log":
@@ -140,8 +145,9 @@ class _Stages:
         self._table.add_slot("no-data", empty("it has not begun"))
         self._table.add_slot("body-cell-state", STATE_CELL)
 
-    def update(self, run: KnownRun) -> None:
-        self._table.rows = [stage_cells(name, stage) for name, stage in run.status.stages.items()]
+    def update(self, run: KnownRun, ended: float | None) -> None:
+        """`ended`: of a run that is over; a stage that its driver left behind ran no longer."""
+        self._table.rows = [stage_cells(name, stage, ended) for name, stage in run.status.stages.items()]
 
 
 def stage_cells(name: str, stage: StageStatus, now: float | None = None) -> dict[str, Any]:
@@ -191,38 +197,69 @@ class _Log:
     def __init__(self, desk: Desk, run_id: str) -> None:
         self._desk, self._run_id = desk, run_id
         self._job: str | None = None
-        self._line = ui.label().classes("text-grey-8")
-        self._log = ui.log(max_lines=LOG_LINES).classes("mono full-width").style("height: 60vh")
+        self._reading: asyncio.Task[None] | None = None
+        self._shown: deque[int] = deque()
+        self._line = ui.label().classes("quiet")
+        self._log = ui.log().classes("mono full-width").style("height: 60vh")
         self._log.props('tabindex=0 role=log aria-label="log"')
+        context.client.on_delete(self._leave)
 
     def follow(self, run: KnownRun) -> None:
         """Begins to, unless it does already."""
         job = run.submission.job_id if run.submission is not None else ""
-        if not job or job == self._job:
-            if not job:
-                self._line.text = "There is no log here: it has not been started as a job."
-            return
-        self._job = job
-        task = background_tasks.create(self._read(job), name=f"log of {job}")
-        context.client.on_delete(task.cancel)
+        if not job:
+            self._line.text = "There is no log here: it has not been started as a job."
+        elif job != self._job:
+            self._leave()
+            self._job = job
+            self._reading = background_tasks.create(self._read(job), name=f"log of {job}")
+
+    def _leave(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
 
     async def _read(self, job: str) -> None:
         self._line.text = f"job {job}, the last {LOG_LINES:,} lines"
         self._log.clear()
-        rest = ""
-        try:
+        self._shown.clear()
+        rest, lines, pushed = "", deque[str](maxlen=LOG_LINES), 0.0
+        with told(self._fail):
             async for piece in self._desk.bounded.follow(self._desk.orchestrator.jobs.logs(job, follow=True)):
-                if self._job != job:
-                    return
-                lines = (rest + piece).split("\n")
-                rest = lines.pop()
-                if lines:
-                    self._log.push("\n".join(line.rpartition("\r")[2] for line in lines[-LOG_LINES:]))
-            if rest:
-                self._log.push(rest)
-        except EXPECTED as error:
-            self._line.text = one_line(error)
-            self._job = None  # the next look tries again
+                whole, rest = lines_of(rest, piece)
+                lines.extend(whole)
+                # a job that prints without a pause is not to keep the event loop from all else
+                if time.monotonic() - pushed >= _LOG_SECONDS:
+                    self._push(lines)
+                    lines.clear()
+                    pushed = time.monotonic()
+            self._push([*lines, rest] if rest else lines)
+
+    def _push(self, lines: Collection[str]) -> None:
+        """One element for all of them, as making one takes longer than reading a line."""
+        if not lines:
+            return
+        with self._log:
+            ui.label("\n".join(lines))
+        self._shown.append(len(lines))
+        while sum(self._shown) - self._shown[0] >= LOG_LINES:
+            self._shown.popleft()
+            self._log.remove(0)
+
+    def _fail(self, message: str) -> None:
+        self._line.text = message
+        self._job = None  # the next look tries again
+
+
+def lines_of(rest: str, piece: str) -> tuple[list[str], str]:
+    """The lines that a piece of a log ends, and the beginning of the next one. Of a line that was printed over, as a
+    progress bar is, what came last; of a long one the beginning."""
+    *lines, rest = (_last_over(line) for line in (rest + piece).split("\n"))
+    return [line.rstrip("\r") for line in lines], rest
+
+
+def _last_over(line: str) -> str:
+    text = line.rstrip("\r")
+    return text.rpartition("\r")[2][:LINE_CHARACTERS] + ("\r" if text != line else "")
 
 
 class _Artifacts:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nicegui import ui
 
-from pipelines.console.desk import Desk
+from pipelines.console.desk import Desk, told
 from pipelines.console.frame import COLORS, STATE_CELL, Banner, ago, empty, page, repeated, spent
 from pipelines.service.door import CONSOLE
 from pipelines.service.index import Selection
@@ -24,7 +24,7 @@ _CARD = f"""
 <div class="row items-center justify-between"><a class="text-primary text-weight-medium"
 :href="'{CONSOLE}/runs/' + encodeURIComponent(props.row.id)">{{{{ props.row.id }}}}</a>
 <q-badge :color="props.row.color" :label="props.row.state" /></div>
-<div>{{{{ props.row.name }}}} <span class="text-grey-7">{{{{ props.row.created }}}}</span></div>
+<div>{{{{ props.row.name }}}} <span class="quiet">{{{{ props.row.created }}}}</span></div>
 <div class="told">{{{{ props.row.about }}}}</div></q-card></div>"""
 _COLUMNS = [
     {"name": name, "label": name, "field": name, "align": "left"}
@@ -36,7 +36,7 @@ async def show(desk: Desk) -> None:
     """The page."""
     with page("Runs"):
         banner = Banner()
-        room = ui.label().classes("text-grey-8 q-mb-sm")
+        room = ui.label().classes("quiet q-mb-sm")
         with ui.row().classes("items-center full-width"):
             state = ui.select(["all", *STATES], value="all", label="State").classes("col-grow").props("dense outlined")
             name = ui.input("Name").classes("col-grow").props("dense outlined clearable")
@@ -49,7 +49,7 @@ async def show(desk: Desk) -> None:
         table.add_slot("item", _CARD)
         with ui.row().classes("items-center q-mt-sm"):
             pages = ui.pagination(1, 1, direction_links=True)
-            count = ui.label().classes("text-grey-8")
+            count = ui.label().classes("quiet")
 
     async def look() -> None:
         selection = Selection(
@@ -59,7 +59,7 @@ async def show(desk: Desk) -> None:
             offset=PAGE_LENGTH * (int(pages.value) - 1),
             limit=PAGE_LENGTH,
         )
-        found, total = selection.of(desk.orchestrator.rows())
+        found, total = selection.of(desk.rows())
         table.rows = [cells(row) for row in found]
         pages.max = max(1, -(-total // PAGE_LENGTH))
         pages.value = min(int(pages.value), pages.max)
@@ -67,9 +67,13 @@ async def show(desk: Desk) -> None:
         room.text = in_one_line(desk.orchestrator.cluster())
         banner("; ".join(f"{what}: {why}" for what, why in desk.orchestrator.health()["problems"].items()))
 
+    async def safely() -> None:
+        with told(banner):
+            await look()
+
     for control in (state, name, tag, pages):
-        control.on_value_change(look)
-    repeated(look)
+        control.on_value_change(safely)
+    repeated(safely)
 
 
 def cells(row: RunRow, now: float | None = None) -> dict[str, Any]:

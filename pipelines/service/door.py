@@ -15,17 +15,19 @@ into 127.0.0.1 is known by that name.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
+import math
 import stat
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse, RedirectResponse
 
 from cluster.serve.api_error import ApiError
@@ -37,6 +39,8 @@ CONSOLE = "/console"
 LOGIN = "/console/login"
 KNOWN = "known"
 """In the state of a request: whether whoever asks may see everything."""
+
+_CLOSE: Message = {"type": "websocket.close", "code": 1008}
 
 MIN_TOKEN_LENGTH = 16
 MAX_BODY_BYTES = 1 << 20
@@ -89,10 +93,10 @@ class Door:
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
-            if self._may_connect(scope):
-                await self._app(scope, receive, send)
-            else:
-                await send({"type": "websocket.close", "code": 1008})
+            if not self._may_connect(scope):
+                await send(_CLOSE)
+                return
+            await self._app(scope, *_closing(receive, send, self._pass_left(scope["headers"])))
             return
         try:
             known = self._check(scope)
@@ -125,12 +129,12 @@ class Door:
 
     def _check_console(self, scope: Scope) -> bool:
         """Raises ApiError. The page that asks for the token does without; pages only get, but for that one's form."""
-        if not _is_own_page(scope["headers"], needed=False):
+        if not _is_own_page(scope["headers"], needed=False) or _is_embedded(scope["headers"]):
             raise ApiError(403, "That page is not of this service.")
         asks_token = scope["path"] == LOGIN
         if scope["method"] not in ("GET", "HEAD") and not (asks_token and scope["method"] == "POST"):
             raise ApiError(405, "The console's pages take GET only; programs use /api.")
-        if not asks_token and not self._has_pass(scope["headers"]):
+        if not asks_token and not self._pass_left(scope["headers"]):
             raise ApiError(401, "The console is for whoever has the token.")
         return True
 
@@ -138,13 +142,14 @@ class Door:
         """Whether a WebSocket is one of the console's own pages."""
         headers = scope["headers"]
         own = self._is_called_rightly(headers) and _is_own_page(headers, needed=True)
-        return scope["type"] == "websocket" and _is_console(scope) and own and self._has_pass(headers)
+        return scope["type"] == "websocket" and _is_console(scope) and own and self._pass_left(headers) > 0
 
     def _is_called_rightly(self, headers: list[tuple[bytes, bytes]]) -> bool:
         return not self._local_only or _is_local(_one(headers, b"host").decode("latin-1"))
 
-    def _has_pass(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        return self._passes is None or self._passes.holds(_cookie(headers), time.time())
+    def _pass_left(self, headers: list[tuple[bytes, bytes]]) -> float:
+        """For how many seconds more a browser may see the console."""
+        return math.inf if self._passes is None else self._passes.left(_cookie(headers), time.time())
 
     def _has_token(self, headers: list[tuple[bytes, bytes]]) -> bool:
         scheme, _, given = _one(headers, b"authorization").partition(b" ")
@@ -153,8 +158,9 @@ class Door:
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         if error.status == 401 and _is_console(scope) and scope["method"] == "GET":
-            to_login: Any = RedirectResponse(LOGIN, 303)
-            await to_login(scope, receive, send)
+            # the browser sends its pass to the console alone
+            onwards: Any = RedirectResponse(f"{CONSOLE}/" if scope["path"] == "/" else LOGIN, 303)
+            await onwards(scope, receive, send)
             return
         headers = {"WWW-Authenticate": 'Bearer realm="caravan"'} if error.status == 401 else {}
         if error.status in (408, 413):
@@ -189,17 +195,41 @@ def _is_own_page(headers: list[tuple[bytes, bytes]], *, needed: bool) -> bool:
     return len(origin) == 1 and bool(named) and named.encode("latin-1").lower() == _one(headers, b"host").lower()
 
 
+def _is_embedded(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a page of elsewhere asks for a part of itself, a picture or a frame, and not for the next page. It would
+    not see the answer, but each page of the console that is asked for costs memory for a while."""
+    is_foreign = _one(headers, b"sec-fetch-site") in (b"cross-site", b"same-site")
+    return is_foreign and _one(headers, b"sec-fetch-dest") != b"document"
+
+
 def _cookie(headers: list[tuple[bytes, bytes]]) -> str:
-    """The pass that was sent, or nothing."""
+    """The pass that was sent, or nothing. Other services of this host have cookies too, of any shape."""
     for key, value in headers:
-        if key == b"cookie":
-            try:
-                found = SimpleCookie(value.decode("latin-1")).get(COOKIE)
-            except CookieError:
-                continue
-            if found is not None:
-                return found.value
+        if key == b"cookie" and (found := cookie_parser(value.decode("latin-1")).get(COOKIE)):
+            return found
     return ""
+
+
+def _closing(receive: Receive, send: Send, seconds: float) -> tuple[Receive, Send]:
+    """A WebSocket's two ways, which end after so many seconds."""
+    is_over = False
+    ends = None if math.isinf(seconds) else asyncio.get_running_loop().time() + seconds
+
+    async def receiving() -> Message:
+        nonlocal is_over
+        try:
+            async with asyncio.timeout_at(ends):
+                return await receive()
+        except TimeoutError:
+            is_over = True
+            await send(_CLOSE)
+            return {"type": "websocket.disconnect", "code": _CLOSE["code"]}
+
+    async def sending(message: Message) -> None:
+        if not is_over:
+            await send(message)
+
+    return receiving, sending
 
 
 def _unframed(send: Send) -> Send:

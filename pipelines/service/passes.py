@@ -27,12 +27,13 @@ class Passes:
         until = str(int(now) + SECONDS)
         return f"{until}.{self._sign(until)}"
 
-    def holds(self, given: str, now: float) -> bool:
-        """Whether that is a pass that was issued with this token and is still good."""
+    def left(self, given: str, now: float) -> float:
+        """For how many seconds more that is a pass that was issued with this token; 0 for what is none."""
         until, _, signature = given[:_LONGEST].partition(".")
         if not (until.isascii() and until.isdigit()):
-            return False
-        return hmac.compare_digest(signature.encode(), self._sign(until).encode()) and now < int(until)
+            return 0.0
+        is_ours = hmac.compare_digest(signature.encode(), self._sign(until).encode())
+        return max(0.0, int(until) - now) if is_ours else 0.0
 
     def _sign(self, until: str) -> str:
         return hmac.new(self._key, until.encode(), hashlib.sha256).hexdigest()

@@ -1,16 +1,19 @@
 """The console over a real store, from outside: who gets in, and what the pages say. The pages' life, which is a
 browser's, is shown by tests/evidence/console.py."""
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
 
 from cluster.storage import StorageError, Store
 from pipelines.console import endpoint_page, new_page, run_page, runs_page
-from pipelines.console.desk import Curve, told
-from pipelines.console.endpoint import Said
+from pipelines.console.desk import Curve, Desk, told, told_until_over
+from pipelines.console.endpoint import Endpoints, Said
 from pipelines.console.mount import mount
 from pipelines.metrics import MetricsWriter
 from pipelines.runs import Run, StageStatus
@@ -67,6 +70,20 @@ def test_the_token_is_asked_for_and_never_shown(http: TestClient) -> None:
         refused = http.post("/console/login", data={"token": wrong})
         assert refused.status_code == 401 and "not the token" in refused.text and "set-cookie" not in refused.headers
         assert not wrong or wrong not in refused.text
+
+
+@pytest.mark.parametrize("form", [b"&".join([b"a=1"] * 9), b"token", b"token=%ff%fe", b"\xff\x00", b""])
+def test_what_is_no_such_form_is_a_wrong_token(http: TestClient, form: bytes) -> None:
+    assert http.post("/console/login", content=form).status_code == 401
+
+
+def test_the_cookie_stays_on_https_where_the_browser_came_by_it(http: TestClient) -> None:
+    def made(origin: str) -> str:
+        headers = {"origin": origin, "host": "127.0.0.1"}
+        return http.post("/console/login", data={"token": TOKEN}, headers=headers).headers["set-cookie"].lower()
+
+    assert "secure" in made("https://127.0.0.1") and "secure" not in made("http://127.0.0.1")
+    http.cookies.clear()
 
 
 def test_the_cookie_is_kept_from_scripts_and_from_other_sites(http: TestClient) -> None:
@@ -216,6 +233,61 @@ def test_a_failure_is_told_in_one_line_and_a_defect_without_what_it_says(caplog:
         raise TypeError(prompt)
     assert lines == ["the store is away", "the console failed on this; the service's log says where"]
     assert "TypeError" in caplog.text and "test_pages.py" in caplog.text and prompt not in caplog.text
+
+
+def test_what_fails_is_told_until_it_works_again_and_is_not_unsaid_while_it_is_tried() -> None:
+    lines: list[str] = []
+    for fails in (True, True, False):
+        with told_until_over(lines.append):
+            if fails:
+                raise StorageError("the store is away")
+    assert lines == ["the store is away", "the store is away", ""]
+
+
+def test_a_store_that_hangs_leaves_the_endpoint_to_be_seen(service: Orchestrator) -> None:
+    hangs, seen = threading.Event(), object()
+    desk = Desk(service, SimpleNamespace(look=lambda key, before: seen))  # type: ignore[arg-type]
+
+    async def scenario() -> object:
+        asked = [asyncio.ensure_future(desk.ask(hangs.wait, 20)) for _ in range(100)]
+        await asyncio.sleep(0)
+        found = await asyncio.wait_for(desk.look(None, None), 10)  # type: ignore[arg-type]
+        assert not any(each.done() for each in asked)
+        hangs.set()
+        await asyncio.gather(*asked)
+        return found
+
+    try:
+        assert asyncio.run(scenario()) is seen
+    finally:
+        hangs.set()
+        desk.close()
+
+
+def test_the_runs_are_gone_through_once_for_all_pages(service: Orchestrator) -> None:
+    desk = Desk(service, Endpoints("http://127.0.0.1:1"))
+    first = desk.rows()
+    assert [row.id for row in first] == ["r"] and desk.rows() is first
+    desk.close()
+
+
+# -- the log
+
+
+def test_a_log_s_lines_are_whole_and_what_was_printed_over_is_not_among_them() -> None:
+    text = "one\r\n10%\r50%\r100%\r\n\ntwo\nthr"
+    for cut in range(len(text)):
+        first, rest = run_page.lines_of("", text[:cut])
+        second, rest = run_page.lines_of(rest, text[cut:])
+        assert ([*first, *second], rest) == (["one", "100%", "", "two"], "thr")
+
+
+def test_a_line_without_an_end_is_kept_short() -> None:
+    rest = ""
+    for piece in ["x" * 1000] * 5 + ["\r" + "y" * 5000]:
+        lines, rest = run_page.lines_of(rest, piece)
+        assert not lines and len(rest) <= run_page.LINE_CHARACTERS
+    assert run_page.lines_of(rest, "z\n") == (["y" * run_page.LINE_CHARACTERS], "")
 
 
 # -- the curve

@@ -8,7 +8,7 @@ from starlette.responses import PlainTextResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from pipelines.service.door import Door, TokenError, read_token
-from pipelines.service.passes import COOKIE, Passes
+from pipelines.service.passes import COOKIE, SECONDS, Passes
 
 
 def write(path: Path, text: bytes, mode: int = 0o600) -> str:
@@ -55,7 +55,9 @@ OWN = {"origin": "http://127.0.0.1"}
 async def _inside(scope: Any, receive: Any, send: Any) -> None:
     """What is behind the door: it says that somebody came in."""
     if scope["type"] == "websocket":
-        await WebSocket(scope, receive, send).accept()
+        opened = WebSocket(scope, receive, send)
+        await opened.accept()
+        assert (await opened.receive())["type"] == "websocket.disconnect"
     else:
         await PlainTextResponse("inside")(scope, receive, send)
 
@@ -74,12 +76,13 @@ def connects(http: TestClient, path: str, headers: dict[str, str]) -> bool:
 
 
 def test_the_console_opens_to_a_pass_and_sends_everybody_else_to_the_page_that_asks_for_the_token() -> None:
-    for path in ("/", "/console", "/console/runs/r", "/console/_nicegui/x.js"):
+    for path in ("/console", "/console/runs/r", "/console/_nicegui/x.js"):
         stranger = client().get(path)
         assert (stranger.status_code, stranger.headers["location"]) == (303, "/console/login")
         assert client().get(path, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 303
         inside = client().get(path, headers=PASS)
         assert (inside.text, inside.headers["content-security-policy"]) == ("inside", "frame-ancestors 'none'")
+    assert client().get("/").headers["location"] == "/console/"  # the pass is sent below that alone
     assert client().get("/console/login").text == "inside"
     assert client().post("/console/login", content="token=x").text == "inside"
     assert client(None).get("/console/").text == "inside"
@@ -104,6 +107,35 @@ def test_another_site_s_page_reaches_no_page_of_the_console(origin: str) -> None
     assert client().post("/console/login", headers={"origin": origin}).status_code == 403
     assert not connects(client(), "/console/ws", {**PASS, "origin": origin})
     assert not connects(client(None), "/console/ws", {"origin": origin})
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_a_page_of_the_console_is_no_part_of_another_site_s(site: str) -> None:
+    asked = {**PASS, "sec-fetch-site": site}
+    for kind in ("image", "script", "iframe", "empty"):
+        assert client().get("/console/", headers=asked | {"sec-fetch-dest": kind}).status_code == 403
+    followed = client().get("/console/", headers=asked | {"sec-fetch-dest": "document"})
+    assert followed.text == "inside"
+    own = {**PASS, "sec-fetch-site": "same-origin", "sec-fetch-dest": "script"}
+    assert client().get("/console/_nicegui/x.js", headers=own).text == "inside"
+
+
+@pytest.mark.parametrize("beside", ['{"a": 1}', "a b=c", "=", 'x="2|1:0|7:user;"', "é"])
+def test_a_pass_is_found_beside_any_cookie_of_another_service(beside: str) -> None:
+    cookie = f"prefs={beside}; {PASS['cookie']}; last={beside}"
+    assert client().get("/console/", headers={"cookie": cookie.encode("latin-1")}).text == "inside"  # type: ignore[dict-item]
+
+
+def test_an_open_page_is_closed_when_its_pass_ends() -> None:
+    passing = Passes(TOKEN).issue(time.time() - SECONDS + 2)
+    with (
+        client().websocket_connect(
+            "/console/ws", headers={"host": "127.0.0.1", "cookie": f"{COOKIE}={passing}"} | OWN
+        ) as opened,
+        pytest.raises(WebSocketDisconnect) as closed,
+    ):
+        opened.receive_text()
+    assert closed.value.code == 1008
 
 
 def test_a_page_connects_with_its_pass_and_from_the_service_s_own_site() -> None:
