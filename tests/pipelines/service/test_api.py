@@ -114,7 +114,7 @@ def test_a_recipe_may_be_text_and_its_resolved_form_is_given_back(http: TestClie
         ({"overrides": ["data.sources[0].uri=/etc/passwd"]}, "data.sources[0].uri", "not in the store"),
         ({"overrides": ["tokenizer.path=/etc"]}, "tokenizer.path", "not in the store"),
         ({"until": "training"}, "until", "choose one of"),
-        ({"priority": 1000}, "priority", "-100 to 100"),
+        ({"priority": 1000}, "priority", "less than or equal to 100"),
         ({"priority": "high"}, "priority", "integer"),
         ({"tags": {"a": 1}}, "tags.a", "string"),
         ({"run_id": "../../etc/x"}, "run_id", "malformed"),
@@ -151,6 +151,12 @@ def test_a_list_is_filtered_sorted_and_cut(http: TestClient, service: Orchestrat
     assert http.get("/api/runs?limit=2").json()["total"] == 5
     for query in ("state=nothing", "limit=0", "limit=5000", "offset=-1", "sort=size", "tag=user", "since=x"):
         error(http.get(f"/api/runs?{query}"), 400)
+
+
+@pytest.mark.parametrize("path", ["/api/runs?stat=queued", "/api/cluster?x", "/api/runs/r/logs?folow=true"])
+def test_a_parameter_that_would_be_ignored_is_refused(http: TestClient, path: str) -> None:
+    assert "unknown parameter" in error(http.get(path), 400)
+    assert "there are follow" in error(http.get("/api/runs/r/logs?folow=true"), 400)
 
 
 def test_logs_are_the_job_s(http: TestClient, service: Orchestrator, cluster: FakeCluster, store: Store) -> None:
@@ -278,7 +284,9 @@ def test_a_recipe_that_unfolds_without_end_is_refused(http: TestClient) -> None:
 def test_unknown_paths_and_methods_have_the_same_shape(http: TestClient) -> None:
     error(http.get("/"), 404)
     error(http.get("/api/nothing"), 404)
-    error(http.put("/api/runs"), 405)
+    for path, methods in (("/api/runs", "GET, POST"), ("/api/runs/r", "DELETE, GET"), ("/api/runs/r/stop", "POST")):
+        refused = http.put(path)
+        assert "does not take that method" in error(refused, 405) and refused.headers["allow"] == methods
     assert set(http.get("/api/openapi.json").json()["paths"]) >= {"/api/runs", "/api/runs/{run_id}/logs"}
 
 
