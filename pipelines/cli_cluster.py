@@ -86,7 +86,9 @@ def up(
         return
     out.print(f"Ray is up at {record.address}, dashboard {record.dashboard_url}", highlight=False)
     if record.service_url is not None:
-        out.print(f"runs are queued at {record.service_url}", highlight=False)
+        out.print(
+            f"runs are queued at {record.service_url}; in a browser: {record.service_url}/console/", highlight=False
+        )
 
 
 def down(as_json: JsonOption = False) -> None:

@@ -141,16 +141,10 @@ def show_plan(recipe: Recipe, selection: Selection, store: Store, as_json: bool)
     """What a run would do, and why; touches nothing."""
     from rich.table import Table
 
-    from cluster.artifact import Artifact
-    from pipelines.drive import check_upstream, find_committed
-    from pipelines.generations import make_anew
-    from pipelines.plan import last_record, plan
+    from pipelines.drive import foresee
 
-    graph = make_anew(selection.build(recipe, store), selection.force, store, run_id=None)
-    selected = graph.selected(selection.until, selection.from_stage)
-    committed = find_committed(graph, store, selected, Artifact.manifest)
-    check_upstream(selected, committed)
-    steps = plan(graph, selected, committed, selection.force, last_record(store, recipe.name))
+    graph = selection.build(recipe, store)
+    steps = foresee(graph, store, recipe.name, selection.until, selection.from_stage, selection.force)
     if as_json:
         print_json([asdict(step) for step in steps])
         return

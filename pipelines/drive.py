@@ -20,7 +20,9 @@ from cluster.artifact import Artifact, Manifest
 from cluster.condemn import settled
 from cluster.storage import JSON, StorageError, Store
 from pipelines.execution import Ended, Executor, Here, WorkerLost
+from pipelines.generations import make_anew
 from pipelines.graph import Graph
+from pipelines.plan import Step, last_record, plan
 from pipelines.runs import Run, StageStatus, one_line
 from pipelines.schedule import Schedule
 from pipelines.stage import Event, GraphError, Stage, StageResult, Work
@@ -74,6 +76,17 @@ def find_committed(
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
         found = zip(names, pool.map(find, names), strict=True)
         return {name: manifest for name, manifest in found if manifest is not None}
+
+
+def foresee(
+    graph: Graph, store: Store, recipe_name: str, until: str | None, from_stage: str | None, force: Sequence[str]
+) -> list[Step]:
+    """What each stage of a run would do, and why; touches nothing. Raises GraphError and StorageError."""
+    graph = make_anew(graph, force, store, run_id=None)
+    selected = graph.selected(until, from_stage)
+    committed = find_committed(graph, store, selected, Artifact.manifest)
+    check_upstream(selected, committed)
+    return plan(graph, selected, committed, force, last_record(store, recipe_name))
 
 
 def check_upstream(selected: Sequence[Stage], committed: Collection[str]) -> None:

@@ -18,6 +18,7 @@ import uvicorn
 
 from cluster.head import ClusterError
 from cluster.storage import Store
+from pipelines.service.door import MAX_BODY_BYTES
 from pipelines.service.settings import ServiceSettings
 from pipelines.user_stage import not_installed
 
@@ -40,23 +41,33 @@ class ServiceActor:
         from ray.dashboard.utils import ray_address_to_api_server_url
 
         from cluster.jobs import JobsApi
+        from pipelines.console.mount import mount
         from pipelines.service.api import build_api
         from pipelines.service.loop import Orchestrator
         from pipelines.service.resources import RayResources
 
         context = ray.get_runtime_context()
         listening = _bind(port, context.was_current_actor_reconstructed)
+        dashboard_url, token = ray_address_to_api_server_url(context.gcs_address), settings.token()
         self._orchestrator = Orchestrator(
             Store(settings.store),
-            JobsApi(ray_address_to_api_server_url(context.gcs_address)),
-            RayResources(settings.may_grow_to),
+            JobsApi(dashboard_url),
+            RayResources(dashboard_url, settings.may_grow_to),
             queue=settings.queue(),
             recipes=settings.recipes(),
             on_event=settings.told().send,
         )
         self._orchestrator.start()
-        api = build_api(self._orchestrator, settings.token(), local_only=True)
-        config = uvicorn.Config(api, log_config=None, access_log=False, server_header=False, ws="none")
+        api = build_api(self._orchestrator, token, local_only=True)
+        mount(api, self._orchestrator, dashboard_url, token)
+        config = uvicorn.Config(
+            api,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="websockets-sansio",
+            ws_max_size=MAX_BODY_BYTES,
+        )
         self._server = _Server(config)
         serving = threading.Thread(target=self._server.run, args=([listening],), name="http", daemon=True)
         serving.start()

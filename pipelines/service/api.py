@@ -10,7 +10,6 @@ cluster and the health come from memory, so that they are answered whatever hang
 from __future__ import annotations
 
 import logging
-import mimetypes
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
@@ -40,6 +39,7 @@ from pipelines.service.answers import (
 )
 from pipelines.service.bounded import Bounded
 from pipelines.service.door import HEALTH, KNOWN, Door, error_body
+from pipelines.service.download import download
 from pipelines.service.errors import Busy, RequestRefused, UnknownRun, WrongState
 from pipelines.service.index import Selection, Sort
 from pipelines.service.intake import RunRequest
@@ -100,6 +100,12 @@ class RunBody(BaseModel):
     keep: bool = False
     priority: Annotated[int, Field(ge=LEAST_PRIORITY, le=MOST_PRIORITY)] = 0
     tags: Annotated[dict[str, str], Field(max_length=MAX_TAGS)] = {}
+
+
+class NoBody(BaseModel):
+    """`{}`: nothing is to be said, but as JSON, which no web page of another site can send by itself."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 def build_api(
@@ -167,12 +173,12 @@ def _add_runs(routes: APIRouter, orchestrator: Orchestrator, bounded: Bounded) -
         return views.run_details(*await bounded.call(orchestrator.find, run_id))
 
     @routes.post("/api/runs/{run_id}/stop", responses=problems(404, 409, 415, 503))
-    async def stop(run_id: RunId) -> RunRow:
+    async def stop(run_id: RunId, body: NoBody) -> RunRow:
         """Takes a run out of the queue, or asks its driver to end; look at it again to see when it has."""
         return await bounded.call(orchestrator.stop, run_id)
 
     @routes.post("/api/runs/{run_id}/resume", responses=problems(404, 409, 415, 503))
-    async def resume(run_id: RunId) -> RunRow:
+    async def resume(run_id: RunId, body: NoBody) -> RunRow:
         """Queues a run again that has stopped, failed or was lost."""
         return await bounded.call(orchestrator.resume, run_id)
 
@@ -210,7 +216,7 @@ def _add_parts(routes: APIRouter, orchestrator: Orchestrator, bounded: Bounded) 
     async def artifacts(run_id: RunId) -> ArtifactList:
         """The artifacts of its stages."""
         _, found = await bounded.call(orchestrator.find, run_id)
-        return await bounded.call(views.artifacts, store, found)
+        return ArtifactList(await bounded.call(views.artifacts, store, found))
 
     @routes.get("/api/runs/{run_id}/metrics", responses=problems(404, 503))
     async def metrics(
@@ -236,16 +242,7 @@ def _add_parts(routes: APIRouter, orchestrator: Orchestrator, bounded: Bounded) 
     )
     async def file(run_id: RunId, name: str) -> Response:
         """One of those files."""
-        await bounded.call(orchestrator.find, run_id)
-        size, blocks = await bounded.call(views.open_file, store, run_id, name)
-        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        # what a run wrote is not to run as this service's own page
-        headers = {
-            "Content-Length": str(size),
-            "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": "sandbox",
-        }
-        return StreamingResponse(bounded.follow(blocks), media_type=kind, headers=headers)
+        return await download(orchestrator, bounded, run_id, name)
 
 
 def _add_service(routes: APIRouter, orchestrator: Orchestrator) -> None:

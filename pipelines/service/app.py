@@ -16,6 +16,7 @@ from ray.serve import Application
 from cluster.jobs import JobsApi
 from cluster.serve.loopback import NodeOnlyServer
 from cluster.storage import Store
+from pipelines.console.mount import mount
 from pipelines.service.api import build_api
 from pipelines.service.loop import Orchestrator
 from pipelines.service.resources import RayResources
@@ -30,12 +31,13 @@ class Runs:
 
     def __init__(self, settings: ServiceSettings) -> None:
         self._server = NodeOnlyServer()
-        self._settings = settings
+        self._token = settings.token()
+        self._dashboard_url = ray_address_to_api_server_url(ray.get_runtime_context().gcs_address)
         self._webhooks = settings.told()
         self._orchestrator = Orchestrator(
             Store(settings.store),
-            JobsApi(ray_address_to_api_server_url(ray.get_runtime_context().gcs_address)),
-            RayResources(settings.may_grow_to),
+            JobsApi(self._dashboard_url),
+            RayResources(self._dashboard_url, settings.may_grow_to),
             queue=settings.queue(),
             recipes=settings.recipes(),
             on_event=self._webhooks.send,
@@ -52,7 +54,9 @@ class Runs:
         self._server.check()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._orchestrator, self._settings.token())
+        api = build_api(self._orchestrator, self._token)
+        mount(api, self._orchestrator, self._dashboard_url, self._token)
+        return api
 
 
 def build(args: ServiceSettings) -> Application:

@@ -3,6 +3,11 @@
 In this order, so that a stranger costs nothing: the name that the service was called by, the token (401), the media
 type (415), the body's length and pace (413, 408).
 
+The console is for browsers, and a browser has a pass (passes.py) in place of the token, which opens nothing but the
+console. Everything that a page does goes over one WebSocket, for which the rule of browsers against other sites' pages
+does not hold: so what comes from a page must come from a page of this very service. Whoever has no pass sees the page
+that asks for the token, and no other.
+
 Without a token only programs of this machine are to be served, and a browser is one that web pages command: a page
 cannot send `application/json` elsewhere without asking first, which is refused, and a page whose own name was turned
 into 127.0.0.1 is known by that name.
@@ -14,16 +19,22 @@ import hashlib
 import hmac
 import ipaddress
 import stat
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, RedirectResponse
 
 from cluster.serve.api_error import ApiError
 from cluster.serve.request_body import BodyLimits, Message, Receive, read_body
+from pipelines.service.passes import COOKIE, Passes
 
 HEALTH = "/api/health"
+CONSOLE = "/console"
+LOGIN = "/console/login"
 KNOWN = "known"
 """In the state of a request: whether whoever asks may see everything."""
 
@@ -69,6 +80,7 @@ class Door:
         self._app = app
         # hashes are compared: of those the asker cannot choose the beginning, and both have the same length
         self._digest = None if token is None else _digest(token.encode())
+        self._passes = None if token is None else Passes(token)
         self._local_only = local_only
         self._limits = limits or BodyLimits(max_bytes=MAX_BODY_BYTES)
 
@@ -77,7 +89,10 @@ class Door:
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1008})
+            if self._may_connect(scope):
+                await self._app(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008})
             return
         try:
             known = self._check(scope)
@@ -90,13 +105,15 @@ class Door:
         # whoever has no token cannot lose it
         headers = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
         inner = {**scope, "headers": headers, "state": {**scope.get("state", {}), KNOWN: known}}
-        await self._app(inner, _replayed(body, receive), send)
+        await self._app(inner, _replayed(body, receive), _unframed(send) if _is_console(scope) else send)
 
     def _check(self, scope: Scope) -> bool:
         """Whether the asker is known. Raises ApiError."""
         headers = scope["headers"]
-        if self._local_only and not _is_local(_one(headers, b"host").decode("latin-1")):
+        if not self._is_called_rightly(headers):
             raise ApiError(403, "This service answers to 127.0.0.1 and localhost only; ask it by that name.")
+        if _is_console(scope):
+            return self._check_console(scope)
         known = self._digest is None or self._has_token(headers)
         if not known and (scope["path"] != HEALTH or scope["method"] != "GET"):
             raise ApiError(401, "A token is needed: send it as Authorization: Bearer TOKEN.")
@@ -106,12 +123,39 @@ class Door:
                 raise ApiError(415, "Content-Type must be application/json.")
         return known
 
+    def _check_console(self, scope: Scope) -> bool:
+        """Raises ApiError. The page that asks for the token does without; pages only get, but for that one's form."""
+        if not _is_own_page(scope["headers"], needed=False):
+            raise ApiError(403, "That page is not of this service.")
+        asks_token = scope["path"] == LOGIN
+        if scope["method"] not in ("GET", "HEAD") and not (asks_token and scope["method"] == "POST"):
+            raise ApiError(405, "The console's pages take GET only; programs use /api.")
+        if not asks_token and not self._has_pass(scope["headers"]):
+            raise ApiError(401, "The console is for whoever has the token.")
+        return True
+
+    def _may_connect(self, scope: Scope) -> bool:
+        """Whether a WebSocket is one of the console's own pages."""
+        headers = scope["headers"]
+        own = self._is_called_rightly(headers) and _is_own_page(headers, needed=True)
+        return scope["type"] == "websocket" and _is_console(scope) and own and self._has_pass(headers)
+
+    def _is_called_rightly(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        return not self._local_only or _is_local(_one(headers, b"host").decode("latin-1"))
+
+    def _has_pass(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        return self._passes is None or self._passes.holds(_cookie(headers), time.time())
+
     def _has_token(self, headers: list[tuple[bytes, bytes]]) -> bool:
         scheme, _, given = _one(headers, b"authorization").partition(b" ")
         assert self._digest is not None
         return hmac.compare_digest(self._digest, _digest(given.strip())) and scheme.lower() == b"bearer"
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if error.status == 401 and _is_console(scope) and scope["method"] == "GET":
+            to_login: Any = RedirectResponse(LOGIN, 303)
+            await to_login(scope, receive, send)
+            return
         headers = {"WWW-Authenticate": 'Bearer realm="caravan"'} if error.status == 401 else {}
         if error.status in (408, 413):
             headers["Connection"] = "close"
@@ -129,6 +173,47 @@ def _one(headers: list[tuple[bytes, bytes]], name: bytes) -> bytes:
     return values[0] if len(values) == 1 else b""
 
 
+def _is_console(scope: Scope) -> bool:
+    return scope["path"] in ("/", CONSOLE) or scope["path"].startswith(f"{CONSOLE}/")
+
+
+def _is_own_page(headers: list[tuple[bytes, bytes]], *, needed: bool) -> bool:
+    """Whether the page that asks is of the host that it asks; `needed`: and says so."""
+    origin = [value for key, value in headers if key == b"origin"]
+    if not origin:
+        return not needed
+    try:
+        named = urlsplit(origin[0].decode("latin-1")).netloc
+    except ValueError:
+        return False
+    return len(origin) == 1 and bool(named) and named.encode("latin-1").lower() == _one(headers, b"host").lower()
+
+
+def _cookie(headers: list[tuple[bytes, bytes]]) -> str:
+    """The pass that was sent, or nothing."""
+    for key, value in headers:
+        if key == b"cookie":
+            try:
+                found = SimpleCookie(value.decode("latin-1")).get(COOKIE)
+            except CookieError:
+                continue
+            if found is not None:
+                return found.value
+    return ""
+
+
+def _unframed(send: Send) -> Send:
+    """`send` that tells browsers to show the answer in no other site's frame."""
+    added = [(b"content-security-policy", b"frame-ancestors 'none'"), (b"referrer-policy", b"same-origin")]
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), *added]}
+        await send(message)
+
+    return sending
+
+
 def _is_local(host: str) -> bool:
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     try:
@@ -138,10 +223,14 @@ def _is_local(host: str) -> bool:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """`receive` with the body, which was read, before it; then whatever comes: a disconnect."""
+    """`receive` with the body, which was read, in place of it; then the disconnect."""
     first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
-        return first.pop() if first else await receive()
+        if first:
+            return first.pop()
+        while (message := await receive())["type"] == "http.request":
+            pass  # where no body was announced, none was waited for: this is its empty one
+        return message
 
     return replay

@@ -43,6 +43,7 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Accepted:
+    name: str
     recipe_yaml: str
     submission: Submission
     graph: Graph
@@ -72,7 +73,7 @@ def accept(request: RunRequest, store: Store, policy: RecipePolicy, now: float) 
         )
     except ValueError as error:
         raise RequestRefused(str(error), str(error).partition("=")[0].partition(":")[0]) from error
-    return Accepted(recipe.to_yaml(), submission, graph)
+    return Accepted(recipe.name, recipe.to_yaml(), submission, graph)
 
 
 def _read(request: RunRequest, store: Store, policy: RecipePolicy) -> Recipe:

@@ -33,7 +33,7 @@ from pipelines.service.entry import Entry
 from pipelines.service.errors import Busy, UnknownRun, WrongState
 from pipelines.service.events import Change, event_of
 from pipelines.service.index import RunIndex, delete_run, find_run, read_run, write_submission
-from pipelines.service.intake import RunRequest, accept, create_run
+from pipelines.service.intake import Accepted, RunRequest, accept, create_run
 from pipelines.service.known import KnownRun, RunRow
 from pipelines.service.policy import RecipePolicy
 from pipelines.service.queue import QueuePolicy, Running, Waiting, decide
@@ -293,7 +293,7 @@ class Orchestrator:
 
     def submit(self, request: RunRequest) -> RunRow:
         """Queues a run. Raises RequestRefused, WrongState if there is a run of that id, StorageError."""
-        accepted = accept(request, self.store, self._recipes, self._clock())
+        accepted = self.check(request)
         run_id = request.run_id or new_run_id()
         with self._alone(run_id):
             if run_id in self._entries:
@@ -308,6 +308,10 @@ class Orchestrator:
                     delete_run(self.store, run_id)
                 raise
             return self._enter(Entry(run_id, run.name, asked, run.status))
+
+    def check(self, request: RunRequest) -> Accepted:
+        """What would be queued; nothing is. Raises RequestRefused and StorageError."""
+        return accept(request, self.store, self._recipes, self._clock())
 
     def stop(self, run_id: str) -> RunRow:
         """Takes a run out of the queue, or ends its driver; `resume` goes on with it.

@@ -38,9 +38,11 @@ class Resources(Protocol):
 
 
 class RayResources:
-    """`may_grow_to`: what an autoscaler adds up to, where there is one; the cluster counts as that large."""
+    """`dashboard_url`: of the cluster; without it Ray would look for one on this machine, and refuse to choose between
+    two. `may_grow_to`: what an autoscaler adds up to, where there is one; the cluster counts as that large."""
 
-    def __init__(self, may_grow_to: Amounts | None = None) -> None:
+    def __init__(self, dashboard_url: str, may_grow_to: Amounts | None = None) -> None:
+        self._dashboard_url = dashboard_url
         self._may_grow_to = dict(may_grow_to or {})
 
     def look(self, drivers: Sequence[str]) -> Room:
@@ -51,7 +53,7 @@ class RayResources:
 
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            asked: Any = {"limit": _LISTED, "timeout": _ANSWER_SECONDS, "detail": True}
+            asked: Any = {"address": self._dashboard_url, "limit": _LISTED, "timeout": _ANSWER_SECONDS, "detail": True}
             actors = list_actors(filters=[("state", "=", "ALIVE")], **asked)
             groups = list_placement_groups(filters=[("state", "=", "CREATED")], **asked)
         except (ray.exceptions.RayError, RayStateApiException, RuntimeError, OSError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from cluster.artifact import Artifact, CorruptArtifact
@@ -14,7 +15,7 @@ from pipelines.export import training_folder
 from pipelines.metrics import MetricsReader
 from pipelines.pretrain import METRICS
 from pipelines.runs import Run
-from pipelines.service.answers import ArtifactList, ArtifactRow, Metrics, RunDetails, StageRow
+from pipelines.service.answers import ArtifactRow, Metrics, RunDetails, StageRow
 from pipelines.service.errors import UnknownRun
 from pipelines.service.known import KnownRun, RunRow
 
@@ -27,7 +28,7 @@ def run_details(row: RunRow, run: KnownRun) -> RunDetails:
     return RunDetails(**vars(row), heartbeat=run.status.heartbeat or None, stages=stages, submission=run.submission)
 
 
-def artifacts(store: Store, run: KnownRun) -> ArtifactList:
+def artifacts(store: Store, run: KnownRun) -> list[ArtifactRow]:
     """Of each stage that leaves one."""
 
     def look(name: str, key: str) -> ArtifactRow:
@@ -35,16 +36,17 @@ def artifacts(store: Store, run: KnownRun) -> ArtifactList:
         found = ArtifactRow(name, key, artifact.store.uri)
         try:
             manifest = artifact.manifest()
-        except CorruptArtifact as error:
+            created = None if manifest is None else datetime.fromisoformat(manifest.created).timestamp()
+        except (CorruptArtifact, ValueError) as error:
             return replace(found, error=str(error))
         if manifest is None:
             return found
         size = sum(file.size for file in manifest.files)
-        return replace(found, committed=True, size=size, created=manifest.created)
+        return replace(found, committed=True, size=size, created=created)
 
     made = [(name, stage.key) for name, stage in run.status.stages.items() if stage.key]
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
-        return ArtifactList(list(pool.map(lambda each: look(*each), made)))
+        return list(pool.map(lambda each: look(*each), made))
 
 
 def metrics(store: Store, run_id: str, from_step: int, limit: int) -> Metrics:

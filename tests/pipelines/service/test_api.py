@@ -82,17 +82,17 @@ def test_a_run_is_submitted_shown_stopped_resumed_and_deleted(
         "r",
         {"CPU": 1.0},
     )
-    assert http.post("/api/runs/r/stop").json()["state"] == "stopping"
+    assert http.post("/api/runs/r/stop", json={}).json()["state"] == "stopping"
     assert "stop it first" in error(http.delete("/api/runs/r"), 409)
-    assert "goes on by itself" in error(http.post("/api/runs/r/resume"), 409)
+    assert "goes on by itself" in error(http.post("/api/runs/r/resume", json={}), 409)
     service.tick()
     cluster.end("r", "failed", "interrupted")
     cluster.set("r", "STOPPED")
     service.tick()
     assert http.get("/api/runs/r").json()["state"] == "stopped"
-    assert "is stopped already" in error(http.post("/api/runs/r/stop"), 409)
-    assert http.post("/api/runs/r/resume").json()["state"] == "queued"
-    http.post("/api/runs/r/stop")
+    assert "is stopped already" in error(http.post("/api/runs/r/stop", json={}), 409)
+    assert http.post("/api/runs/r/resume", json={}).json()["state"] == "queued"
+    http.post("/api/runs/r/stop", json={})
     assert http.delete("/api/runs/r").status_code == 204
     assert "no run 'r'" in error(http.get("/api/runs/r"), 404)
 
@@ -303,7 +303,7 @@ def test_a_store_that_fails_is_503_and_the_list_is_answered_all_the_same(
     response = http.get("/api/runs/r")
     assert "cannot be reached" in error(response, 503) and response.headers["retry-after"] == "5"
     error(http.post("/api/runs", json={**BODY, "run_id": "s"}), 503)
-    error(http.post("/api/runs/r/stop"), 503)
+    error(http.post("/api/runs/r/stop", json={}), 503)
     assert [run["id"] for run in http.get("/api/runs").json()["runs"]] == ["r"]
 
 

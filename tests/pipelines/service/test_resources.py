@@ -1,4 +1,11 @@
-from pipelines.service.resources import capacity_of, taken_by
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import ray.util.state
+
+from pipelines.service.resources import RayResources, capacity_of, taken_by
 
 
 def test_gpus_count_by_kind_and_in_all() -> None:
@@ -19,3 +26,26 @@ def test_what_actors_hold_is_added_up() -> None:
         {},
     ]
     assert taken_by(actors) == {"CPU": 1.5, "GPU": 1.0, "GPU:H200": 1.0}
+
+
+def test_its_own_cluster_is_asked_whatever_else_runs_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def listed(*found: Any) -> Any:
+        def answer(address: str | None = None, **options: Any) -> list[Any]:
+            asked.append(str(address))
+            return list(found)
+
+        return answer
+
+    actors = [
+        SimpleNamespace(job_id="ours", required_resources={"CPU": 1.0}),
+        SimpleNamespace(job_id="theirs", required_resources={"CPU": 0.5}),
+    ]
+    group = SimpleNamespace(creator_job_id="theirs", bundles=[{"unit_resources": {"CPU": 1.0}}])
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
+    monkeypatch.setattr(ray.util.state, "list_actors", listed(*actors))
+    monkeypatch.setattr(ray.util.state, "list_placement_groups", listed(group))
+    room = RayResources("http://127.0.0.1:8265", {"GPU": 8.0}).look(["ours"])
+    assert asked == ["http://127.0.0.1:8265"] * 2
+    assert (room.capacity, room.others) == ({"CPU": 4.0, "GPU": 8.0}, {"CPU": 1.5})
