@@ -89,7 +89,7 @@ _LINKS = {
 class RunBody(BaseModel):
     """What `POST /api/runs` takes; `RunRequest` says what it means."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [_EXAMPLE]})
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [_EXAMPLE]})
 
     recipe: str | dict[str, Any]
     overrides: Annotated[list[str], Field(max_length=200)] = []
@@ -202,7 +202,11 @@ def _add_parts(routes: APIRouter, orchestrator: Orchestrator, bounded: Bounded) 
         text = await bounded.call(store.child("runs", run_id).read_bytes, "recipe.yaml")
         return Response(text, media_type="application/yaml")
 
-    @routes.get("/api/runs/{run_id}/logs", response_class=PlainTextResponse, responses=problems(404, 503))
+    @routes.get(
+        "/api/runs/{run_id}/logs",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(404, 503)},
+    )
     async def logs(run_id: RunId, follow: bool = False) -> Response:
         """What the run's latest job has printed; with `follow` until it is over."""
         job_id = await bounded.call(orchestrator.latest_job, run_id)

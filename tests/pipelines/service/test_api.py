@@ -116,6 +116,8 @@ def test_a_recipe_may_be_text_and_its_resolved_form_is_given_back(http: TestClie
         ({"until": "training"}, "until", "choose one of"),
         ({"priority": 1000}, "priority", "less than or equal to 100"),
         ({"priority": "high"}, "priority", "integer"),
+        ({"priority": False}, "priority", "integer"),
+        ({"keep": 1}, "keep", "boolean"),
         ({"tags": {"a": 1}}, "tags.a", "string"),
         ({"run_id": "../../etc/x"}, "run_id", "malformed"),
         ({"unknown": 1}, "unknown", "Extra inputs"),
@@ -284,6 +286,7 @@ def test_a_recipe_that_unfolds_without_end_is_refused(http: TestClient) -> None:
 def test_unknown_paths_and_methods_have_the_same_shape(http: TestClient) -> None:
     error(http.get("/"), 404)
     error(http.get("/api/nothing"), 404)
+    assert error(http.request("TRACE", "/api/runs", headers={"content-type": ""}), 405)
     for path, methods in (("/api/runs", "GET, POST"), ("/api/runs/r", "DELETE, GET"), ("/api/runs/r/stop", "POST")):
         refused = http.put(path)
         assert "does not take that method" in error(refused, 405) and refused.headers["allow"] == methods
