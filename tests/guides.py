@@ -22,13 +22,13 @@ def shell_blocks(guide: Path) -> Iterator[list[str]]:
 
 
 def typed_lines(block: list[str]) -> list[str]:
-    """What a reader types of a block: what follows a prompt, or in a block without one all lines if the first is a
+    """What a reader types of a block: what follows a prompt, or in a block without one all lines if one is a
     command; none of a block that only shows a screen or a file."""
     prompted = [line.removeprefix("$ ") for line in block if line.startswith("$ ")]
     if prompted:
         return prompted
     lines = [line for line in block if line.strip() and not line.startswith("#")]
-    return lines if lines and _is_command(lines[0]) else []
+    return lines if any(_is_command(line) for line in lines) else []
 
 
 def _is_command(line: str) -> bool:

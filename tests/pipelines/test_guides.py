@@ -14,6 +14,7 @@ from ray.scripts.scripts import cli as ray_cli
 
 from pipelines.cli import app
 from pipelines.webhook import sign
+from tests.evidence.guides import NOT_HERE, PAGES, steps
 from tests.guides import GUIDES, REPOSITORY, shell_blocks, shown, typed_lines
 
 COMMANDS = {"caravan": typer.main.get_command(app), "ray": ray_cli}
@@ -52,6 +53,13 @@ def test_commands_are_found_and_wrong_ones_are_seen() -> None:
     for wrong in ("caravan run r.yaml --sotre x", "caravan rnu r.yaml", "caravan run", "ray up x.yaml --no-such"):
         with pytest.raises(Exception, match=r"(?i)no such|no command|missing"):
             parse(wrong.split())
+
+
+def test_what_is_typed_for_each_guide_is_known() -> None:
+    typed = {guide.stem for guide in GUIDES if any(typed_lines(block) for block in shell_blocks(guide))}
+    assert typed <= {page.name for page in PAGES} | NOT_HERE.keys()
+    for page in PAGES:
+        assert list(steps(page))
 
 
 def test_a_screen_is_not_typed(tmp_path: Path) -> None:
