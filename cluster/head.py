@@ -4,6 +4,7 @@ The note is `$CARAVAN_HOME/cluster.json`. A process is known by its number and i
 was left behind never ends a stranger.
 """
 
+import hashlib
 import http.client
 import json
 import logging
@@ -266,8 +267,10 @@ def _choose_ports(port: int | None, dashboard_port: int | None) -> dict[str, int
 
 
 def temporary_folder() -> Path:
-    """Below Ray's own: Ray would otherwise note this cluster there as the machine's current one."""
-    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", f"caravan-{os.getuid()}")
+    """Below Ray's own: Ray would otherwise note this cluster there as the machine's current one. And one for each home:
+    Ray starts a job's driver on the cluster that was noted last in the folder, be it another."""
+    home = hashlib.sha256(os.fsencode(caravan_home())).hexdigest()[:8]  # sockets lie below, whose paths have 107 bytes
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", f"caravan-{os.getuid()}", home)
 
 
 def scratch_folder() -> str:

@@ -66,9 +66,11 @@ def expert_load(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             "bottom": 4,
             "calculable": True,
             "textStyle": {"color": _GREY},
-            "inRange": {"color": ["#dbeafe", "#2563eb", "#d97706", "#dc2626"]},
+            "inRange": {"color": ["#3b82f6", "#e5e7eb", "#ef4444"]},
         },
-        "series": [{"type": "heatmap", "name": "load", "data": cells, "label": {"show": len(cells) <= 128}}],
+        "series": [
+            {"type": "heatmap", "name": "load", "data": cells, "label": {"show": len(cells) <= 128, "color": "#111827"}}
+        ],
     }
 
 
@@ -94,6 +96,7 @@ def replicas(looks: Iterable[tuple[float, Look]]) -> dict[str, Any]:
         )
     times = {"type": "time", "axisLabel": {"color": _GREY, "hideOverlap": True}, "splitLine": {"show": False}}
     return {
+        "aria": {"enabled": True},
         "title": [
             _title("requests, running and waiting"),
             _title("key/value memory used, %") | {"top": "53%"},

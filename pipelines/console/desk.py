@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from cluster.head import ClusterError
+from cluster.serve.api_error import log_defect
 from cluster.serve.errors import ServeError
 from cluster.storage import StorageError, Store
 from pipelines.console.endpoint import Endpoints
@@ -83,8 +84,11 @@ class Curve:
 
 @contextmanager
 def told(tell: Callable[[str], object]) -> Iterator[None]:
-    """An expected failure of the block is told, in one line, and is over with that."""
+    """A failure of the block is told, in one line, and is over with that; what of a defect is told is in the log."""
     try:
         yield
     except EXPECTED as error:
         tell(one_line(error))
+    except Exception as error:
+        log_defect("of the console", error)
+        tell("the console failed on this; the service's log says where")

@@ -47,7 +47,6 @@ async def show(desk: Desk) -> None:
             table.props('flat bordered dense :grid="Quasar.Screen.lt.sm"')
             _Scale(desk, latest)
             chart = ui.echart(charts.replicas([])).classes("full-width").style("height: 420px")
-            chart.props('role=img aria-label="load and memory of the replicas"')
             _Chat(latest, lambda: key.value or None)
         content.visible = False
 
@@ -147,7 +146,11 @@ class _Chat:
                 self._text.on("keydown.enter", self._send)
                 self._button = ui.button("Send", on_click=self._send)
             with ui.row().classes("items-center"):
-                self._longest = ui.number("Tokens at most", value=64, min=1, max=4096, precision=0).props("dense")
+                self._longest = (
+                    ui.number("Tokens at most", value=64, min=1, max=4096, precision=0)
+                    .props("dense")
+                    .style("min-width: 9rem")
+                )
                 ui.button("Begin anew", on_click=self._forget).props("flat")
 
     def _forget(self) -> None:
@@ -161,15 +164,16 @@ class _Chat:
         self._text.value = ""
         asked = [*self._messages, {"role": "user", "content": text}]
         with self._talk:
-            ui.chat_message(text, name="you", sent=True)
-            with ui.chat_message(name=found.status.endpoint.served_name):
-                reply = ui.label("…").classes("told")
-                counts = ui.label().classes("text-caption text-grey-7")
+            ui.chat_message(text, name="you", sent=True).classes("full-width").props("bg-color=blue-2")
+            said = ui.chat_message(name=found.status.endpoint.served_name).classes("full-width")
+            with said.props("bg-color=grey-3"), ui.column().classes("gap-none"):
+                reply = ui.label("…").classes("told text-black")
+                counts = ui.label().classes("text-caption text-black")
         self._button.disable()
         try:
             with told(note):
-                said = await self._listen(found, asked, reply, counts)
-                self._messages = [*asked, {"role": "assistant", "content": said}]
+                answer = await self._listen(found, asked, reply, counts)
+                self._messages = [*asked, {"role": "assistant", "content": answer}]
         finally:
             self._button.enable()
 

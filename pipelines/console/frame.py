@@ -36,6 +36,7 @@ _CSS = """
 .page { width: 100%; max-width: 1100px; margin: 0 auto; padding: 12px }
 .page .q-table th { font-weight: 600 }
 .page .q-table td { white-space: normal }
+.page .q-table td.keep { white-space: nowrap }
 .panels > .q-panel > .q-tab-panel { padding: 8px 0 }
 .mono, .mono textarea { font-family: ui-monospace, monospace; font-size: 12.5px; line-height: 1.45 }
 .told { white-space: pre-wrap; overflow-wrap: anywhere }

@@ -132,7 +132,8 @@ def about(row: RunRow, now: float | None = None) -> str:
 class _Stages:
     def __init__(self) -> None:
         columns = [
-            {"name": name, "label": name, "field": name, "align": "left"} for name in ("stage", "state", "time", "says")
+            {"name": name, "label": name, "field": name, "align": "left", "classes": "keep" if name == "time" else ""}
+            for name in ("stage", "state", "time", "says")
         ]
         self._table = ui.table(rows=[], columns=columns, row_key="stage").classes("full-width")
         self._table.props("flat bordered dense")
@@ -179,7 +180,7 @@ class _Training:
 
 def _chart(name: str) -> ui.echart:
     chart = ui.echart({"title": {"text": name}}).classes("chart")
-    chart.props(f'role=img aria-label="{name}"')
+    chart.props(f'data-chart="{name}"')  # ECharts itself says to a screen reader what is drawn
     chart.visible = False
     return chart
 
@@ -229,7 +230,7 @@ class _Artifacts:
         self._desk = desk
         columns = [
             {"name": name, "label": name, "field": name, "align": "left"}
-            for name in ("stage", "state", "size", "made", "where")
+            for name in ("stage", "state", "size", "made, UTC", "where")
         ]
         self._table = ui.table(rows=[], columns=columns, row_key="stage").classes("full-width")
         self._table.props("flat bordered dense wrap-cells")
@@ -247,7 +248,7 @@ def artifact_cells(found: ArtifactRow) -> dict[str, str]:
         "stage": found.stage,
         "state": found.error or ("committed" if found.committed else "not yet"),
         "size": "" if found.size is None else size(found.size),
-        "made": ago(found.created),
+        "made, UTC": (found.created or "")[:19].replace("T", " "),
         "where": found.uri,
     }
 

@@ -72,7 +72,7 @@ class RunDetails(RunRow):
 
 @dataclass(frozen=True)
 class ArtifactRow:
-    """What a stage leaves; `size` in bytes and `created` once it is committed, `error` if it is damaged."""
+    """What a stage leaves; once it is committed `size` (bytes) and `created` (ISO 8601), `error` if it is damaged."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(json_schema_serialization_defaults_required=True)
 
@@ -81,7 +81,7 @@ class ArtifactRow:
     uri: str
     committed: bool = False
     size: int | None = None
-    created: float | None = None
+    created: str | None = None
     error: str = ""
 
 

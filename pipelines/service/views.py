@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import datetime
 from typing import Any
 
 from cluster.artifact import Artifact, CorruptArtifact
@@ -36,13 +35,12 @@ def artifacts(store: Store, run: KnownRun) -> list[ArtifactRow]:
         found = ArtifactRow(name, key, artifact.store.uri)
         try:
             manifest = artifact.manifest()
-            created = None if manifest is None else datetime.fromisoformat(manifest.created).timestamp()
-        except (CorruptArtifact, ValueError) as error:
+        except CorruptArtifact as error:
             return replace(found, error=str(error))
         if manifest is None:
             return found
         size = sum(file.size for file in manifest.files)
-        return replace(found, committed=True, size=size, created=created)
+        return replace(found, committed=True, size=size, created=manifest.created)
 
     made = [(name, stage.key) for name, stage in run.status.stages.items() if stage.key]
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:

@@ -132,6 +132,7 @@ class Console:
         for kind, size in (("wide", WIDE), ("phone", PHONE)):
             self.page.set_viewport_size(size)
             self.page.wait_for_timeout(700)
+            self.page.evaluate("scrollTo(0, 0)")
             self.page.screenshot(path=self.pictures / f"{name}-{kind}.png", full_page=True)
             wide = self.page.evaluate("document.documentElement.scrollWidth")
             if kind == "phone":
@@ -178,7 +179,7 @@ class Console:
     def read(self) -> None:
         page = self.page
         self.tab("Training")
-        page.locator("[role=img][aria-label=loss] canvas").wait_for(timeout=1000 * RUN_SECONDS)
+        page.locator("[data-chart=loss] canvas").wait_for(timeout=1000 * RUN_SECONDS)
         self.picture("training-live")
         page.get_by_role("status").filter(has_text="done").wait_for(timeout=1000 * RUN_SECONDS)
         page.wait_for_timeout(3000)
@@ -206,7 +207,7 @@ class Console:
         self.check("its log, artifacts, report of the data and recipe are shown", True)
 
     def _points(self, chart: str) -> list[Any]:
-        find = f"getElement(document.querySelector('[aria-label=\"{chart}\"]').id.slice(1)).chart"
+        find = f"getElement(document.querySelector('[data-chart=\"{chart}\"]').id.slice(1)).chart"
         return self.page.evaluate(f"{find}.getOption().series[0].data")
 
     def _metrics(self) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ def test_it_sees_a_head_and_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert found["dashboard"][0] == "ok" and "cluster" not in found
         process = processes.find(record.pid, record.started)
         assert process is not None
-        processes.end_tree(process, 40)
+        processes.end_tree(process, 3)  # then it is killed: its raylet would wait half a minute for idle workers
         deadline = time.monotonic() + 10
         while head.recorded() is not None and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -26,6 +26,7 @@ from cluster.artifact import Artifact
 from cluster.storage import Store
 from llama.hf import load_pretrained
 from tests.conftest import find_free_port
+from tests.pipelines.commands import type_here
 from tests.swift import Swift
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -79,6 +80,9 @@ class Workplace:
         assert process.returncode == 0, err
         return out
 
+    def ask(self, *arguments: object, code: int = 0) -> str:
+        return type_here(self.home, *arguments, code=code)
+
     def head_pid(self) -> int:
         return json.loads((self.home / "cluster.json").read_text())["pid"]
 
@@ -108,6 +112,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, swift: Swift) -> Iterato
         **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         "CARAVAN_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon Ray Train sees that workers began, ended or died
     }
     place = Workplace(folder / "home", path, environment)
     place.run("up", "--num-cpus", 2, "--no-service")
@@ -217,16 +222,16 @@ def test_the_same_recipe_again_skips_everything_that_is_committed(
 def test_scaling_the_kept_endpoint_keeps_processes_and_caches(workplace: Workplace, finished: dict[str, Any]) -> None:
     assert finished["summary"]["cached_tokens"] == finished["summary"]["predicted_cached_tokens"] > 0
     assert 4 < finished["summary"]["requests"] < 12, "conversations end where the context does"
-    before = json.loads(workplace.run("status", "--json"))
+    before = json.loads(workplace.ask("status", "--json"))
     assert before["state"] == "RUNNING"
     pids = {replica["pid"] for replica in before["replicas"]}
     assert len(pids) == 2
     prompt = {"model": "tiny", "prompt": "def a1(b2):\n    return b2 + 7\n" * 3, "max_tokens": 4, "temperature": 0}
     with httpx.Client(base_url=f"{before['endpoint']['url']}/v1", trust_env=False, timeout=60) as http:
         first = http.post("/completions", json=prompt).json()
-        workplace.run("scale", 3)
+        workplace.ask("scale", 3)
         again = http.post("/completions", json=prompt).json()
-    after = json.loads(workplace.run("status", "--json"))
+    after = json.loads(workplace.ask("status", "--json"))
     assert len(after["replicas"]) == 3
     assert pids < {replica["pid"] for replica in after["replicas"]}
     assert first["caravan"]["cached_tokens"] == 0
@@ -237,13 +242,10 @@ def test_scaling_the_kept_endpoint_keeps_processes_and_caches(workplace: Workpla
 def test_deploy_and_undeploy_a_run(workplace: Workplace, finished: dict[str, Any], port: int) -> None:
     endpoint = json.loads(workplace.run("deploy", "killed", "--replicas", 2, "--port", port, "--json"))
     assert endpoint == {"url": finished["summary"]["url"], "served_name": "tiny"}
-    assert len(json.loads(workplace.run("status", "--json"))["replicas"]) == 2
+    assert len(json.loads(workplace.ask("status", "--json"))["replicas"]) == 2
 
-    workplace.run("undeploy")
-    nothing = workplace.start("status")
-    _, error = nothing.communicate(timeout=60)
-    assert nothing.returncode == 1
-    assert error.splitlines()[-1].startswith("error: nothing is deployed")
+    workplace.ask("undeploy")
+    assert workplace.ask("status", code=1).splitlines()[-1].startswith("error: nothing is deployed")
 
 
 def test_a_killed_worker_of_a_submitted_run_on_s3(workplace: Workplace, swift: Swift) -> None:

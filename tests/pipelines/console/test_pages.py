@@ -1,16 +1,15 @@
 """The console over a real store, from outside: who gets in, and what the pages say. The pages' life, which is a
 browser's, is shown by tests/evidence/console.py."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 
-from cluster.storage import Store
+from cluster.storage import StorageError, Store
 from pipelines.console import endpoint_page, new_page, run_page, runs_page
-from pipelines.console.desk import Curve
+from pipelines.console.desk import Curve, told
 from pipelines.console.endpoint import Said
 from pipelines.console.mount import mount
 from pipelines.metrics import MetricsWriter
@@ -140,10 +139,11 @@ def test_a_run_s_head_and_its_stages() -> None:
 
 
 def test_an_artifact_and_its_size() -> None:
-    found = ArtifactRow("shards", "k", "file:///s", True, 3 * 2**20, time.time() - 65)
-    shown = run_page.artifact_cells(found)
-    assert shown.pop("made").endswith(" ago")
-    assert shown == {"stage": "shards", "state": "committed", "size": "3.0 MiB", "where": "file:///s"}
+    found = ArtifactRow("shards", "k", "file:///s", True, 3 * 2**20, "2026-01-31T12:00:00.5+00:00")
+    assert run_page.artifact_cells(found) == {
+        "stage": "shards", "state": "committed", "size": "3.0 MiB", "made, UTC": "2026-01-31 12:00:00",
+        "where": "file:///s",
+    }  # fmt: skip
     assert [run_page.size(number) for number in (0, 1023, 1024, 5 * 2**40)] == ["0 B", "1023 B", "1.0 KiB", "5.0 TiB"]
 
 
@@ -197,6 +197,19 @@ def test_what_the_form_cannot_be_is_refused(field: str, value: str, named: str) 
 
 def test_the_recipes_to_begin_with_are_the_project_s() -> None:
     assert {"quickstart.yaml", "sft.yaml"} <= set(new_page.examples())
+
+
+# -- what goes wrong
+
+
+def test_a_failure_is_told_in_one_line_and_a_defect_without_what_it_says(caplog: pytest.LogCaptureFixture) -> None:
+    lines: list[str] = []
+    with told(lines.append):
+        raise StorageError("the store is away\nand more")
+    with told(lines.append):
+        raise TypeError("a" + " secret")  # the lines of code are told, what the error says is not
+    assert lines == ["the store is away", "the console failed on this; the service's log says where"]
+    assert "TypeError" in caplog.text and "test_pages.py" in caplog.text and "a secret" not in caplog.text
 
 
 # -- the curve

@@ -1,6 +1,5 @@
 """The published description against what the service answers."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,8 +78,7 @@ def test_every_answer_is_as_described(http: TestClient, service: Orchestrator, p
             assert check(published, operation, http.get(f"/api/runs/{run_id}{path}"))
         check(published, operation, http.get(f"/api/runs/none{path}"))
         check(published, operation, http.get(f"/api/runs/r{path}", headers={"authorization": "Bearer wrong"}))
-    created = http.get("/api/runs/r/artifacts").json()["artifacts"][0]["created"]
-    assert 0 <= time.time() - created < 100
+    assert http.get("/api/runs/r/artifacts").json()["artifacts"][0]["created"].startswith("20")
     for path, status in (("stop", 200), ("stop", 409), ("resume", 200)):
         answer = http.post(f"/api/runs/s/{path}", json={})
         assert answer.status_code == status
