@@ -34,6 +34,7 @@ from cluster.storage import NotFound, StorageError, Store
 HEARTBEAT_SECONDS = 5.0
 LOST_AFTER_SECONDS = 60.0
 SUMMARIES = "summaries"
+RUN_ID_PATTERN = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 INTERRUPTED = "interrupted"
 """The error of a stage that a signal ended."""
 
@@ -41,7 +42,6 @@ T = TypeVar("T")
 State = Literal["pending", "running", "done", "skipped", "failed"]
 
 _SUMMARY = ("state", "created", "started", "ended", "error", "until", "job")
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +53,9 @@ class RunError(ValueError):
 class StageStatus:
     """Times are seconds since the epoch, UTC; `key` is the artifact's key, empty for a stage without an artifact."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", json_schema_serialization_defaults_required=True
+    )
 
     state: State = "pending"
     key: str = ""
@@ -306,6 +308,6 @@ def one_line(error: BaseException) -> str:
 
 
 def _directory(store: Store, run_id: str) -> Store:
-    if not _ID.fullmatch(run_id):
+    if not re.fullmatch(RUN_ID_PATTERN, run_id):
         raise RunError(f"run id {run_id!r} is malformed; use up to 64 letters, digits, '.', '_' and '-'")
     return store.child("runs", run_id)

@@ -74,7 +74,7 @@ def _checkpoints(run: Run) -> dict[int, dict[str, Any]]:
 
 
 def view_of_service(answer: Mapping[str, Any], stored: RunView | None) -> RunView:
-    """A run as the service has it (`run_json` of service/views.py), with what else the store has, if it can be read."""
+    """A run as the service has it (`RunDetails` of its answers.py), with what else the store has, if it can be read."""
     return replace(
         stored or RunView(answer["id"]),
         state=answer["state"],

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +21,7 @@ from pipelines.data_report import JSON_FILE, in_one_line
 from pipelines.follow import progress
 from pipelines.runs import StageStatus
 from pipelines.service import views
+from pipelines.service.answers import ArtifactRow
 from pipelines.service.door import CONSOLE
 from pipelines.service.known import KnownRun, RunRow
 from pipelines.service.submission import OVER
@@ -279,14 +280,14 @@ class _Artifacts:
         self._table.rows = [artifact_cells(each) for each in found]
 
 
-def artifact_cells(found: Mapping[str, Any]) -> dict[str, str]:
+def artifact_cells(found: ArtifactRow) -> dict[str, str]:
     """A row of the table of artifacts."""
     return {
-        "stage": found["stage"],
-        "state": found.get("error", "") or ("committed" if found["committed"] else "not yet"),
-        "size": "" if found["size"] is None else size(found["size"]),
-        "made, UTC": (found["created"] or "")[:19].replace("T", " "),
-        "where": found["uri"],
+        "stage": found.stage,
+        "state": found.error or ("committed" if found.committed else "not yet"),
+        "size": "" if found.size is None else size(found.size),
+        "made, UTC": (found.created or "")[:19].replace("T", " "),
+        "where": found.uri,
     }
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from cluster.jobs import Job
 from cluster.storage import FileStat
@@ -14,6 +17,8 @@ from pipelines.service.submission import RunState, Submission, state_of
 @dataclass(frozen=True)
 class RunRow:
     """A run in a list. Times are seconds since the epoch; `stage` is what it is at."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(json_schema_serialization_defaults_required=True)
 
     id: str
     name: str

@@ -11,7 +11,9 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
+
+from pydantic import ConfigDict
 
 from cluster.jobs import Job
 from pipelines.runs import INTERRUPTED, LOST_AFTER_SECONDS, RunStatus, typed
@@ -35,6 +37,8 @@ class Submission:
     must get to import besides our packages. `job_id` is that of the latest of `tries`, empty while the run waits.
     `outcome` is how the latest try ended, empty before it has.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(json_schema_serialization_defaults_required=True)
 
     until: str | None = None
     from_stage: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 from cluster.artifact import Artifact, CorruptArtifact
@@ -12,6 +12,7 @@ from cluster.filesystem import BLOCK_BYTES
 from cluster.storage import NotFound, Store
 from pipelines.metrics import MetricsReader
 from pipelines.runs import Run
+from pipelines.service.answers import ArtifactRow, Metrics, RunDetails, StageRow
 from pipelines.service.errors import UnknownRun
 from pipelines.service.known import KnownRun, RunRow
 from pipelines.training_folder import METRICS, training_folder
@@ -19,43 +20,41 @@ from pipelines.training_folder import METRICS, training_folder
 _LOOKS_AT_ONCE = 16
 
 
-def run_json(row: RunRow, run: KnownRun) -> dict[str, Any]:
-    """A run at length: the list's row, its stages, and what was asked of the service (null if nothing was)."""
-    stages = [{"stage": name, **asdict(stage)} for name, stage in run.status.stages.items()]
-    asked = run.submission.to_json() if run.submission is not None else None
-    return {**asdict(row), "heartbeat": run.status.heartbeat or None, "stages": stages, "submission": asked}
+def run_details(row: RunRow, run: KnownRun) -> RunDetails:
+    """A run at length."""
+    stages = [StageRow(stage=name, **vars(stage)) for name, stage in run.status.stages.items()]
+    return RunDetails(**vars(row), heartbeat=run.status.heartbeat or None, stages=stages, submission=run.submission)
 
 
-def artifacts(store: Store, run: KnownRun) -> list[dict[str, Any]]:
-    """Of each stage that leaves one: its key, whether it is committed, bytes, and where it lies."""
+def artifacts(store: Store, run: KnownRun) -> list[ArtifactRow]:
+    """Of each stage that leaves one."""
 
-    def look(name: str, key: str) -> dict[str, Any]:
+    def look(name: str, key: str) -> ArtifactRow:
         artifact = Artifact(store.child("artifacts", name, key))
-        found: dict[str, Any] = {"stage": name, "key": key, "committed": False, "size": None, "created": None}
-        found["uri"] = artifact.store.uri
+        found = ArtifactRow(name, key, artifact.store.uri)
         try:
             manifest = artifact.manifest()
         except CorruptArtifact as error:
-            return {**found, "error": str(error)}
+            return replace(found, error=str(error))
         if manifest is None:
             return found
         size = sum(file.size for file in manifest.files)
-        return {**found, "committed": True, "size": size, "created": manifest.created}
+        return replace(found, committed=True, size=size, created=manifest.created)
 
     made = [(name, stage.key) for name, stage in run.status.stages.items() if stage.key]
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
         return list(pool.map(lambda each: look(*each), made))
 
 
-def metrics(store: Store, run_id: str, from_step: int, limit: int) -> dict[str, Any]:
-    """The training's reports from a step on, at most so many; `next` is the step to ask for then, null at the end."""
+def metrics(store: Store, run_id: str, from_step: int, limit: int) -> Metrics:
+    """The training's reports from a step on, at most so many."""
     folder = training_folder(Run.open(store, run_id))
     rows: list[dict[str, Any]] = []
     if folder is not None:
         reader = MetricsReader(folder.child(METRICS))
         reader.poll()
         rows = [row for row in reader.steps() if row["step"] >= from_step]
-    return {"rows": rows[:limit], "next": rows[limit]["step"] if len(rows) > limit else None}
+    return Metrics(rows[:limit], rows[limit]["step"] if len(rows) > limit else None)
 
 
 def files(store: Store, run_id: str) -> dict[str, int]:

@@ -17,26 +17,18 @@ Exits non-zero when something is found. About two minutes on two cores, the firs
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llama.engine import EngineConfig  # noqa: E402
-from tests.evidence.serving_tools import environment, served, tool_variables  # noqa: E402
+from tests.evidence.schemathesis_tools import check_api  # noqa: E402
+from tests.evidence.serving_tools import served  # noqa: E402
 
-PACKAGES = ("schemathesis==4.32.5",)
 ENGINE = EngineConfig(num_blocks=12, max_batched_tokens=256, max_running=32)
 """A short context: many of the requests ask for as much as there is, 128 times."""
-CONFIG = """
-workers = 1  # Python 3.11 cannot parse in two threads, as hypothesis does (CPython 106905)
-request-timeout = 300
-
-[generation]
-max-examples = {examples}
-
+SETTINGS = """
 [phases.stateful]
 enabled = false
 
@@ -51,14 +43,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=40, help="random requests for each operation and kind")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    programs = environment("schemathesis", *PACKAGES)
-    with served(replicas=1, engine=ENGINE) as (url, _), tempfile.TemporaryDirectory() as folder:
-        config = Path(folder, "schemathesis.toml")
-        config.write_text(CONFIG.format(examples=arguments.examples))
-        command = [programs / "schemathesis", "--config-file", config, "run", f"{url}/openapi.json"]
-        command += ["--continue-on-failure", "--seed", str(arguments.seed), "--no-color"]
-        result = subprocess.run(command, cwd=folder, env=tool_variables(), check=False)
-    sys.exit(result.returncode)
+    with served(replicas=1, engine=ENGINE) as (url, _):
+        sys.exit(check_api(f"{url}/openapi.json", SETTINGS, examples=arguments.examples, seed=arguments.seed))
 
 
 if __name__ == "__main__":

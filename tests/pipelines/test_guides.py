@@ -5,7 +5,6 @@ import hmac
 import re
 import shlex
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -15,31 +14,10 @@ from ray.scripts.scripts import cli as ray_cli
 
 from pipelines.cli import app
 from pipelines.webhook import sign
+from tests.evidence.guides import NOT_HERE, PAGES, steps
+from tests.guides import GUIDES, REPOSITORY, shell_blocks, shown, typed_lines
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-GUIDES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 COMMANDS = {"caravan": typer.main.get_command(app), "ray": ray_cli}
-
-
-def shown(guide: Path) -> Iterator[list[str]]:
-    """The words of every caravan or ray command in the guide's blocks."""
-    for block in re.findall(r"^```\w*\n(.*?)^```", guide.read_text("utf-8"), re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = line.removeprefix("$ ").split()
-            if not any(word in COMMANDS for word in words[:4]) or line.startswith((" ", "#", "{")):
-                continue
-            lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="|&;<>()")
-            lexer.whitespace_split = True
-            command: list[str] = []
-            for token in [*lexer, ";"]:
-                if not set(token) <= set("|&;<>()"):
-                    command.append(token)
-                    continue
-                while command and re.match(r"\w+=", command[0]):
-                    command.pop(0)
-                if command and command[0] in COMMANDS:
-                    yield command
-                command = []
 
 
 def parse(words: list[str]) -> None:
@@ -77,11 +55,33 @@ def test_commands_are_found_and_wrong_ones_are_seen() -> None:
             parse(wrong.split())
 
 
+def test_what_is_typed_for_each_guide_is_known() -> None:
+    typed = {guide.stem for guide in GUIDES if any(typed_lines(block) for block in shell_blocks(guide))}
+    assert typed <= {page.name for page in PAGES} | NOT_HERE.keys()
+    for page in PAGES:
+        assert list(steps(page))
+
+
+def test_a_screen_is_not_typed(tmp_path: Path) -> None:
+    guide = tmp_path / "guide.md"
+    guide.write_text(
+        "```\n$ caravan runs\nrun  state\n```\n```\nfirst  done\n```\n```yaml\ncaravan: 1\n```\n"
+        "```\n# on the head\nA=1 ray start --head \\\n  --block && caravan up\n```\n"
+    )
+    typed = [typed_lines(block) for block in shell_blocks(guide)]
+    assert typed == [["caravan runs"], [], ["A=1 ray start --head    --block && caravan up"]]
+    assert list(shown(guide)) == [["caravan", "runs"], ["ray", "start", "--head", "--block"], ["caravan", "up"]]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_links(guide: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", guide.read_text("utf-8"))
+    assert not [link for link in links if not (guide.parent / link).exists()]
+
+
 @pytest.mark.parametrize("name", ["cluster.md", "operate.md"])
-def test_links_and_versions(name: str) -> None:
+def test_versions(name: str) -> None:
     text = (REPOSITORY / "docs" / name).read_text("utf-8")
-    links = re.findall(r"\]\(([^)#:]+)\)", text)
-    assert not [link for link in links if not (REPOSITORY / "docs" / link).exists()]
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
     for version in re.findall(r"rayproject/ray:([\d.]+)", text):
         assert version == pins["ray"]

@@ -79,7 +79,8 @@ def test_a_submitted_run_is_shown_as_its_service_has_it(
         assert run_cli(monkeypatch, "show", "other", "--address", NAMED) == 1
         assert "there is no run 'other'" in capsys.readouterr().err
 
-        monkeypatch.setattr(type(service), "health", lambda self: {"store": f"file://{tmp_path}/not/here"})
+        there = service.health()
+        monkeypatch.setattr(type(service), "health", lambda self: there | {"store": f"file://{tmp_path}/not/here"})
         assert run_cli(monkeypatch, "show", "r1", "--json") == 0
         said = capsys.readouterr()
         far = json.loads(said.out)

@@ -18,6 +18,7 @@ from pipelines.console.mount import mount
 from pipelines.metrics import MetricsWriter
 from pipelines.runs import Run, StageStatus
 from pipelines.serve_status import ReplicaView
+from pipelines.service.answers import ArtifactRow
 from pipelines.service.api import build_api
 from pipelines.service.errors import RequestRefused
 from pipelines.service.intake import RunRequest
@@ -155,13 +156,7 @@ def test_a_run_s_head_and_its_stages() -> None:
 
 
 def test_an_artifact_and_its_size() -> None:
-    found = {
-        "stage": "shards",
-        "committed": True,
-        "size": 3 * 2**20,
-        "created": "2026-01-31T12:00:00.5+00:00",
-        "uri": "file:///s",
-    }
+    found = ArtifactRow("shards", "k", "file:///s", True, 3 * 2**20, "2026-01-31T12:00:00.5+00:00")
     assert run_page.artifact_cells(found) == {
         "stage": "shards", "state": "committed", "size": "3.0 MiB", "made, UTC": "2026-01-31 12:00:00",
         "where": "file:///s",

@@ -82,17 +82,17 @@ def test_a_run_is_submitted_shown_stopped_resumed_and_deleted(
         "r",
         {"CPU": 1.0},
     )
-    assert http.post("/api/runs/r/stop").json()["state"] == "stopping"
+    assert http.post("/api/runs/r/stop", json={}).json()["state"] == "stopping"
     assert "stop it first" in error(http.delete("/api/runs/r"), 409)
-    assert "goes on by itself" in error(http.post("/api/runs/r/resume"), 409)
+    assert "goes on by itself" in error(http.post("/api/runs/r/resume", json={}), 409)
     service.tick()
     cluster.end("r", "failed", "interrupted")
     cluster.set("r", "STOPPED")
     service.tick()
     assert http.get("/api/runs/r").json()["state"] == "stopped"
-    assert "is stopped already" in error(http.post("/api/runs/r/stop"), 409)
-    assert http.post("/api/runs/r/resume").json()["state"] == "queued"
-    http.post("/api/runs/r/stop")
+    assert "is stopped already" in error(http.post("/api/runs/r/stop", json={}), 409)
+    assert http.post("/api/runs/r/resume", json={}).json()["state"] == "queued"
+    http.post("/api/runs/r/stop", json={})
     assert http.delete("/api/runs/r").status_code == 204
     assert "no run 'r'" in error(http.get("/api/runs/r"), 404)
 
@@ -114,8 +114,10 @@ def test_a_recipe_may_be_text_and_its_resolved_form_is_given_back(http: TestClie
         ({"overrides": ["data.sources[0].uri=/etc/passwd"]}, "data.sources[0].uri", "not in the store"),
         ({"overrides": ["tokenizer.path=/etc"]}, "tokenizer.path", "not in the store"),
         ({"until": "training"}, "until", "choose one of"),
-        ({"priority": 1000}, "priority", "-100 to 100"),
+        ({"priority": 1000}, "priority", "less than or equal to 100"),
         ({"priority": "high"}, "priority", "integer"),
+        ({"priority": False}, "priority", "integer"),
+        ({"keep": 1}, "keep", "boolean"),
         ({"tags": {"a": 1}}, "tags.a", "string"),
         ({"run_id": "../../etc/x"}, "run_id", "malformed"),
         ({"unknown": 1}, "unknown", "Extra inputs"),
@@ -151,6 +153,12 @@ def test_a_list_is_filtered_sorted_and_cut(http: TestClient, service: Orchestrat
     assert http.get("/api/runs?limit=2").json()["total"] == 5
     for query in ("state=nothing", "limit=0", "limit=5000", "offset=-1", "sort=size", "tag=user", "since=x"):
         error(http.get(f"/api/runs?{query}"), 400)
+
+
+@pytest.mark.parametrize("path", ["/api/runs?stat=queued", "/api/cluster?x", "/api/runs/r/logs?folow=true"])
+def test_a_parameter_that_would_be_ignored_is_refused(http: TestClient, path: str) -> None:
+    assert "unknown parameter" in error(http.get(path), 400)
+    assert "there are follow" in error(http.get("/api/runs/r/logs?folow=true"), 400)
 
 
 def test_logs_are_the_job_s(http: TestClient, service: Orchestrator, cluster: FakeCluster, store: Store) -> None:
@@ -278,7 +286,10 @@ def test_a_recipe_that_unfolds_without_end_is_refused(http: TestClient) -> None:
 def test_unknown_paths_and_methods_have_the_same_shape(http: TestClient) -> None:
     error(http.get("/"), 404)
     error(http.get("/api/nothing"), 404)
-    error(http.put("/api/runs"), 405)
+    assert error(http.request("TRACE", "/api/runs", headers={"content-type": ""}), 405)
+    for path, methods in (("/api/runs", "GET, POST"), ("/api/runs/r", "DELETE, GET"), ("/api/runs/r/stop", "POST")):
+        refused = http.put(path)
+        assert "does not take that method" in error(refused, 405) and refused.headers["allow"] == methods
     assert set(http.get("/api/openapi.json").json()["paths"]) >= {"/api/runs", "/api/runs/{run_id}/logs"}
 
 
@@ -295,7 +306,7 @@ def test_a_store_that_fails_is_503_and_the_list_is_answered_all_the_same(
     response = http.get("/api/runs/r")
     assert "cannot be reached" in error(response, 503) and response.headers["retry-after"] == "5"
     error(http.post("/api/runs", json={**BODY, "run_id": "s"}), 503)
-    error(http.post("/api/runs/r/stop"), 503)
+    error(http.post("/api/runs/r/stop", json={}), 503)
     assert [run["id"] for run in http.get("/api/runs").json()["runs"]] == ["r"]
 
 
