@@ -316,8 +316,7 @@ class Orchestrator:
         """
         entry = self._entries.get(run_id)
         if entry is None:
-            if not self._loaded:
-                raise Busy("the service has not read the store yet; try again, and see /api/health")
+            self._check_loaded()
             run = find_run(self.store, run_id)
             if run.submission is None:
                 raise WrongState(f"run {run_id!r} was not submitted to this service; end the process that drives it")
@@ -374,7 +373,8 @@ class Orchestrator:
             self._index.forget(run_id)
 
     def rows(self) -> list[RunRow]:
-        """All runs, as of the last look at the store; what is under way as it is now."""
+        """All runs, as of the last look at the store; what is under way as it is now. Raises Busy before the first."""
+        self._check_loaded()
         with self._lock:
             entries = dict(self._entries)
         listed = [row for row in self._index.rows() if row.id not in entries]
@@ -426,6 +426,10 @@ class Orchestrator:
         }
 
     # -- inside
+
+    def _check_loaded(self) -> None:
+        if not self._loaded:
+            raise Busy("the service has not read the store yet; try again, and see /api/health")
 
     def _active(self) -> list[Entry]:
         with self._lock:

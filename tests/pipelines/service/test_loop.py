@@ -628,6 +628,24 @@ def test_a_stop_that_comes_before_the_store_was_read_is_to_be_tried_again(
     assert later.stop("r").state == "stopping"
 
 
+def test_before_the_store_was_read_a_list_is_refused_and_not_empty(
+    service: Orchestrator, cluster: FakeCluster, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.submit(ask("r"))
+    later = Orchestrator(service.store, cluster, cluster, clock=clock)
+
+    def fail(*_: object, **__: object) -> None:
+        raise StorageError("the store cannot be reached")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Store, "folders", fail)
+        later.tick()
+        with pytest.raises(Busy, match="not read the store yet"):
+            later.rows()
+    later.tick()
+    assert states(later) == {"r": "starting"}
+
+
 def test_a_clock_that_is_set_back_hides_no_news(service: Orchestrator, cluster: FakeCluster, clock: Clock) -> None:
     service.submit(ask("r"))
     service.tick()
