@@ -340,11 +340,14 @@ class Orchestrator:
         return self._row(entry)
 
     def resume(self, run_id: str) -> RunRow:
-        """Queues a run again that has stopped, failed or was lost. Raises UnknownRun, WrongState, StorageError."""
+        """Queues a run that has stopped, failed or was lost. Raises UnknownRun, WrongState, Busy, StorageError."""
         with self._alone(run_id):
             active = self._entries.get(run_id)
             if active is not None:
-                raise WrongState(f"run {run_id!r} is {active.state(self._clock())}; it goes on by itself")
+                state = active.state(self._clock())
+                if state in OVER:
+                    raise Busy(f"run {run_id!r} is {state}, which is not on record yet; try again")
+                raise WrongState(f"run {run_id!r} is {state}; it goes on by itself")
             run = find_run(self.store, run_id)
             state = run.row(self._clock()).state
             if run.submission is None:

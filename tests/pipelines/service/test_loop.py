@@ -251,6 +251,26 @@ def test_a_driver_that_was_killed_is_lost_and_can_be_resumed(
         service.resume("r")
 
 
+def test_a_run_whose_end_the_store_does_not_take_is_to_be_resumed_later(
+    service: Orchestrator, cluster: FakeCluster, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.submit(ask("r"))
+    service.tick()
+    cluster.set("r", "FAILED")
+
+    def fail(*_: object, **__: object) -> None:
+        raise StorageError("the store cannot be reached")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Store, "write_bytes", fail)
+        turn(service, clock)
+        assert states(service) == {"r": "failed"}
+        with pytest.raises(Busy, match="not on record yet; try again"):
+            service.resume("r")
+    turn(service, clock)
+    assert service.resume("r").state == "queued"
+
+
 def test_a_driver_that_never_began_has_failed_and_says_why(
     service: Orchestrator, cluster: FakeCluster, clock: Clock
 ) -> None:
