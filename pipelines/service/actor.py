@@ -46,10 +46,11 @@ class ServiceActor:
 
         context = ray.get_runtime_context()
         listening = _bind(port, context.was_current_actor_reconstructed)
+        api_url = ray_address_to_api_server_url(context.gcs_address)
         self._orchestrator = Orchestrator(
             Store(settings.store),
-            JobsApi(ray_address_to_api_server_url(context.gcs_address)),
-            RayResources(settings.may_grow_to),
+            JobsApi(api_url),
+            RayResources(api_url, settings.may_grow_to),
             queue=settings.queue(),
             recipes=settings.recipes(),
             on_event=settings.told().send,

@@ -32,10 +32,11 @@ class Runs:
         self._server = NodeOnlyServer()
         self._settings = settings
         self._webhooks = settings.told()
+        api_url = ray_address_to_api_server_url(ray.get_runtime_context().gcs_address)
         self._orchestrator = Orchestrator(
             Store(settings.store),
-            JobsApi(ray_address_to_api_server_url(ray.get_runtime_context().gcs_address)),
-            RayResources(settings.may_grow_to),
+            JobsApi(api_url),
+            RayResources(api_url, settings.may_grow_to),
             queue=settings.queue(),
             recipes=settings.recipes(),
             on_event=self._webhooks.send,

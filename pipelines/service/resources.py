@@ -38,9 +38,12 @@ class Resources(Protocol):
 
 
 class RayResources:
-    """`may_grow_to`: what an autoscaler adds up to, where there is one; the cluster counts as that large."""
+    """`api_url`: the dashboard of the cluster that this process is connected to; left to itself Ray would look for one
+    on the machine, where there may be several. `may_grow_to`: what an autoscaler adds up to, where there is one; the
+    cluster counts as that large."""
 
-    def __init__(self, may_grow_to: Amounts | None = None) -> None:
+    def __init__(self, api_url: str, may_grow_to: Amounts | None = None) -> None:
+        self._api_url = api_url
         self._may_grow_to = dict(may_grow_to or {})
 
     def look(self, drivers: Sequence[str]) -> Room:
@@ -51,7 +54,7 @@ class RayResources:
 
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            asked: Any = {"limit": _LISTED, "timeout": _ANSWER_SECONDS, "detail": True}
+            asked: Any = {"address": self._api_url, "limit": _LISTED, "timeout": _ANSWER_SECONDS, "detail": True}
             actors = list_actors(filters=[("state", "=", "ALIVE")], **asked)
             groups = list_placement_groups(filters=[("state", "=", "CREATED")], **asked)
         except (ray.exceptions.RayError, RayStateApiException, RuntimeError, OSError) as error:
