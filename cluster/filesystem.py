@@ -132,6 +132,13 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """What `link` says on a file system that has none, such as FAT or a mounted bucket."""
 
 
+def may_have_gone(error: Exception) -> bool:
+    """Whether that may be what pyarrow makes of an object which was deleted after it was opened: a missing one, or for
+    one that is shorter than the service's answer an internal failure to take that in."""
+    text = str(error)
+    return "during GetObject" in text and not any(mark.lower() in text.lower() for mark in _UNREACHABLE)
+
+
 def explain(error: OSError, keyless: bool = False, cloud: bool = False) -> tuple[str, str]:
     """What went wrong and what to do about it, in a few words each.
 

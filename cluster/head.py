@@ -145,8 +145,10 @@ def _launch(
     command += [f"--temp-dir={temporary_folder()}"]
     command += [f"--num-cpus={num_cpus}"] if num_cpus is not None else []
     command += [f"--num-gpus={num_gpus}"] if num_gpus is not None else []
-    # RAY_ADDRESS would make `ray start --head` look for a cluster instead of being one
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", JOB_CONFIG)}
+    # RAY_ADDRESS would make `ray start --head` look for a cluster instead of being one, and both overrule whom the
+    # cluster's own processes ask
+    elsewhere = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", JOB_CONFIG)
+    environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
     # a job's `python` is this one, whether or not its environment is activated
     environment["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment.get('PATH', os.defpath)}"
     environment["TMPDIR"] = scratch_folder()

@@ -30,19 +30,23 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.liveness import Process, Silence
 from cluster.storage import FileStat, NotFound, StorageError, Store
+from llama.retry import retried
 
 RENEW_S = 5.0
 STALE_S = 60.0
 _LAPSE_S = STALE_S / 2
 """After so long without a renewal a holder no longer relies on its claim: half of what others wait, since their clocks
 may run faster, and since a file can be seen before the write that made it has returned."""
+
+PAUSES_S = (1.0, 2.0, 4.0, 8.0)
+"""Between tries at a store that fails for a moment: to go on without a claim costs somebody's work."""
 
 FOLDER = "claims"
 _log = logging.getLogger(__name__)
@@ -98,11 +102,11 @@ class Claim:
         self.in_turn = False
 
     @classmethod
-    def enter(cls, store: Store, holder: str) -> Claim:
+    def enter(cls, store: Store, holder: str, pauses: Sequence[float] = PAUSES_S) -> Claim:
         """A claim that is in the queue, and renewed by a thread."""
         claim = cls(store, holder)
         try:
-            claim.join()
+            retried(claim.join, f"a claim on {store.uri}", on=(StorageError,), pauses=pauses)
         except BaseException:
             claim.close()
             raise

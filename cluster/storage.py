@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from cluster.filesystem import (
     Sink,
     StorageError,
     explain,
+    may_have_gone,
 )
 from cluster.location import Location, LocationError, checked, has_credentials
 
@@ -302,10 +303,16 @@ class Store:
         except StorageError:
             raise
         except (OSError, pa.ArrowException) as error:
-            if isinstance(error, FileNotFoundError) and action != "write":
+            if (isinstance(error, FileNotFoundError) and action != "write") or self._has_gone(path, error):
                 raise NotFound(f"{where}: there is no such file") from error
             known = error if isinstance(error, OSError) else OSError(str(error))
             problem, remedy = explain(known, self._location.keyless, self._location.cloud)
             if self._location.password:
                 problem = problem.replace(self._location.password, "***")
             raise StorageError(f"{where}: {problem}; {remedy}") from error
+
+    def _has_gone(self, path: str, error: Exception) -> bool:
+        if may_have_gone(error):
+            with suppress(OSError, pa.ArrowException):
+                return not self._files.is_file(self._location.key(path))
+        return False

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 from cluster.artifact import Artifact, Manifest
 from cluster.condemn import settled
-from cluster.lease import Claim
+from cluster.lease import PAUSES_S, Claim
 from cluster.storage import StorageError
+from llama.retry import retried
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def await_turn(artifact: Artifact, claim: Claim | None, wait: Callable[[str], No
 
 def _blocker(claim: Claim, artifact: Artifact) -> str | None:
     try:
-        return claim.blocker()
+        return retried(claim.blocker, f"a look at {artifact.store.uri}", on=(StorageError,), pauses=PAUSES_S)
     except StorageError as error:
         _log.warning("%s is made without waiting for others: %s", artifact.store.uri, error)
         return None

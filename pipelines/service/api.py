@@ -4,7 +4,8 @@
     409  the run is in a state in which that cannot be done      503  the store or the cluster does not answer
 
 Whatever touches the store or the Jobs API runs in a thread and is waited for only so long (bounded.py); lists, the
-cluster and the health come from memory, so that they are answered whatever hangs.
+cluster and the health come from memory, so that they are answered whatever hangs. Of the runs a service knows nothing
+before it has read the store once: until then a list is 503, and not empty.
 """
 
 from __future__ import annotations

@@ -320,8 +320,7 @@ class Orchestrator:
         """
         entry = self._entries.get(run_id)
         if entry is None:
-            if not self._loaded:
-                raise Busy("the service has not read the store yet; try again, and see /api/health")
+            self._check_loaded()
             run = find_run(self.store, run_id)
             if run.submission is None:
                 raise WrongState(f"run {run_id!r} was not submitted to this service; end the process that drives it")
@@ -345,11 +344,14 @@ class Orchestrator:
         return self._row(entry)
 
     def resume(self, run_id: str) -> RunRow:
-        """Queues a run again that has stopped, failed or was lost. Raises UnknownRun, WrongState, StorageError."""
+        """Queues a run that has stopped, failed or was lost. Raises UnknownRun, WrongState, Busy, StorageError."""
         with self._alone(run_id):
             active = self._entries.get(run_id)
             if active is not None:
-                raise WrongState(f"run {run_id!r} is {active.state(self._clock())}; it goes on by itself")
+                state = active.state(self._clock())
+                if state in OVER:
+                    raise Busy(f"run {run_id!r} is {state}, which is not on record yet; try again")
+                raise WrongState(f"run {run_id!r} is {state}; it goes on by itself")
             run = find_run(self.store, run_id)
             state = run.row(self._clock()).state
             if run.submission is None:
@@ -378,7 +380,8 @@ class Orchestrator:
             self._index.forget(run_id)
 
     def rows(self) -> list[RunRow]:
-        """All runs, as of the last look at the store; what is under way as it is now."""
+        """All runs, as of the last look at the store; what is under way as it is now. Raises Busy before the first."""
+        self._check_loaded()
         with self._lock:
             entries = dict(self._entries)
         listed = [row for row in self._index.rows() if row.id not in entries]
@@ -430,6 +433,10 @@ class Orchestrator:
         }
 
     # -- inside
+
+    def _check_loaded(self) -> None:
+        if not self._loaded:
+            raise Busy("the service has not read the store yet; try again, and see /api/health")
 
     def _active(self) -> list[Entry]:
         with self._lock:

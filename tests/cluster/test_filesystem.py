@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from cluster.filesystem import HELD_BYTES, BlockCachedFile, ObjectFiles, explain
+from cluster.filesystem import HELD_BYTES, BlockCachedFile, ObjectFiles, explain, may_have_gone
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,13 @@ from cluster.filesystem import HELD_BYTES, BlockCachedFile, ObjectFiles, explain
 )
 def test_errors_of_object_stores_are_explained(text: str, problem: str) -> None:
     assert problem in explain(OSError(text))[0]
+
+
+def test_only_a_read_that_was_answered_may_have_met_a_deleted_object() -> None:
+    assert may_have_gone(OSError("AWS Error NO_SUCH_KEY during GetObject operation: The specified key does not exist."))
+    assert may_have_gone(OSError("AWS Error INTERNAL_FAILURE during GetObject operation: Failed to flush response"))
+    assert not may_have_gone(OSError("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7"))
+    assert not may_have_gone(OSError("AWS Error NO_SUCH_BUCKET during PutObject operation: no such bucket"))
 
 
 def test_the_remedy_fits_what_the_client_was_told() -> None:

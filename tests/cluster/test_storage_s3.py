@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -138,6 +139,22 @@ def test_missing_object_bucket_permission_and_service_are_told_apart(
     unreachable = Store(f"s3://bucket/x?endpoint_override=127.0.0.1:{port}&scheme=http")
     with pytest.raises(StorageError, match="cannot be reached; check the URI's endpoint_override"):
         unreachable.write_bytes("y", b"data")
+
+
+def test_an_object_that_goes_between_opening_and_reading_is_not_found(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Store.open_input
+
+    def open_and_lose(self: Store, path: str) -> BinaryIO:
+        file = opened(self, path)
+        self.delete(path)
+        return file
+
+    store.write_bytes("claim", b"x")
+    monkeypatch.setattr(Store, "open_input", open_and_lose)
+    with pytest.raises(NotFound, match="there is no such file"):
+        store.read_bytes("claim")
 
 
 def test_store_that_fails_during_a_write_never_yields_an_entry(swift: Swift, store: Store) -> None:

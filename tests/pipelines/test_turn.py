@@ -82,5 +82,30 @@ def test_a_look_that_fails_does_not_fail_the_stage(artifact, monkeypatch, caplog
 
     with claimed(artifact, "one"), claimed(artifact, "two") as second:
         monkeypatch.setattr(Claim, "blocker", fail)
+        monkeypatch.setattr("pipelines.turn.PAUSES_S", ())
         assert await_turn(artifact, second, never) is None
     assert "is made without waiting for others: the store is slow" in caplog.text
+
+
+def test_a_store_that_fails_for_a_moment_lets_nobody_go_past_the_queue(artifact, monkeypatch):
+    look, failures = Claim._look, [StorageError("the store's service failed")] * 2
+
+    def fail_twice(claim):
+        if failures:
+            raise failures.pop()
+        return look(claim)
+
+    monkeypatch.setattr("pipelines.turn.PAUSES_S", (0.0,))
+    with claimed(artifact, "one") as first:
+        assert await_turn(artifact, first, never) is None
+        monkeypatch.setattr(Claim, "_look", fail_twice)
+        with Claim.enter(artifact.store, "two", pauses=(0.0, 0.0)) as second:
+            failures.append(StorageError("and once more"))
+            waited = []
+
+            def wait(blocker):
+                waited.append(blocker)
+                first.close()
+
+            assert await_turn(artifact, second, wait) is None
+    assert waited == ["one"] and not failures

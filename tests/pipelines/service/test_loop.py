@@ -251,6 +251,26 @@ def test_a_driver_that_was_killed_is_lost_and_can_be_resumed(
         service.resume("r")
 
 
+def test_a_run_whose_end_the_store_does_not_take_is_to_be_resumed_later(
+    service: Orchestrator, cluster: FakeCluster, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.submit(ask("r"))
+    service.tick()
+    cluster.set("r", "FAILED")
+
+    def fail(*_: object, **__: object) -> None:
+        raise StorageError("the store cannot be reached")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Store, "write_bytes", fail)
+        turn(service, clock)
+        assert states(service) == {"r": "failed"}
+        with pytest.raises(Busy, match="not on record yet; try again"):
+            service.resume("r")
+    turn(service, clock)
+    assert service.resume("r").state == "queued"
+
+
 def test_a_driver_that_never_began_has_failed_and_says_why(
     service: Orchestrator, cluster: FakeCluster, clock: Clock
 ) -> None:
@@ -626,6 +646,24 @@ def test_a_stop_that_comes_before_the_store_was_read_is_to_be_tried_again(
         later.stop("r")
     later.tick()
     assert later.stop("r").state == "stopping"
+
+
+def test_before_the_store_was_read_a_list_is_refused_and_not_empty(
+    service: Orchestrator, cluster: FakeCluster, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.submit(ask("r"))
+    later = Orchestrator(service.store, cluster, cluster, clock=clock)
+
+    def fail(*_: object, **__: object) -> None:
+        raise StorageError("the store cannot be reached")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Store, "folders", fail)
+        later.tick()
+        with pytest.raises(Busy, match="not read the store yet"):
+            later.rows()
+    later.tick()
+    assert states(later) == {"r": "starting"}
 
 
 def test_a_clock_that_is_set_back_hides_no_news(service: Orchestrator, cluster: FakeCluster, clock: Clock) -> None:

@@ -67,6 +67,19 @@ class Place:
 
 
 @contextmanager
+def other_clusters() -> Iterator[None]:
+    """Processes by which Ray would know two more clusters on this machine: others', or what is left of a killed one."""
+    line = ["raylet", "-c", "import time; time.sleep(600)"]
+    looks = [subprocess.Popen([*line, f"--gcs-address=127.0.0.1:{port}"], executable=sys.executable) for port in (1, 2)]
+    try:
+        yield
+    finally:
+        for process in looks:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
 def receiver(told: list[dict[str, Any]], secret: bytes) -> Iterator[str]:
     """Keeps what was signed with the secret; the URL."""
 
@@ -103,9 +116,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     made = Place(folder, {**environment, "CARAVAN_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"})
     options = ["--num-cpus", 2, "--allow", folder / "corpus", "--token-file", token, "--cap", "user=1"]
-    with receiver(made.told, TOKEN.encode()) as url:
+    with other_clusters(), receiver(made.told, TOKEN.encode()) as url:
         options += ["--webhook", url, "--webhook-secret-file", token, "--webhook-loopback-http"]
+        made.environment["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:1"
         record = json.loads(made.run("up", *options, "--json"))
+        del made.environment["RAY_API_SERVER_ADDRESS"]
         head = made.head()
         try:
             made.client = ServiceClient(record["service_url"], TOKEN)
