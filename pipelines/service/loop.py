@@ -36,6 +36,7 @@ from pipelines.service.index import RunIndex, delete_run, find_run, read_run, wr
 from pipelines.service.intake import Accepted, RunRequest, accept, create_run
 from pipelines.service.known import KnownRun, RunRow
 from pipelines.service.policy import RecipePolicy
+from pipelines.service.problems import Problems
 from pipelines.service.queue import QueuePolicy, Running, Waiting, decide
 from pipelines.service.resources import Resources, Room
 from pipelines.service.submission import OVER, Outcome, RunState, outcome_error
@@ -83,8 +84,7 @@ class Orchestrator:
         self._entries: dict[str, Entry] = {}
         self._making: set[str] = set()
         self._room: Room | None = None
-        self._problems: dict[str, str] = {}
-        self._noted: dict[str, str] = {}
+        self._problems = Problems()
         self._ticked = clock()
         self._loaded = False
         self._lock = threading.Lock()
@@ -140,27 +140,24 @@ class Orchestrator:
     def tick(self) -> None:
         """One look at everything that is under way, and what follows from it."""
         self._ticked = self._clock()
-        self._noted = {}
-        try:
+        with self._problems.collected():
             self._step()
-        finally:
-            self._problems = self._noted
 
     def _step(self) -> None:
         if not self._loaded:
-            with self._noting("store"):
+            with self._problems.of("store"):
                 self.load()
         entries = self._active()
         if not self._loaded or not entries:
             return
         jobs: dict[str, Job] | None = None
-        with self._noting("jobs"):
+        with self._problems.of("jobs"):
             jobs = {job.id: job for job in self.jobs.list()}
         if jobs is None:
             return
         for entry in entries:
             if entry.submission.job_id:
-                with self._noting("store", entry), entry.lock:
+                with self._problems.of("store", entry.id), entry.lock:
                     self._reconcile(entry, jobs.get(entry.submission.job_id))
         self._start_waiting()
 
@@ -192,7 +189,7 @@ class Orchestrator:
     def _end_job(self, entry: Entry, job: Job) -> None:
         now = self._clock()
         if abs(now - entry.asked_to_stop) >= _STOP_AGAIN_SECONDS:
-            with self._noting("jobs"):
+            with self._problems.of("jobs"):
                 self.jobs.ask_to_stop(job.id)
                 entry.asked_to_stop = now
 
@@ -236,7 +233,7 @@ class Orchestrator:
                 self._begin_try(entry)
         except (ClusterError, ValueError) as error:
             entry.refusals += 1
-            self._noted["jobs"] = str(error)
+            self._problems.note("jobs", str(error))
             if isinstance(error, ValueError) or entry.refusals >= _SUBMIT_TRIES:
                 self._conclude(entry, "failed", f"its job was refused: {error}")
 
@@ -251,7 +248,7 @@ class Orchestrator:
         tried: set[str] = set()
         while (entry := self._next(tried)) is not None:
             tried.add(entry.id)
-            with self._noting("store", entry), entry.lock:
+            with self._problems.of("store", entry.id), entry.lock:
                 self._begin(entry)
 
     def _next(self, tried: set[str]) -> Entry | None:
@@ -260,7 +257,7 @@ class Orchestrator:
         waiting = {entry.id: entry for entry in entries if not entry.submission.job_id}
         started = [entry for entry in entries if entry.submission.job_id]
         room = None
-        with self._noting("resources"):
+        with self._problems.of("resources"):
             room = self._room = self._resources.look([entry.job.driver for entry in started if entry.job is not None])
         if room is None or not waiting:
             return None
@@ -421,7 +418,7 @@ class Orchestrator:
     def health(self) -> dict[str, Any]:
         """`ok` is false while something that it needs does not work; `problems` says what."""
         silent = self._clock() - self._ticked
-        problems = dict(self._problems)
+        problems = self._problems.last()
         if silent > 30 + 10 * self._tick_seconds:
             problems["tick"] = f"it has been at one step for {silent:.0f} s: the store or the cluster does not answer"
         return {
@@ -482,22 +479,3 @@ class Orchestrator:
             yield
         finally:
             entry.lock.release()
-
-    @contextmanager
-    def _noting(self, what: str, entry: Entry | None = None) -> Iterator[None]:
-        """An expected failure of what the block needs is noted for `health`, and logged when it is new; so is a defect
-        that one run meets, which is not to keep the service from all others."""
-        try:
-            yield
-        except (StorageError, ClusterError) as error:
-            what = "store" if isinstance(error, StorageError) else what
-            if what not in self._problems:
-                _log.warning("%s: %s", what, error)
-            self._noted[what] = str(error)
-        except Exception as error:
-            if entry is None:
-                raise
-            what = f"run {entry.id}"
-            if what not in self._problems:
-                _log.exception("%s: the service failed on it", what)
-            self._noted[what] = f"the service failed on it ({type(error).__name__}); its log says where"
