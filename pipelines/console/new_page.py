@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -57,9 +58,14 @@ async def show(desk: Desk) -> None:
         plan.props(f'flat bordered dense aria-label="{_STAGES_SHOWN}"')
         plan.visible = False
 
+    @cache
+    def run_id() -> str:
+        """One, however often the form is sent: an answer that did not come in time may have been a yes."""
+        return new_run_id()
+
     def asked() -> RunRequest:
         values = {name: str(field.value or "") for name, field in fields.items()}
-        return request(recipe.value or "", values, keep=keep.value)
+        return request(recipe.value or "", values, run_id(), keep=keep.value)
 
     async def foresee() -> None:
         banner("")
@@ -81,14 +87,14 @@ async def show(desk: Desk) -> None:
         enter.enable()
 
 
-def request(recipe: str, values: dict[str, str], *, keep: bool) -> RunRequest:
+def request(recipe: str, values: dict[str, str], run_id: str, *, keep: bool) -> RunRequest:
     """What the form says; lists are words. Raises RequestRefused."""
     words: dict[str, list[str]] = {name: values[name].split() for name in ("overrides", "force", "tags")}
     options: dict[str, Any] = {name: values[name].strip() or None for name in ("until", "from_stage")}
     return RunRequest(
         recipe,
         overrides=words["overrides"],
-        run_id=new_run_id(),
+        run_id=run_id,
         force=words["force"],
         keep=keep,
         priority=_whole(values["priority"]),

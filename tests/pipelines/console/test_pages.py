@@ -195,7 +195,7 @@ def test_the_form_is_a_request() -> None:
         "tags": "user=ana",
         "priority": "-3",
     }
-    asked = new_page.request("name: x", values, keep=True)
+    asked = new_page.request("name: x", values, "r", keep=True)
     assert (asked.overrides, asked.until, asked.from_stage, asked.force) == (
         ["a.b=1", "c=2"],
         "export",
@@ -203,12 +203,13 @@ def test_the_form_is_a_request() -> None:
         ["ingest"],
     )
     assert (asked.tags, asked.priority, asked.keep, asked.recipe) == ({"user": "ana"}, -3, True, "name: x")
+    assert asked.run_id == "r"
 
 
 @pytest.mark.parametrize(("field", "value", "named"), [("priority", "high", "priority"), ("tags", "ana", "tag")])
 def test_what_the_form_cannot_be_is_refused(field: str, value: str, named: str) -> None:
     with pytest.raises(RequestRefused) as refused:
-        new_page.request("name: x", FORM | {field: value}, keep=False)
+        new_page.request("name: x", FORM | {field: value}, "r", keep=False)
     assert refused.value.field == named
 
 
