@@ -150,7 +150,7 @@ class Run:
     ) -> "Run":
         """Begin the folder of a new run, which goes from one stage to another. Raises RunError if the id is malformed
         or taken."""
-        run_id = run_id or new_run_id()
+        run_id = new_run_id() if run_id is None else run_id
         directory = _directory(store, run_id)
         if directory.exists("status.json"):
             raise RunError(f"run {run_id!r} exists already; resume it, or choose another --run-id")

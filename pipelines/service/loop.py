@@ -291,7 +291,7 @@ class Orchestrator:
     def submit(self, request: RunRequest) -> RunRow:
         """Queues a run. Raises RequestRefused, WrongState if there is a run of that id, StorageError."""
         accepted = self.check(request)
-        run_id = request.run_id or new_run_id()
+        run_id = new_run_id() if request.run_id is None else request.run_id
         with self._alone(run_id):
             if run_id in self._entries:
                 raise WrongState(f"run {run_id!r} exists already; resume it, or choose another id")

@@ -120,6 +120,7 @@ def test_a_recipe_may_be_text_and_its_resolved_form_is_given_back(http: TestClie
         ({"keep": 1}, "keep", "boolean"),
         ({"tags": {"a": 1}}, "tags.a", "string"),
         ({"run_id": "../../etc/x"}, "run_id", "malformed"),
+        ({"run_id": ""}, "run_id", "malformed"),
         ({"unknown": 1}, "unknown", "Extra inputs"),
     ],
 )
@@ -286,7 +287,8 @@ def test_a_recipe_that_unfolds_without_end_is_refused(http: TestClient) -> None:
 def test_unknown_paths_and_methods_have_the_same_shape(http: TestClient) -> None:
     error(http.get("/"), 404)
     error(http.get("/api/nothing"), 404)
-    assert error(http.request("TRACE", "/api/runs", headers={"content-type": ""}), 405)
+    for method in ("TRACE", "PUT", "PATCH"):
+        assert error(http.request(method, "/api/runs", headers={"content-type": ""}), 405)
     for path, methods in (("/api/runs", "GET, POST"), ("/api/runs/r", "DELETE, GET"), ("/api/runs/r/stop", "POST")):
         refused = http.put(path)
         assert "does not take that method" in error(refused, 405) and refused.headers["allow"] == methods
