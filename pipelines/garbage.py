@@ -24,6 +24,7 @@ from cluster import condemn, hold, lease
 from cluster.artifact import Artifact
 from cluster.condemn import Marker, Overtaken
 from cluster.storage import FileStat, StorageError, Store
+from pipelines.quantity import size_in_words
 from pipelines.retention import Address, Need, Policy, Roots, find_roots
 from pipelines.training_folder import CHECKPOINTS, HANGS, INCARNATIONS, METRICS
 
@@ -333,16 +334,8 @@ def lines(report: Report, dry_run: bool) -> Iterator[str]:
     """For a person."""
     verb = "would remove" if dry_run else "removed"
     for each in report.removed:
-        yield f"{verb} {_name(each.address)} ({_size(each.bytes)}): {each.reason}"
+        yield f"{verb} {_name(each.address)} ({size_in_words(each.bytes)}): {each.reason}"
     for line in report.left:
         yield f"left {line}"
     runs = f"{len(report.kept_runs)} runs kept, {len(report.dropped_runs)} not"
-    yield f"{verb} {_size(report.bytes)} of {len(report.removed)} artifacts; {runs}"
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    yield f"{verb} {size_in_words(report.bytes)} of {len(report.removed)} artifacts; {runs}"

@@ -19,6 +19,7 @@ from pipelines.console.desk import Curve, Desk, told, told_until_over
 from pipelines.console.frame import COLORS, STATE_CELL, Banner, ago, confirmed, empty, note, page, repeated, spent
 from pipelines.data_report import JSON_FILE, in_one_line
 from pipelines.follow import progress
+from pipelines.quantity import size_in_words
 from pipelines.runs import StageStatus
 from pipelines.service import views
 from pipelines.service.answers import ArtifactRow
@@ -285,19 +286,10 @@ def artifact_cells(found: ArtifactRow) -> dict[str, str]:
     return {
         "stage": found.stage,
         "state": found.error or ("committed" if found.committed else "not yet"),
-        "size": "" if found.size is None else size(found.size),
+        "size": "" if found.size is None else size_in_words(found.size),
         "made, UTC": (found.created or "")[:19].replace("T", " "),
         "where": found.uri,
     }
-
-
-def size(number: float) -> str:
-    """`512 B`, `3.4 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
 
 
 class _Data:
