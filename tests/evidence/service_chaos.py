@@ -19,7 +19,7 @@ run that was acknowledged is listed by the service and by the store, and done; w
 times, byte by byte; of every stage's key one attempt was committed and no other; contents are what they should be; no
 process is left. Prints the counts; exits with 1 when a claim fails.
 
-Needs the test dependencies; Swift is installed once into `.cache/swift`. About twelve minutes on two cores.
+Needs the test dependencies; Swift is installed once into `.cache/swift`. About thirteen minutes on two cores.
 """
 
 from __future__ import annotations
