@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,12 +21,11 @@ from llama.config import ModelConfig
 from llama.hf import export_architecture, save_pretrained
 from llama.hf_adapter import save_adapter
 from llama.lora import merge_lora
-from llama.training.checkpoint import Checkpointer
 from pipelines.finetune import Trained, fitting_start
 from pipelines.recipe import ExportConfig, Recipe
 from pipelines.runs import Run, RunError
 from pipelines.stage import Stage, StageContext
-from pipelines.training_folder import CHECKPOINTS, INCARNATIONS, START, training_folder
+from pipelines.training_folder import CHECKPOINTS, INCARNATIONS, START, checkpoints_of, training_folder
 from pipelines.vocabulary import load_tokenizer
 
 ADAPTER = "adapter"
@@ -69,12 +67,6 @@ def write_export(trained: Trained, tokenizer: Artifact, dtype: str, output: Stor
 
 
 # --- out of a run's checkpoints -------------------------------------------------------------------------------------
-
-
-def checkpoints_of(run: Run) -> dict[int, dict[str, Any]]:
-    """The run's whole checkpoints by step, in order, each with what was saved beside the tensors."""
-    folder = training_folder(run)
-    return {} if folder is None else Checkpointer(folder.child(CHECKPOINTS), Artifact).committed()
 
 
 def export_checkpoint(run: Run, step: str, to: str) -> int:

@@ -15,7 +15,7 @@ from cluster.storage import Store
 from pipelines.follow import duration, progress
 from pipelines.metrics import MetricsReader
 from pipelines.runs import Run
-from pipelines.training_folder import CHECKPOINTS, METRICS, training_folder
+from pipelines.training_folder import METRICS, checkpoints_of, training_folder
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,10 @@ def view(run: Run) -> RunView:
         validated=next((row for row in reversed(curve) if row["val_loss"] is not None), None),
         checkpoints=[
             {"step": step, "loss": saved.get("loss"), "val_loss": saved.get("val_loss")}
-            for step, saved in _checkpoints(run).items()
+            for step, saved in checkpoints_of(run).items()
         ],
         files=[_shown(run.directory, path) for path in run.directory.list() if path.split("/")[0] in _FOR_THE_EYE],
     )
-
-
-def _checkpoints(run: Run) -> dict[int, dict[str, Any]]:
-    """None of a run that has none, which is told without torch."""
-    folder = training_folder(run)
-    if folder is None or not folder.folders(CHECKPOINTS):
-        return {}
-    from pipelines.export import checkpoints_of
-
-    return checkpoints_of(run)
 
 
 def view_of_service(answer: Mapping[str, Any], stored: RunView | None) -> RunView:
