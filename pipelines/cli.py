@@ -11,6 +11,7 @@ import logging
 import typer
 
 from pipelines.cli_bench import bench
+from pipelines.cli_chat import chat
 from pipelines.cli_cluster import down, up
 from pipelines.cli_drive import run
 from pipelines.cli_keys import keys
@@ -54,6 +55,7 @@ for command in (
     scale,
     status,
     trace,
+    chat,
     undeploy,
     doctor,
     gc,

@@ -80,7 +80,7 @@ def deploy(
         others = (*given.values(), least, largest, name, api_key_file, cors_origin, max_wait_s)
         if any(value is not None for value in others) or ingresses != 1 or host != "127.0.0.1":
             fail("--update exchanges the weights and changes nothing else; leave the other options out")
-        endpoint = control.update(model_uri, dashboard_url=_dashboard_url(address))
+        endpoint = control.update(model_uri, dashboard_url=dashboard_url(address))
         _print_endpoint(endpoint, as_json)
         return
     if replicas is not None and (least, largest) != (None, None):
@@ -152,7 +152,7 @@ def scale(
     """
     from cluster.serve import control
 
-    autoscaled = control.scale(replicas, dashboard_url=_dashboard_url(address))
+    autoscaled = control.scale(replicas, dashboard_url=dashboard_url(address))
     ended = "; autoscaling is off" if autoscaled else ""
     out.print(f"{replicas} replica{'s' if replicas > 1 else ''} running{ended}", highlight=False)
 
@@ -167,7 +167,7 @@ def status(
     """Show the endpoint and its replicas: load, cache, hit rate, speed."""
     from pipelines.serve_status import Look
 
-    looks = _looks(_dashboard_url(address), api_key, every)
+    looks = _looks(dashboard_url(address), api_key, every)
     found = next(looks)
     if not isinstance(found, Look):
         raise found
@@ -246,7 +246,7 @@ def trace(
     from cluster.serve.records_client import find_request
     from pipelines.serve_trace import attempt_line, scores, summary
 
-    found = find_request(control.status(dashboard_url=_dashboard_url(address)).endpoint.url, request_id, api_key)
+    found = find_request(control.status(dashboard_url=dashboard_url(address)).endpoint.url, request_id, api_key)
     if as_json:
         print_json({"requests": found})
         return
@@ -262,7 +262,7 @@ def undeploy(address: AddressOption = None) -> None:
     """Remove the endpoint."""
     from cluster.serve import control
 
-    control.undeploy(dashboard_url=_dashboard_url(address))
+    control.undeploy(dashboard_url=dashboard_url(address))
     out.print("nothing is deployed", highlight=False)
 
 
@@ -275,7 +275,7 @@ def _join(address: str | None) -> Session:
     return session.connect(address)
 
 
-def _dashboard_url(address: str | None) -> str:
+def dashboard_url(address: str | None) -> str:
     from cluster import head
 
     record = head.recorded()

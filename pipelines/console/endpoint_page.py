@@ -11,9 +11,9 @@ from typing import Any
 from nicegui import ui
 
 from cluster.serve.errors import NotDeployed
+from pipelines.chat import converse
 from pipelines.console import charts
 from pipelines.console.desk import Desk, told
-from pipelines.console.endpoint import Said, converse
 from pipelines.console.frame import Banner, confirmed, note, page, repeated
 from pipelines.serve_status import Look, ReplicaView, headline, seconds
 
@@ -186,12 +186,5 @@ class _Chat:
                 said += piece.text
                 reply.text = said
                 if piece.prompt_tokens is not None:
-                    counts.text = in_one_line(piece)
+                    counts.text = piece.counts()
         return said
-
-
-def in_one_line(said: Said) -> str:
-    """The counts of a reply."""
-    line = f"{said.prompt_tokens:,} prompt tokens, {said.cached_tokens or 0:,} of them cached"
-    line += f"; {said.completion_tokens or 0:,} new"
-    return line if said.first_token_s is None else f"{line}; the first after {seconds(said.first_token_s)}"

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from cluster.storage import StorageError, Store
 from pipelines.console import endpoint_page, new_page, run_page, runs_page
 from pipelines.console.desk import Curve, Desk, told, told_until_over
-from pipelines.console.endpoint import Endpoints, Said
+from pipelines.console.endpoint import Endpoints
 from pipelines.console.mount import mount
 from pipelines.metrics import MetricsWriter
 from pipelines.runs import Run, StageStatus
@@ -173,11 +173,6 @@ def test_a_replica_of_which_nothing_is_known_has_dashes() -> None:
     assert (shown["state"], shown["running"], shown["kv"], shown["hits"], shown["speed"]) == (
         "RUNNING, stale", "3", "26%", "50%", "1,234",
     )  # fmt: skip
-
-
-def test_a_reply_s_counts() -> None:
-    said = Said("", prompt_tokens=40, cached_tokens=32, completion_tokens=7, first_token_s=0.25)
-    assert endpoint_page.in_one_line(said) == "40 prompt tokens, 32 of them cached; 7 new; the first after 250ms"
 
 
 # -- the form
