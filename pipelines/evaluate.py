@@ -10,7 +10,7 @@ import math
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,8 +18,7 @@ from cluster.artifact import Artifact
 from cluster.placement import WorkerNeeds, run_on_cluster
 from cluster.storage import JSON
 from llama.config import ModelConfig
-from llama.engine import Engine, EngineConfig, SamplingParams
-from llama.model import Transformer
+from llama.engine import EngineConfig, SamplingParams
 from llama.tokenizer import Tokenizer
 from llama.training.batch import loss_sum
 from pipelines.baselines import measure_baselines
@@ -29,6 +28,9 @@ from pipelines.recipe import EvaluateConfig
 from pipelines.shard_set import ShardSet
 from pipelines.stage import Stage, StageContext
 from pipelines.vocabulary import load_tokenizer
+
+if TYPE_CHECKING:
+    from llama.model import Transformer
 
 _CACHE_BYTES = 1 << 30
 """Shards are read one after the other; the validation split twice, so that it had better fit."""
@@ -108,6 +110,8 @@ def samples(model: Transformer, tokenizer: Tokenizer, config: EvaluateConfig) ->
     """The model's own continuations of the recipe's prompts; of a prompt beyond the context, its end."""
     if not config.prompts:
         return []
+    from llama.engine import Engine  # with it all that generates
+
     blocks = -(-model.config.max_seq_len // EngineConfig().block_size) * len(config.prompts)
     engine = Engine(model, tokenizer, EngineConfig(num_blocks=blocks))
     params = SamplingParams(max_tokens=config.sample_tokens, temperature=config.temperature, seed=0)

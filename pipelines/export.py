@@ -18,8 +18,6 @@ from cluster.location import has_credentials
 from cluster.placement import WorkerNeeds, run_on_cluster
 from cluster.storage import JSON, FileEntry, Store
 from llama.config import ModelConfig
-from llama.hf import export_architecture, save_pretrained
-from llama.hf_adapter import save_adapter
 from llama.lora import merge_lora
 from pipelines.finetune import Trained, fitting_start
 from pipelines.recipe import ExportConfig, Recipe
@@ -40,6 +38,8 @@ def export_stage(model: ModelConfig, config: ExportConfig) -> Stage:
 
 
 def _export(model: ModelConfig, config: ExportConfig, context: StageContext) -> dict[str, JSON]:
+    from llama.hf import export_architecture  # seconds, which whoever only asks what a recipe means would wait for
+
     context.emit("writing the Hugging Face directory")
     entries = run_on_cluster(
         WorkerNeeds(cpus=1),
@@ -55,6 +55,9 @@ def _export(model: ModelConfig, config: ExportConfig, context: StageContext) -> 
 
 def write_export(trained: Trained, tokenizer: Artifact, dtype: str, output: Store) -> list[FileEntry]:
     """Writes the directory's files into `output` and returns them."""
+    from llama.hf import save_pretrained
+    from llama.hf_adapter import save_adapter
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = trained.load_adapted()

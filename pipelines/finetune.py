@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -27,16 +27,18 @@ from cluster.node_copy import copied_once
 from cluster.storage import NotFound, Store
 from llama.config import ModelConfig
 from llama.counts import parameter_shapes
-from llama.hf import load_weights
 from llama.hf_caravan import model_config_from_json
 from llama.hf_config import read_config
 from llama.hf_values import CONFIG_FILE
 from llama.lora import LoraConfig, apply_lora, merge_lora
-from llama.model import Transformer
-from llama.training.checkpoint import load_model_weights
 from pipelines.adopted_tokenizer import adopt_tokenizer
 from pipelines.runs import Run
 from pipelines.section import lasting_uri
+
+if TYPE_CHECKING:
+    from llama.model import Transformer
+
+# What loads weights is imported where it does: it takes seconds, and most who ask about a start load none.
 
 _TOKENIZER_FILE = "tokenizer.json"
 _SHAPING = [
@@ -69,8 +71,12 @@ class Start:
     def load(self, model: Transformer) -> None:
         """Fills a model, sharded or not, what lies below its adapters. Of a sharded one all ranks do so together."""
         if self.is_checkpoint:
+            from llama.training.checkpoint import load_model_weights
+
             load_model_weights(Artifact(Store(self.uri)), model, below_adapters=True)
         else:
+            from llama.hf import load_weights
+
             load_weights(self._fetch(), model)
 
     def require(self, fingerprint: str) -> None:
@@ -310,6 +316,9 @@ class Trained:
 
     def load_adapted(self) -> Transformer:
         """A plain model with its adapters, if there are any, for inference."""
+        from llama.model import Transformer
+        from llama.training.checkpoint import load_model_weights
+
         with torch.device("meta"):
             model = Transformer(self.model)
             if self.lora is not None:

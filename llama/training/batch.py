@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from torch import Tensor
 from llama.attention import Attend, CausalAttend, document_positions
 from llama.config import ModelConfig
 from llama.losses import IGNORE_INDEX
-from llama.model import Transformer
-from llama.moe import RoutingRecord
+
+if TYPE_CHECKING:
+    from llama.model import Transformer
+    from llama.moe import RoutingRecord
 
 
 @dataclass(frozen=True)

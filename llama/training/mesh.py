@@ -12,15 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from llama.config import ModelConfig
 from llama.training.config import ParallelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ def build_mesh(parallel: ParallelConfig, world_size: int, device_type: str) -> M
     Raises:
         ValueError: as `plan_mesh`.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # whoever only plans does without
+
     plan = plan_mesh(parallel, world_size)
     dense = init_device_mesh(
         device_type, (plan.dp_replicate, plan.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
@@ -176,5 +180,5 @@ def process_group() -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of `tensor`, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """This rank's shard of `tensor`, a DTensor or a plain one, sharing its memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
