@@ -64,6 +64,7 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, control_tokens: Collection[str]) -> None:
+        self._text = text
         self._tokens = sorted(control_tokens, key=len, reverse=True)
         self._any_token = _any_of(self._tokens)
         self._edges = sorted({token[0] for token in self._tokens} | {token[-1] for token in self._tokens})
@@ -85,6 +86,10 @@ class ChatTemplate:
         # Letters stay: the template has to know its fields' names again.
         edges = [edge for edge in self._edges if not edge.isalnum()]
         self._telling = re.compile(f"(?P<token>{self._any_token})|(?P<sought>{_any_of(sought)})|{_any_of(edges)}")
+
+    def __reduce__(self) -> tuple[type[ChatTemplate], tuple[str, tuple[str, ...]]]:
+        """A compiled template is not for another process, which compiles the text again."""
+        return ChatTemplate, (self._text, tuple(self._tokens))
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, special_tokens: Mapping[str, str]

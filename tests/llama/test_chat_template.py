@@ -1,6 +1,7 @@
 """Templates from outside give transformers' text, and messages make no control tokens."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from llama.chat_template import ChatTemplate
 from llama.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, ChatTemplateError, Tokenizer
 
 # Ordinary to the tokenizer, as "</think>" is in many models; the others are control tokens.
@@ -165,6 +167,20 @@ def test_a_broken_template_spoils_chats_alone(tmp_path: Path, template):
     assert tokenizer.decode(tokenizer.encode("hi")) == "hi"
     with pytest.raises(ChatTemplateError, match=r"in line 2: .* correct it, in chat_template\.jinja"):
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("text", [CHAT_TEMPLATE, "{% for message in messages %}"])
+def test_a_template_goes_to_another_process(text):
+    template = ChatTemplate(text, SPECIAL_TOKENS)
+    tokens = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+
+    def render(which: ChatTemplate) -> Any:
+        try:
+            return which.render([{"role": "user", "content": "a"}], add_generation_prompt=True, special_tokens=tokens)
+        except ChatTemplateError as error:
+            return str(error)
+
+    assert render(pickle.loads(pickle.dumps(template))) == render(template)
 
 
 def test_of_several_templates_the_default_is_taken(tmp_path: Path):

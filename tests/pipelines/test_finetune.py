@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -177,6 +178,13 @@ def test_what_does_not_fit_is_named(directory, store, tmp_path):
         assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="train.lora adapts a model that is trained already; name it in train.start_f"):
         TrainRecipe(lora=LoraConfig())
+
+
+def test_every_stage_can_be_sent_to_a_worker(directory):
+    """With the adopted tokenizer's chat template, of which the compiled form stays here."""
+    graph = build_graph(recipe(directory), "", keep=False)
+    sent = [pickle.loads(pickle.dumps(stage)) for stage in graph.stages.values()]
+    assert {stage.name: stage.config for stage in sent} == {name: each.config for name, each in graph.stages.items()}
 
 
 def test_conversations_become_adapters_become_a_directory(directory, tmp_path):
