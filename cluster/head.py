@@ -201,6 +201,16 @@ def caravan_home() -> Path:
     return Path(os.environ.get("CARAVAN_HOME") or ".caravan").absolute()
 
 
+def make_home() -> Path:
+    """The home folder, there. Neither git nor a job's working directory takes what lies in it, which may be much."""
+    home = caravan_home()
+    home.mkdir(parents=True, exist_ok=True)
+    ignored = home / ".gitignore"
+    if not ignored.exists():
+        ignored.write_text("*\n")
+    return home
+
+
 def prepare_environment(loopback: bool) -> None:
     """Settings that Ray reads from the environment; what the user has set stays."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -225,8 +235,7 @@ def prepare_environment(loopback: bool) -> None:
 @contextmanager
 def _locked_home() -> Iterator[Path]:
     """The home folder, held by one `up` or `down` at a time."""
-    home = caravan_home()
-    home.mkdir(parents=True, exist_ok=True)
+    home = make_home()
     with open(home / "cluster.lock", "w") as lock:
         flock(lock, LOCK_EX)
         yield home

@@ -48,6 +48,10 @@ def open_store(uri: str | None) -> Store:
     """Raises StorageError unless it can be written to."""
     store = named_store(uri)
     store.check_writable()
+    if uri is None:
+        from cluster.head import make_home
+
+        make_home()
     return store
 
 

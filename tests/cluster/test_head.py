@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env import packaging
 
-from cluster.head import temporary_folder
+from cluster.head import make_home, temporary_folder
 
 
 def test_two_homes_share_no_folder_of_ray_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +28,17 @@ def test_the_paths_of_sockets_below_it_are_short_enough(monkeypatch: pytest.Monk
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     socket = temporary_folder() / "session_2026-01-31_23-59-59_999999_4194304" / "sockets" / "plasma_store.12"
     assert len(str(socket)) < 107
+
+
+def test_a_home_keeps_out_of_git_and_of_jobs_working_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "code.py").write_text("")
+    monkeypatch.setenv("CARAVAN_HOME", str(tmp_path / ".caravan"))
+    (make_home() / "weights").write_bytes(b"x" * 100)
+    taken: list[str] = []
+    packaging._dir_travel(tmp_path, [], lambda path: taken.append(path.name), include_gitignore=True)
+    assert "code.py" in taken and "weights" not in taken
+    (tmp_path / ".caravan" / ".gitignore").write_text("mine\n")
+    make_home()
+    assert (tmp_path / ".caravan" / ".gitignore").read_text() == "mine\n"

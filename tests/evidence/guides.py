@@ -205,7 +205,7 @@ class Folder:
         ended = self._await(process, how)
         seconds = time.monotonic() - began
         good = ended or process.returncode == 0
-        self.answer = next(iter(re.findall(r'"id": ?"((?:chat)?cmpl-\w+)"', self.output)), self.answer)
+        self.answer = next(iter(re.findall(r'"id": ?"((?:chat)?cmpl-[\w-]+)"', self.output)), self.answer)
         print(self.output if not good else self.output[-1500:], end="", flush=True)
         print(f"{'ok  ' if good else 'FAIL'} {seconds:.0f} s, exit code {process.returncode}\n", flush=True)
         return good
