@@ -122,7 +122,9 @@ def build_api(
     )
     bounded = Bounded(_THREADS, answer_seconds)
     routes = APIRouter(
-        dependencies=[Depends(_nothing_unknown)], responses=problems(), generate_unique_id_function=_name
+        dependencies=[Depends(_json_alone), Depends(_nothing_unknown)],
+        responses=problems(),
+        generate_unique_id_function=_name,
     )
     _add_runs(routes, orchestrator, bounded)
     _add_parts(routes, orchestrator, bounded)
@@ -136,6 +138,13 @@ def build_api(
 
 def _name(route: Any) -> str:
     return route.name
+
+
+def _json_alone(request: Request) -> None:
+    """Raises HTTPException for what another site's page could post."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if request.method == "POST" and media_type != "application/json":
+        raise HTTPException(415, "Content-Type must be application/json.")
 
 
 def _nothing_unknown(request: Request) -> None:

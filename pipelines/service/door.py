@@ -1,16 +1,16 @@
 """Who may ask the service, and how much at a time. Pure ASGI, in front of everything.
 
-In this order, so that a stranger costs nothing: the name that the service was called by, the token (401), the media
-type (415), the body's length and pace (413, 408).
+In this order, so that a stranger costs nothing: the name that the service was called by, the token (401), the body's
+length and pace (413, 408).
+
+Without a token only programs of this machine are to be served, and a browser is one that web pages command: a page
+cannot send `application/json`, which is all that the API takes (415), elsewhere without asking first, which is refused,
+and a page whose own name was turned into 127.0.0.1 is known by that name.
 
 The console is for browsers, and a browser has a pass (passes.py) in place of the token, which opens nothing but the
 console. Everything that a page does goes over one WebSocket, for which the rule of browsers against other sites' pages
 does not hold: so what comes from a page must come from a page of this very service. Whoever has no pass sees the page
 that asks for the token, and no other.
-
-Without a token only programs of this machine are to be served, and a browser is one that web pages command: a page
-cannot send `application/json` elsewhere without asking first, which is refused, and a page whose own name was turned
-into 127.0.0.1 is known by that name.
 """
 
 from __future__ import annotations
@@ -121,10 +121,6 @@ class Door:
         known = self._digest is None or self._has_token(headers)
         if not known and (scope["path"] != HEALTH or scope["method"] != "GET"):
             raise ApiError(401, "A token is needed: send it as Authorization: Bearer TOKEN.")
-        if scope["method"] == "POST":  # nothing takes a PUT or a PATCH, which is then what is said
-            media_type = _one(headers, b"content-type").partition(b";")[0].strip().lower()
-            if media_type != b"application/json":
-                raise ApiError(415, "Content-Type must be application/json.")
         return known
 
     def _check_console(self, scope: Scope) -> bool:
