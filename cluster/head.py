@@ -278,10 +278,11 @@ def _choose_ports(port: int | None, dashboard_port: int | None) -> dict[str, int
 
 
 def temporary_folder() -> Path:
-    """Below Ray's own: Ray would otherwise note this cluster there as the machine's current one. And one for each home:
-    Ray starts a job's driver on the cluster that was noted last in the folder, be it another."""
-    home = hashlib.sha256(os.fsencode(caravan_home())).hexdigest()[:8]  # sockets lie below, whose paths have 107 bytes
-    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", f"caravan-{os.getuid()}", home)
+    """Below Ray's own: Ray would otherwise note this cluster there as the machine's current one. And one for each home
+    of each user: Ray starts a job's driver on the cluster that was noted last in the folder, be it another."""
+    whose = hashlib.sha256(b"%d %s" % (os.getuid(), os.fsencode(caravan_home()))).hexdigest()[:8]
+    # short: sockets lie below, of whose paths Ray takes up 68 bytes and the system allows 107
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", f"c{whose}")
 
 
 def scratch_folder() -> str:
