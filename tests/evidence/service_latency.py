@@ -34,6 +34,7 @@ from pipelines.runs import Run, StageStatus  # noqa: E402
 from pipelines.service.client import ServiceClient  # noqa: E402
 from pipelines.service.index import write_submission  # noqa: E402
 from pipelines.service.submission import OVER, Submission  # noqa: E402
+from tests.evidence.service_runs import command  # noqa: E402
 from tests.swift import ACCESS_KEY, SECRET_KEY, running_swift  # noqa: E402
 
 FIRST_STAGE_S, LOCAL_LIST_S, S3_LIST_S, CACHED_S = 8.0, 0.5, 2.0, 5.0
@@ -53,11 +54,6 @@ def recipe(folder: Path, number: int) -> dict[str, Any]:
         "model": {"dim": 32, "num_layers": 1, "num_heads": 2, "max_seq_len": 64},
         "train": {"steps": 2, "global_batch": 2, "micro_batch": 1, "seq_len": 32},
     }
-
-
-def command(environment: dict[str, str], *arguments: object) -> str:
-    line = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
-    return subprocess.run(line, env=environment, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
 
 
 def first_stages(service: ServiceClient, folder: Path, rounds: int) -> list[float]:

@@ -135,7 +135,7 @@ def test_a_bad_request_says_what_is_wrong(
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe"])
 def test_what_is_no_json_object_is_refused(http: TestClient, body: bytes) -> None:
-    error(http.post("/api/runs", content=body), 400)
+    assert error(http.post("/api/runs", content=body), 400)
 
 
 def test_a_list_is_filtered_sorted_and_cut(http: TestClient, service: Orchestrator) -> None:
