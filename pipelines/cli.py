@@ -20,6 +20,7 @@ from pipelines.cli_resume import resume
 from pipelines.cli_runs import export, show
 from pipelines.cli_serve import deploy, scale, status, trace, undeploy
 from pipelines.cli_service import delete, logs, runs, stop, submit
+from pipelines.cli_sweep import sweep
 from pipelines.screen import (
     INTERRUPTED,
     TERMINATED,
@@ -43,6 +44,7 @@ for command in (
     up,
     down,
     run,
+    sweep,
     resume,
     submit,
     runs,

@@ -33,8 +33,9 @@ from pipelines.screen import (
 if TYPE_CHECKING:
     from cluster.storage import Store
     from pipelines.graph import Graph
-    from pipelines.recipe import Recipe
+    from pipelines.run_kinds import RunKind
     from pipelines.runs import Run
+    from pipelines.stage import StageResult
 
 RecipeArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.steps=100.")]
@@ -59,24 +60,21 @@ class Selection:
     force: tuple[str, ...] = ()
     keep: bool = False
 
-    def build(self, recipe: Recipe, store: Store, dashboard_url: str = "") -> Graph:
-        """The recipe's graph as the store has it now. Says what is wrong with the selection: GraphError."""
-        from pipelines.generations import read_generations
-        from pipelines.stages import build_graph
-
+    def build(self, kind: RunKind, store: Store, dashboard_url: str = "") -> Graph:
+        """The graph as the store has it now. Says what is wrong with the selection: GraphError."""
         if self.keep and self.until not in (None, "deploy"):
             fail(
                 f"--keep leaves an endpoint running, but --until={self.until} starts none; leave --keep out, or give "
                 "--until deploy"
             )
-        graph = build_graph(recipe, dashboard_url, self.keep, read_generations(store))
+        graph = kind.build(store, dashboard_url, self.keep)
         graph.selected(self.until, self.from_stage)
         for name in self.force:
             graph.check_forced(name, self.until, self.from_stage)
         return graph
 
-    def includes(self, graph: Graph, stage: str) -> bool:
-        return any(each.name == stage for each in graph.selected(self.until, self.from_stage))
+    def names(self, graph: Graph) -> list[str]:
+        return [stage.name for stage in graph.selected(self.until, self.from_stage)]
 
 
 def run(
@@ -94,19 +92,33 @@ def run(
 ) -> None:
     """Run a recipe's stages here; what is committed already is skipped."""
     from pipelines.recipe import Recipe
+    from pipelines.run_kinds import RecipeRun
+
+    kind = RecipeRun(Recipe.load(recipe, overrides or [], named_store(store)))
+    drive_new(kind, Selection(until, from_stage, tuple(force or ()), keep), store, run_id, dry_run, address, as_json)
+
+
+def drive_new(
+    kind: RunKind,
+    selection: Selection,
+    store: str | None,
+    run_id: str | None,
+    dry_run: bool,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Begins a run, or with `dry_run` says what it would do."""
     from pipelines.runs import Run
 
-    parsed = Recipe.load(recipe, overrides or [], named_store(store))
-    selection = Selection(until, from_stage, tuple(force or ()), keep)
     if dry_run:
-        show_plan(parsed, selection, named_store(store), as_json)
+        show_plan(kind, selection, named_store(store), as_json)
         return
     opened = open_store(store)
 
     def create() -> Run:
-        return Run.create(opened, parsed.to_yaml(), run_id, until, from_stage)
+        return Run.create(opened, kind.to_yaml(), run_id, selection.until, selection.from_stage)
 
-    _drive(parsed, create, opened, selection, store, address, as_json)
+    _drive(kind, create, opened, selection, store, address, as_json)
 
 
 def drive_again(
@@ -120,31 +132,31 @@ def drive_again(
     as_json: bool,
 ) -> None:
     """Goes on with a run; `until` is None for the stage that it was begun for."""
-    from pipelines.recipe import Recipe
+    from pipelines.run_kinds import stored_kind
     from pipelines.runs import Run
 
     found = Run.open(open_store(store), run_id)
-    recipe = Recipe.from_yaml(found.recipe_yaml, overrides, found.store)
+    kind = stored_kind(found.recipe_yaml, overrides, found.store, f"caravan resume {run_id}")
     selection = Selection(until or found.status.until, found.status.from_stage, force, keep)
 
     def open_run() -> Run:
         found.check_undriven()
         found.status.until = selection.until
         if overrides:
-            found.replace_recipe(recipe.to_yaml())
+            found.replace_recipe(kind.to_yaml())
         return found
 
-    _drive(recipe, open_run, found.store, selection, store, address, as_json)
+    _drive(kind, open_run, found.store, selection, store, address, as_json)
 
 
-def show_plan(recipe: Recipe, selection: Selection, store: Store, as_json: bool) -> None:
+def show_plan(kind: RunKind, selection: Selection, store: Store, as_json: bool) -> None:
     """What a run would do, and why; touches nothing."""
     from rich.table import Table
 
     from pipelines.drive import foresee
 
-    graph = selection.build(recipe, store)
-    steps = foresee(graph, store, recipe.name, selection.until, selection.from_stage, selection.force)
+    graph = selection.build(kind, store)
+    steps = foresee(graph, store, kind.name, selection.until, selection.from_stage, selection.force)
     if as_json:
         print_json([asdict(step) for step in steps])
         return
@@ -155,7 +167,7 @@ def show_plan(recipe: Recipe, selection: Selection, store: Store, as_json: bool)
 
 
 def _drive(
-    recipe: Recipe,
+    kind: RunKind,
     open_run: Callable[[], Run],
     store: Store,
     selection: Selection,
@@ -163,29 +175,29 @@ def _drive(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Runs the selected stages of a recipe on a cluster and prints how it went.
+    """Runs the selected stages on a cluster and prints how it went.
 
     The run's folder is made last of all, so that a run that cannot start leaves nothing behind.
     """
     from cluster import session
     from pipelines.generations import make_anew
     from pipelines.plan import write_record
-    from pipelines.user_stage import user_modules
 
     started = time.monotonic()
-    selection.build(recipe, store)
+    selection.build(kind, store)
     console = err if as_json else out
     console.print("[dim]connecting to Ray, or starting it[/]")
-    with session.connect(address, modules=user_modules(recipe.stages)) as connected:
+    with session.connect(address, modules=kind.modules()) as connected:
         signal.signal(signal.SIGTERM, terminate)  # Ray has put a handler there that ends in a crash
-        graph = selection.build(recipe, store, connected.dashboard_url or "")
-        _check_cluster(recipe, graph, store, selection, connected.dashboard_url or "")
+        dashboard = connected.dashboard_url or ""
+        graph = selection.build(kind, store, dashboard)
+        kind.check_cluster(graph, selection.names(graph), store, dashboard, selection.keep)
         run = open_run()
         graph = make_anew(graph, selection.force, store, run.id)
-        write_record(graph, recipe.name, run.directory)
+        write_record(graph, kind.name, run.directory)
         only = f", until {selection.until}" if selection.until else ""
         console.print(f"[bold]run[/] {run.id} in {escape(run.store.uri)}{only}", highlight=False)
-        url = _run_stages(recipe, graph, run, selection, {"--store": named, "--address": address}, as_json, started)
+        url = _run_stages(kind, graph, run, selection, {"--store": named, "--address": address}, as_json, started)
         if selection.keep and connected.owned and url:
             console.print(f"serving at {url}/v1 until interrupted (Ctrl-C)", highlight=False)
             with suppress(KeyboardInterrupt):
@@ -193,19 +205,8 @@ def _drive(
                     time.sleep(3600)
 
 
-def _check_cluster(recipe: Recipe, graph: Graph, store: Store, selection: Selection, dashboard_url: str) -> None:
-    """What would stop the run on this cluster is said now, and not after minutes of training."""
-    from cluster.serve import control
-    from pipelines.pretrain import check_room
-
-    if selection.includes(graph, "deploy"):
-        control.check_can_deploy(dashboard_url, recipe.serve.port, replace=selection.keep)
-    if selection.includes(graph, "pretrain") and not graph.artifact(store, "pretrain").committed:
-        check_room(recipe.model, recipe.train)
-
-
 def _run_stages(
-    recipe: Recipe,
+    kind: RunKind,
     graph: Graph,
     run: Run,
     selection: Selection,
@@ -215,9 +216,8 @@ def _run_stages(
 ) -> str | None:
     """Returns the URL of the endpoint that is left serving, if there is one."""
     from pipelines.drive import drive
-    from pipelines.progress import RunDisplay, print_summary
+    from pipelines.progress import RunDisplay
     from pipelines.ray_execution import OnRay
-    from pipelines.report import summarise
     from pipelines.runs import one_line
     from pipelines.sources import DataError
 
@@ -232,8 +232,11 @@ def _run_stages(
                 from_stage=selection.from_stage,
                 executor=executor,
                 on_event=display,
+                keep_going=kind.keep_going,
             )
     except BaseException as error:
+        if isinstance(error, Exception):
+            _conclude(kind, run, graph, None, started, as_json)
         again = resume_command(run.id, options, selection.keep)
         expected = expected_error(error)
         if expected is not None:
@@ -243,13 +246,27 @@ def _run_stages(
         if expected is None:
             raise
         raise typer.Exit(1) from error
+    return _conclude(kind, run, graph, results, started, as_json)
+
+
+def _conclude(
+    kind: RunKind,
+    run: Run,
+    graph: Graph,
+    results: Mapping[str, StageResult] | None,
+    started: float,
+    as_json: bool,
+) -> str | None:
+    """Shows what came of the run, of one that failed if there is something to show."""
     with only_json(as_json):
-        summary = summarise(run, results, time.monotonic() - started)
+        conclusion = kind.conclude(run, graph, results, time.monotonic() - started)
+    if conclusion is None:
+        return None
     if as_json:
-        print_json(asdict(summary))
+        print_json(conclusion.as_json())
     else:
-        print_summary(out, summary)
-    return summary.url
+        conclusion.print(out)
+    return conclusion.url
 
 
 def resume_command(run_id: str, options: Mapping[str, str | None], keep: bool) -> str:

@@ -43,7 +43,7 @@ from pipelines.screen import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.recipe import Recipe
+    from pipelines.run_kinds import RunKind
     from pipelines.service.client import ServiceClient
 
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Print the job's log until it ends.")]
@@ -72,6 +72,7 @@ def submit(
 ) -> None:
     """Queue a run of a recipe at the cluster's service, or without one start it as a Ray job; prints the run's id."""
     from pipelines.recipe import Recipe
+    from pipelines.run_kinds import RecipeRun
 
     selection = Selection(until, from_stage, tuple(force or ()), keep)
     with service_for(address, store) as found:
@@ -84,7 +85,7 @@ def submit(
         else:
             if priority or tag:
                 fail("--priority and --tag are for a service, and there is none; start one: caravan up")
-            submitted = _submit_job(parsed, selection, store, run_id, address)
+            submitted = _submit_job(RecipeRun(parsed), selection, store, run_id, address)
         print_submitted(submitted, as_json)
         if follow and found is not None:
             _follow_run(found, submitted["run_id"])
@@ -101,24 +102,23 @@ def print_submitted(submitted: Mapping[str, str], as_json: bool) -> None:
 
 
 def _submit_job(
-    parsed: Recipe, selection: Selection, store: str | None, run_id: str | None, address: str | None
+    kind: RunKind, selection: Selection, store: str | None, run_id: str | None, address: str | None
 ) -> dict[str, str]:
     """The driver as a Ray job, at once."""
     from cluster import jobs
     from pipelines.generations import make_anew
     from pipelines.runs import Run
-    from pipelines.user_stage import user_modules
 
     opened = open_store(store)
-    graph = selection.build(parsed, opened)  # what is wrong is said now, not in a job's log
+    graph = selection.build(kind, opened)  # what is wrong is said now, not in a job's log
     jobs.check(address)
-    created = Run.create(opened, parsed.to_yaml(), run_id, selection.until, selection.from_stage)
+    created = Run.create(opened, kind.to_yaml(), run_id, selection.until, selection.from_stage)
     arguments = ["resume", created.id, "--store", created.store.uri]
     arguments += ["--keep"] if selection.keep else []
     entrypoint = shlex.join(["python", "-m", "pipelines.cli", *arguments])
     try:
         make_anew(graph, selection.force, opened, created.id)
-        job = jobs.submit(entrypoint, created.id, address=address, modules=user_modules(parsed.stages))
+        job = jobs.submit(entrypoint, created.id, address=address, modules=kind.modules())
     except BaseException:
         created.delete()
         raise

@@ -25,7 +25,7 @@ from pipelines.graph import Graph
 from pipelines.plan import Step, last_record, plan
 from pipelines.runs import Run, StageStatus, one_line
 from pipelines.schedule import Schedule
-from pipelines.stage import Event, GraphError, Stage, StageResult, Work
+from pipelines.stage import Event, GraphError, Stage, StageResult, Work, kind_of
 from pipelines.turn import await_turn, claimed
 
 _LOOKS_AT_ONCE = 16
@@ -47,15 +47,19 @@ def drive(
     from_stage: str | None = None,
     executor: Executor | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    keep_going: bool = False,
 ) -> dict[str, StageResult]:
     """Run what is not committed yet, as far as `Graph.selected(until, from_stage)` goes, and keep the run's status.
 
     `executor` is `Here` by default.
     The error of the first stage that fails for good is recorded and goes on to the caller, once no stage is being tried
     any more; so does CorruptArtifact for a committed artifact whose manifest cannot be read. Raises GraphError.
+    With `keep_going` the stages that do not need a failed one are run before that.
     `on_event` is called from the caller's thread.
     """
-    return _Drive(graph, store, run, graph.selected(until, from_stage), executor or Here(), on_event).run_all()
+    return _Drive(
+        graph, store, run, graph.selected(until, from_stage), executor or Here(), on_event, keep_going
+    ).run_all()
 
 
 def find_committed(
@@ -128,7 +132,9 @@ class _Drive:
         selected: Sequence[Stage],
         executor: Executor,
         on_event: Callable[[Event], None],
+        keep_going: bool,
     ) -> None:
+        self._keep_going = keep_going
         self._graph, self._store, self._run, self._selected = graph, store, run, selected
         self._executor, self._on_event = executor, on_event
         self._messages: queue.SimpleQueue[Event | _Finished] = queue.SimpleQueue()
@@ -143,9 +149,8 @@ class _Drive:
         with self._run.driving():
             committed = find_committed(self._graph, self._store, self._selected)
             check_upstream(self._selected, committed)
-            schedule = Schedule(
-                self._selected, self._executor.capacity(), [s.name for s in self._selected if s.name in committed]
-            )
+            done = [stage.name for stage in self._selected if stage.name in committed]
+            schedule = Schedule(self._selected, self._executor.capacity(), done, self._keep_going)
             for stage in self._selected:
                 if manifest := committed.get(stage.name):
                     self._skip(stage, manifest.metadata)
@@ -322,7 +327,7 @@ class _Drive:
         return self._executor.execute(work, self._messages.put, attempted.end)
 
     def _work(self, stage: Stage) -> Work:
-        inputs = {name: self._graph.artifact(self._store, name) for name in stage.upstream}
+        inputs = {kind_of(name): self._graph.artifact(self._store, name) for name in stage.upstream}
         key = self._graph.keys[stage.name]
         return Work(stage, key, self._artifact(stage), inputs, self._store, self._run.directory, self._run.id)
 

@@ -54,7 +54,8 @@ def followed(context: StageContext, metrics: Store, incarnations: Store) -> Iter
         while not stop.wait(_POLL_SECONDS):
             try_to(report, events)
 
-    with EventFile(context.run_dir.child(TENSORBOARD)) as events:
+    _, _, label = context.stage.partition("@")  # of several trainings in a run each is a run of TensorBoard's
+    with EventFile(context.run_dir.child(TENSORBOARD, *filter(None, [label]))) as events:
         thread = threading.Thread(target=follow, name="training-progress", daemon=True)
         thread.start()
         try:

@@ -1,7 +1,7 @@
 """The stage graph: which stages there are, in what order, and under which keys.
 
-A stage's key is the hash of its name, version, resolved configuration and its upstream stages' keys. Its output is the
-artifact `{store}/artifacts/{stage}/{key}/`; a committed artifact is never made again. A changed setting changes the
+A stage's key is the hash of its kind, version, resolved configuration and its upstream stages' keys. Its output is the
+artifact `{store}/artifacts/{kind}/{key}/`; a committed artifact is never made again. A changed setting changes the
 key of its stage and of all that follow, and of nothing else.
 
 Keys are pure functions of the stages and of their generations (pipelines/generations.py): they are known before
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from cluster.artifact import Artifact
 from cluster.storage import Store
-from pipelines.stage import GraphError, Stage
+from pipelines.stage import GraphError, Stage, kind_of
 from pipelines.stage_key import stage_key
 
 
@@ -30,7 +30,7 @@ class Graph:
         """A stage's key before it was made anew; the same as in `keys` for almost all."""
         self.keys: dict[str, str] = {}
         for stage in self.stages.values():
-            upstream = {name: self.keys[name] for name in stage.upstream}
+            upstream = {kind_of(name): self.keys[name] for name in stage.upstream}
             first = self.first_keys[stage.name] = "" if stage.always else stage_key(stage, upstream)
             generation = self.generations.get(first, 0)
             self.keys[stage.name] = stage_key(stage, upstream, generation) if generation else first
@@ -48,7 +48,7 @@ class Graph:
 
     def artifact(self, store: Store, name: str) -> Artifact:
         """Where a stage's output lies, committed or not."""
-        return Artifact(store.child("artifacts", name, self.keys[name]))
+        return Artifact(store.child("artifacts", kind_of(name), self.keys[name]))
 
     def selected(self, until: str | None = None, from_stage: str | None = None) -> list[Stage]:
         """The stages to run, in order: all; or `until` and what it needs; or of these `from_stage` and what follows it.
@@ -91,6 +91,8 @@ def _topological(stages: Sequence[Stage]) -> list[Stage]:
             raise GraphError(f"two stages are named {stage.name!r}; rename one")
         by_name[stage.name] = stage
     for stage in stages:
+        if len({kind_of(name) for name in stage.upstream}) < len(stage.upstream):
+            raise GraphError(f"stage {stage.name!r} follows two stages of one kind ({', '.join(stage.upstream)})")
         for name in stage.upstream:
             if name not in by_name:
                 raise GraphError(f"stage {stage.name!r} needs {name!r}, which is not in the graph")

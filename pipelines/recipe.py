@@ -281,6 +281,8 @@ class Recipe(Section):
         if not isinstance(values, dict):
             sections = ", ".join(cls.model_fields)
             raise RecipeError(f"the recipe is {shown(values)}, not a mapping of its sections ({sections})")
+        if "recipe" in values:
+            raise RecipeError("this is a sweep and no recipe: it has a key `recipe`; caravan sweep runs it")
         # First the preset, which is another shape altogether and not a mixture of two, then what changes it.
         for override in sorted(overrides, key=lambda override: not sets_preset(override)):
             if sets_preset(override):

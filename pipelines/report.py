@@ -171,7 +171,7 @@ def draw_loss(curve: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any])
         unigram = evaluation["unigram_bits_per_byte"] * nats_per_bit_per_byte
         axes.axhline(unigram, color="tab:gray", linestyle=":", label=f"unigram, held out {unigram:.2f}")
     axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)", title="Loss", xlim=(0, None))
-    axes.xaxis.set_major_formatter(_count)
+    axes.xaxis.set_major_formatter(in_thousands)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -207,7 +207,7 @@ def draw_throughput(curve: Sequence[Mapping[str, Any]]) -> Figure:
     axes.plot(steps, rates, linewidth=1.2, label="since the report before")
     axes.axhline(typical, color="tab:gray", linestyle="--", label=f"median {typical:,.0f}")
     axes.set(xlabel="step", ylabel="tokens per second", title="Throughput", xlim=(0, None), ylim=(0, 1.15 * max(rates)))
-    axes.yaxis.set_major_formatter(_count)
+    axes.yaxis.set_major_formatter(in_thousands)
     axes.grid(alpha=0.3)
     known = [step for step in curve if step["mfu"] is not None and step["tokens_per_second"] > 0]
     if known:
@@ -257,7 +257,7 @@ def _column(curve: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [math.nan if step[name] is None else step[name] for step in curve]
 
 
-def _count(value: float, position: float) -> str:
+def in_thousands(value: float, position: float) -> str:
     """`1.5 M` for 1,500,000; a billion is a B."""
     for unit, name in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= unit:

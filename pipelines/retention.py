@@ -22,6 +22,7 @@ import yaml
 from cluster.location import Location, LocationError
 from cluster.storage import NotFound, Store
 from pipelines.section import lasting_uri
+from pipelines.stage import kind_of
 
 Address = tuple[str, str]
 """A stage's name and its key: where an artifact lies below `artifacts/`."""
@@ -129,7 +130,7 @@ def read_run(store: Store, run_id: str, names: Iterable[str]) -> RunFacts:
             f"run {run_id!r} cannot be read, so what it needs is not known and nothing is removed: {problem}; repair "
             f"its folder, or delete it: {directory.uri}"
         ) from error
-    artifacts = tuple((name, str(key)) for name, key in stages + inputs if key)
+    artifacts = tuple((kind_of(name), str(key)) for name, key in stages + inputs if key)
     return RunFacts(run_id, max(times) if ended else None, artifacts, tuple(_strings(recipe)))
 
 

@@ -6,7 +6,8 @@
 
 Stages that do not depend on each other are tried at the same time, as far as the cluster has room for what they say
 they take; one that takes more than the whole cluster is tried alone. Once a stage has failed for good no other is
-begun, and those that are being tried go on to their end: what they commit is not lost.
+begun, and those that are being tried go on to their end: what they commit is not lost. With `keep_going` all that does
+not need the failed one is begun still.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Schedule:
     stages: Sequence[Stage]
     capacity: Resources | None = None
     done: Collection[str] = ()
+    keep_going: bool = False
     _entries: dict[str, _Entry] = field(init=False)
     _stopped: bool = field(init=False, default=False)
 
@@ -78,7 +80,7 @@ class Schedule:
         self._entries[name].state = "done"
 
     def failed(self, name: str, now: float, lost: bool = False) -> float | None:
-        """A try failed. Returns the seconds until the next one, or None: the stage has failed, and nothing more begins.
+        """A try failed. Returns the seconds until the next one, or None: the stage has failed for good.
 
         `lost`: its worker was lost, which is no fault of the stage.
         """
@@ -91,7 +93,7 @@ class Schedule:
         left = entry.losses <= LOST_RETRIES if lost else entry.errors <= tries.retries
         if self._stopped or not left:
             entry.state = "failed"
-            self._stopped = True
+            self._stopped = self._stopped or not self.keep_going
             return None
         wait = min(tries.wait * 2 ** (entry.errors + entry.losses - 1), MAX_WAIT)
         entry.state, entry.not_before = "waiting", now + wait
@@ -105,7 +107,13 @@ class Schedule:
     def is_over(self) -> bool:
         """Nothing is being tried, and nothing will be."""
         states = {entry.state for entry in self._entries.values()}
-        return "trying" not in states and (self._stopped or states <= {"done"})
+        if "trying" in states or self._stopped:
+            return "trying" not in states
+        failed: set[str] = set()  # and what needs one that has
+        for name, entry in self._entries.items():
+            if entry.state == "failed" or not failed.isdisjoint(entry.upstream):
+                failed.add(name)
+        return all(entry.state == "done" or name in failed for name, entry in self._entries.items())
 
     def wait(self, now: float) -> float | None:
         """Seconds until `due` or `overdue` may have something new without anything being told; None for never."""

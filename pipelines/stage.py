@@ -40,8 +40,8 @@ class Event:
 class StageContext:
     """What a stage gets to work with.
 
-    `inputs` are the committed artifacts of its upstream stages by name. `store` is the project's store, `run_dir` the
-    run's folder in it (metrics, plots).
+    `inputs` are the committed artifacts of its upstream stages by their kind. `store` is the project's store, `run_dir`
+    the run's folder in it (metrics, plots).
     """
 
     stage: str
@@ -118,6 +118,8 @@ LOST_RETRIES = 3
 class Stage:
     """One step of the graph.
 
+    Where a graph has several stages of one kind, as a sweep has, what follows an `@` in the name tells them apart:
+    `pretrain@relu.0` makes what `pretrain` makes, under the same key if its configuration is the same.
     `config` holds all that its output depends on besides its inputs: a dataclass, a pydantic model or JSON-able.
     `run` returns the artifact's metadata; it runs on a worker, so it must be picklable. `version` is raised when the
     code's output changes. A stage with `always` set leaves no artifact and runs every time; nothing can be downstream
@@ -132,6 +134,15 @@ class Stage:
     always: bool = False
     resources: Resources = Resources(own_workers=True)
     tries: Tries = Tries()
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.name)
+
+
+def kind_of(name: str) -> str:
+    """What a stage of this name makes: where its artifact lies below `artifacts/`."""
+    return name.partition("@")[0]
 
 
 @dataclass(frozen=True)

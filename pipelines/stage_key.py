@@ -18,10 +18,11 @@ from pipelines.stage import GraphError, Stage
 def stage_key(stage: Stage, upstream_keys: Mapping[str, str], generation: int = 0) -> str:
     """20 hexadecimal digits of BLAKE2b over all that the stage's output depends on. Raises GraphError.
 
-    `generation`: how often the stage was made to run again though nothing had changed.
+    `upstream_keys`: by the stage's kind. `generation`: how often the stage was made to run again though nothing had
+    changed.
     """
     content = {
-        "stage": stage.name,
+        "stage": stage.kind,
         "version": stage.version,
         "config": canonical(stage.config, stage.name),
         "upstream": dict(upstream_keys),

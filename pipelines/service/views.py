@@ -15,6 +15,7 @@ from pipelines.runs import Run
 from pipelines.service.answers import ArtifactRow, Metrics, RunDetails, StageRow
 from pipelines.service.errors import UnknownRun
 from pipelines.service.known import KnownRun, RunRow
+from pipelines.stage import kind_of
 from pipelines.training_folder import METRICS, training_folder
 
 _LOOKS_AT_ONCE = 16
@@ -30,7 +31,7 @@ def artifacts(store: Store, run: KnownRun) -> list[ArtifactRow]:
     """Of each stage that leaves one."""
 
     def look(name: str, key: str) -> ArtifactRow:
-        artifact = Artifact(store.child("artifacts", name, key))
+        artifact = Artifact(store.child("artifacts", kind_of(name), key))
         found = ArtifactRow(name, key, artifact.store.uri)
         try:
             manifest = artifact.manifest()

@@ -258,3 +258,19 @@ def test_a_watcher_that_fails_does_not_take_the_run_with_it(work):
     run = Run.create(work.store, "name: x\n")
     drive(Graph([work.stage("a")]), work.store, run, on_event=watch)
     assert Run.open(work.store, run.id).status.state == "done"
+
+
+def test_stages_of_one_kind_differ_by_what_follows_the_at_sign(work):
+    """They make artifacts of their kind, under the keys that a graph without the others gives them, and see what they
+    follow by its kind."""
+    one, two = work.stage("b@one", ["a"]), replace(work.stage("b@two", ["a"]), config={"value": 9})
+    end = work.stage("c@two", ["b@two"])
+    graph = Graph([work.stage("a"), one, two, end])
+    plain = Graph([work.stage("a"), replace(two, name="b"), replace(end, name="c", upstream=("b",))])
+    assert graph.keys["c@two"] == plain.keys["c"] and graph.keys["b@one"] != graph.keys["b@two"]
+    assert graph.artifact(work.store, "b@two").store.uri == plain.artifact(work.store, "b").store.uri
+    work.run([work.stage("a"), one, two, end])
+    assert list(work.results["c@two"].metadata["inputs"]) == ["b"]
+    assert work.run([work.stage("a"), replace(one, name="b"), work.stage("c", ["b"])]) == ["c"]
+    with pytest.raises(GraphError, match="follows two stages of one kind"):
+        Graph([work.stage("a"), one, two, work.stage("d", ["b@one", "b@two"])])

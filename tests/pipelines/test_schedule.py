@@ -88,6 +88,18 @@ def test_after_a_failure_what_is_being_tried_goes_on_and_nothing_else_begins() -
     assert schedule.is_over and schedule.due(999) == []
 
 
+def test_one_that_keeps_going_begins_all_that_does_not_need_the_failed_one() -> None:
+    schedule = Schedule(
+        [stage("a"), stage("b"), stage("c", "a"), stage("d", "c", "b"), stage("e", "b")], keep_going=True
+    )
+    schedule.due(0)
+    assert schedule.failed("a", 0) is None
+    schedule.succeeded("b")
+    assert names(schedule.due(1)) == ["e"] and not schedule.is_over
+    schedule.succeeded("e")
+    assert schedule.is_over, "c and d are cut off"
+
+
 def test_time_runs_from_when_the_worker_began() -> None:
     schedule = Schedule([stage("a", timeout=10), stage("b")])
     schedule.due(0)

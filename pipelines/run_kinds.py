@@ -1,0 +1,135 @@
+"""What a run may be of, and what the commands need to know of it: a recipe, or a sweep.
+
+The stored text tells which: `stored_kind`. Everything else about a run is the same for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cluster.storage import Store
+from pipelines.generations import read_generations
+from pipelines.graph import Graph
+from pipelines.recipe import Recipe
+from pipelines.recipe_text import parse_yaml
+from pipelines.stage import StageResult
+from pipelines.stages import build_graph
+from pipelines.sweep.config import SweepConfig, is_sweep
+from pipelines.sweep.run import SweepRun
+from pipelines.user_stage import user_modules
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipelines.report import RunSummary
+    from pipelines.runs import Run
+
+
+class Conclusion(Protocol):
+    """What a run that is over has to say."""
+
+    @property
+    def url(self) -> str | None:
+        """Where it still serves."""
+        ...
+
+    def as_json(self) -> Any: ...
+
+    def print(self, console: Console) -> None: ...
+
+
+class RunKind(Protocol):
+    """`keep_going`: a stage that fails does not keep those that do not need it from being run."""
+
+    keep_going: bool
+
+    @property
+    def name(self) -> str: ...
+
+    def to_yaml(self) -> str:
+        """What is stored with the run; `stored_kind` makes an equal one of it."""
+        ...
+
+    def modules(self) -> list[str]:
+        """Top-level modules that the cluster's workers must get from here."""
+        ...
+
+    def build(self, store: Store, dashboard_url: str, keep: bool) -> Graph:
+        """The graph as the store has it now. Says what is wrong: GraphError, RecipeError."""
+        ...
+
+    def check_cluster(
+        self, graph: Graph, selected: Sequence[str], store: Store, dashboard_url: str, keep: bool
+    ) -> None:
+        """What would stop the run on this cluster is said now, and not after minutes of training."""
+        ...
+
+    def conclude(
+        self, run: Run, graph: Graph, results: Mapping[str, StageResult] | None, seconds: float
+    ) -> Conclusion | None:
+        """Writes into the run's folder what is made of its stages. `results` is None if a stage failed, and then
+        there may be nothing to say."""
+        ...
+
+
+def stored_kind(text: str, overrides: Sequence[str], store: Store | None, command: str) -> RunKind:
+    """Of a run's stored text. `command`: what makes its report again. Raises RecipeError."""
+    if is_sweep(parse_yaml(text, "the run's recipe")):
+        return SweepRun(SweepConfig.from_yaml(text, overrides), command)
+    return RecipeRun(Recipe.from_yaml(text, overrides, store))
+
+
+@dataclass(frozen=True)
+class RecipeRun:
+    recipe: Recipe
+    keep_going = False
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    def to_yaml(self) -> str:
+        return self.recipe.to_yaml()
+
+    def modules(self) -> list[str]:
+        return user_modules(self.recipe.stages)
+
+    def build(self, store: Store, dashboard_url: str, keep: bool) -> Graph:
+        return build_graph(self.recipe, dashboard_url, keep, read_generations(store))
+
+    def check_cluster(
+        self, graph: Graph, selected: Sequence[str], store: Store, dashboard_url: str, keep: bool
+    ) -> None:
+        from cluster.serve import control
+        from pipelines.pretrain import check_room
+
+        if "deploy" in selected:
+            control.check_can_deploy(dashboard_url, self.recipe.serve.port, replace=keep)
+        if "pretrain" in selected and not graph.artifact(store, "pretrain").committed:
+            check_room(self.recipe.model, self.recipe.train)
+
+    def conclude(
+        self, run: Run, graph: Graph, results: Mapping[str, StageResult] | None, seconds: float
+    ) -> Conclusion | None:
+        from pipelines.report import summarise
+
+        return None if results is None else _RecipeConclusion(summarise(run, results, seconds))
+
+
+@dataclass(frozen=True)
+class _RecipeConclusion:
+    summary: RunSummary
+
+    @property
+    def url(self) -> str | None:
+        return self.summary.url
+
+    def as_json(self) -> Any:
+        return asdict(self.summary)
+
+    def print(self, console: Console) -> None:
+        from pipelines.progress import print_summary
+
+        print_summary(console, self.summary)

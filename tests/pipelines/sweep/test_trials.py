@@ -1,0 +1,56 @@
+"""One graph of many trials: what they share is there once, under the keys of plain runs."""
+
+import pytest
+
+from pipelines.stage import GraphError
+from pipelines.stages import build_graph
+from pipelines.sweep.trials import sweep_graph
+from tests.pipelines.sweep.sweeps import sweep
+
+
+def test_trials_share_what_does_not_differ() -> None:
+    config = sweep()
+    made = sweep_graph(config.trials(), ["pretrain"])
+    assert list(made.graph.stages) == [
+        *("ingest", "dedup", "tokenizer", "shards"),
+        *(f"pretrain@{norm}.{seed}" for seed in (0, 1) for norm in ("rmsnorm", "layernorm")),
+    ]
+    assert made.stages["layernorm.1"] == {
+        **{kind: kind for kind in ("ingest", "dedup", "tokenizer", "shards")},
+        "pretrain": "pretrain@layernorm.1",
+    }
+
+
+def test_a_stage_that_differs_by_cell_only_is_named_after_the_cell() -> None:
+    config = sweep(grid={"tokenizer.vocab_size": [300, 400]})
+    made = sweep_graph(config.trials(), ["evaluate"])
+    names = set(made.graph.stages)
+    assert {
+        "ingest",
+        "dedup",
+        "tokenizer@vocab_size=300",
+        "shards@vocab_size=400",
+        "evaluate@vocab_size=400.1",
+    } <= names
+    assert made.graph.stages["pretrain@vocab_size=300.1"].upstream == ("shards@vocab_size=300",)
+
+
+def test_keys_are_those_of_plain_runs() -> None:
+    trials = sweep(grid={"tokenizer.vocab_size": [300, 400]}).trials()
+    made = sweep_graph(trials, ["evaluate", "pretrain"])
+    for trial in trials:
+        plain = build_graph(trial.recipe, "", False)
+        for kind, name in made.stages[trial.label].items():
+            assert made.graph.keys[name] == plain.keys[kind]
+    anew = {made.graph.first_keys["tokenizer@vocab_size=400"]: 1}
+    again = sweep_graph(trials, ["evaluate"], anew)
+    plain = build_graph(trials[-1].recipe, "", False, anew)
+    assert again.graph.keys["evaluate@vocab_size=400.1"] == plain.keys["evaluate"]
+    assert again.graph.keys["evaluate@vocab_size=300.1"] == made.graph.keys["evaluate@vocab_size=300.1"]
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(GraphError, match="the recipe has no stage 'evalute'; its stages are ingest"):
+        sweep_graph(sweep().trials(), ["evalute"])
+    with pytest.raises(GraphError, match="'deploy' leaves nothing to be measured"):
+        sweep_graph(sweep().trials(), ["deploy"])
