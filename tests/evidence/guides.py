@@ -108,6 +108,17 @@ PAGES = (
     ),
     Page("data", files=TEXTS),
     Page(
+        "comparisons",
+        [
+            How(
+                "caravan sweep pipelines/recipes/sweeps/activations.yaml --run-id",
+                end_at="pretrain@gelu.0 done",
+                end_after=200,
+                signal=signal.SIGKILL,
+            )
+        ],
+    ),
+    Page(
         "console",
         [How("head -c 24", before=["caravan down"])],
         words={"~/.caravan-token": "token"},
@@ -156,8 +167,9 @@ class Folder:
         self.port = find_free_port()
         self.output = self.answer = ""
         shutil.copytree(REPOSITORY / "pipelines/recipes", folder / "pipelines/recipes")
-        for recipe in (folder / "pipelines/recipes").glob("*.yaml"):
-            recipe.write_text(yaml.safe_dump(smaller(yaml.safe_load(recipe.read_text()), self.port), sort_keys=False))
+        for recipe in (folder / "pipelines/recipes").rglob("*.yaml"):
+            if "data" in (values := yaml.safe_load(recipe.read_text())):  # else it is a sweep
+                recipe.write_text(yaml.safe_dump(smaller(values, self.port), sort_keys=False))
         shutil.copy(folder / RECIPE, folder / "recipe.yaml")
         program = folder / "bin/caravan"
         program.parent.mkdir()

@@ -265,3 +265,38 @@ def test_a_killed_worker_of_a_submitted_run_on_s3(workplace: Workplace, swift: S
     assert f"resumed from the checkpoint of step {starts[1]['resumed_step']}" in log
     assert store.read_json("runs/onS3/status.json")["state"] == "done"
     checked_curve(store)
+
+
+def test_a_sweep_that_is_killed_goes_on_where_it_was(workplace: Workplace) -> None:
+    changes = {"train.workers": 1, "train.parallel.ep": 1, "train.steps": 8, "train.validate_every": 8}
+    sweep = {"name": "norms", "recipe": str(workplace.recipe), "set": changes, "seeds": [0]}
+    sweep |= {"grid": {"model.norm": ["rmsnorm", "layernorm", "layernorm_bessel"]}}
+    path = workplace.recipe.with_name("sweep.yaml")
+    path.write_text(yaml.safe_dump(sweep))
+    store = Store(workplace.home / "sweeps")
+
+    def trained() -> dict[str, Any]:
+        keys = {path.split("/")[0] for path in store.child("artifacts", "pretrain").list()}
+        manifests = {key: Artifact(store.child("artifacts", "pretrain", key)).manifest() for key in keys}
+        return {key: manifest for key, manifest in manifests.items() if manifest is not None}
+
+    driver = workplace.start("sweep", path, "--run-id", "norms", "--store", store.uri)
+    wait_for(trained, "the first trial's end")
+    driver.kill()
+    driver.communicate()
+    before = trained()
+    figures = json.loads(workplace.run("resume", "norms", "--store", store.uri, "--json"))
+    after = trained()
+    assert len(before) < len(after) == 3
+    assert {key: after[key].attempt for key in before} == {key: each.attempt for key, each in before.items()}
+    losses = {cell["cell"]: cell["measures"]["pretrain.val_loss"]["mean"] for cell in figures["cells"]}
+    assert sorted(losses.values()) == sorted(manifest.metadata["val_loss"] for manifest in after.values())
+    assert list(losses.values()) == sorted(losses.values()) and len(set(losses.values())) == 3
+    report = (workplace.home / "sweeps/runs/norms/sweep/report.md").read_text()
+    assert all(f"| {cell} | {loss:.4f} |" in report for cell, loss in losses.items())
+    plain = [
+        part for key, value in (*changes.items(), ("model.norm", "layernorm")) for part in ("--set", f"{key}={value}")
+    ]
+    plain += ["--set", "model.num_kv_heads=1", "--until", "pretrain", "--store", store.uri]
+    steps = json.loads(workplace.ask("run", workplace.recipe, *plain, "--dry-run", "--json"))
+    assert {step["action"] for step in steps} == {"skip"}, "a plain run finds what the sweep has made"
