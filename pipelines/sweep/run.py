@@ -119,10 +119,13 @@ class SweepConclusion:
 
     def print(self, console: Console) -> None:
         from rich import box
+        from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
 
         from pipelines.sweep import report
+
+        wide = Console(file=console.file, width=max(console.width, _WIDTH))  # a figure that is cut off is none
 
         def show(table: report.Table) -> None:
             shown = Table(box=box.SIMPLE_HEAD)
@@ -130,7 +133,7 @@ class SweepConclusion:
                 shown.add_column(escape(name), no_wrap=True)
             for row in table.rows:
                 shown.add_row(*map(escape, row))
-            console.print(shown, width=_WIDTH, crop=False)  # a figure that is cut off is none
+            wide.print(shown)
 
         show(report.results_table(self.result))
         for line in report.missing(self.result):
