@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, get_args
 
 from llama import counts
 
-Norm = Literal["rmsnorm", "layernorm", "layernorm_bessel"]
+Norm = Literal["rmsnorm", "layernorm", "layernorm_bessel", "batchnorm"]
 NormPlacement = Literal["pre", "post", "sandwich", "deepnorm"]
 Position = Literal["rope", "alibi", "sinusoidal", "learned", "t5", "none"]
 RopeLayout = Literal["half", "interleaved"]
@@ -231,7 +231,8 @@ class ModelConfig:
     max_seq_len: int = 2048
     """Tokens of the longest sequence."""
     norm: Norm = "rmsnorm"
-    """layernorm is the usual one; layernorm_bessel divides by the n−1 standard deviation plus eps."""
+    """layernorm is the usual one; layernorm_bessel divides by the n−1 standard deviation plus eps; batchnorm is to be
+    compared with: it mixes positions in training (llama/norm.py)."""
     norm_placement: NormPlacement = "pre"
     """pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))); deepnorm: norm(α·x + f(x))."""
     norm_eps: float = 1e-5

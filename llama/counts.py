@@ -1,4 +1,4 @@
-"""What a model costs, from its config alone: every parameter's shape, and the counts that follow. Needs no torch."""
+"""What a model costs, from its config alone: every tensor's shape, and the counts that follow. Needs no torch."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes |= _norm(config, "norm")
     if not config.tie_embeddings:
         shapes["output.weight"] = (config.vocab_size, dim)
+    return shapes
+
+
+def buffer_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Name and shape of every tensor of a model that is no parameter, as `Transformer.named_buffers` gives them but for
+    the order: routing biases and batch norms' running statistics. They are fp32 in every model."""
+    shapes: dict[str, Shape] = {}
+    for layer in range(config.num_layers):
+        if config.moe is not None and config.is_moe_layer(layer):
+            shapes[f"layers.{layer}.feed_forward.router.expert_bias"] = (config.moe.num_experts,)
+    if config.norm == "batchnorm":
+        for name, shape in parameter_shapes(config).items():
+            if name.endswith("norm.bias"):  # q/k norms have none
+                shapes |= {f"{name.removesuffix('bias')}running_{kind}": shape for kind in ("mean", "var")}
     return shapes
 
 

@@ -86,7 +86,8 @@ def save_pretrained(
         model: a plain (unsharded) model.
         tokenizer: written beside the weights when given, chat template included, in place of all that the directory
             held of another. Without one, a tokenizer that is there stays, as with transformers' own `save_pretrained`.
-        dtype: floating type of the stored weights; None keeps the model's. Routing biases are always fp32.
+        dtype: floating type of the stored weights; None keeps the model's. Routing biases and running statistics are
+            always fp32.
         max_shard_size: bytes of one weights file; more make several and an index.
 
     Returns:
@@ -106,7 +107,7 @@ def save_pretrained(
     dtype = dtype or model.tok_embeddings.weight.dtype
     architecture = architecture_of(model)
     entries = list(stored_tensors(config, architecture))
-    slots = [Slot(entry.stored, entry.shape, torch.float32 if entry.expert_bias else dtype) for entry in entries]
+    slots = [Slot(entry.stored, entry.shape, torch.float32 if entry.buffer else dtype) for entry in entries]
     token_ids = tokenizer.named_ids if tokenizer else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     writer = DirectoryWriter(directory, with_tokenizer=tokenizer is not None)
     writer.write_weights(slots, _outgoing(config, state, entries, architecture), max_shard_size)
@@ -150,7 +151,8 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
     """Reads a Hugging Face directory of a supported architecture, one tensor at a time.
 
     Returns:
-        a model in evaluation mode with its `config`; routing biases stay fp32, Ernie's are zero where absent.
+        a model in evaluation mode with its `config`; routing biases and running statistics stay fp32, Ernie's biases
+        are zero where absent.
 
     Raises:
         UnsupportedModel: another architecture or an unsupported setting; a damaged file; a tensor that is missing,
@@ -171,12 +173,17 @@ def load_weights(directory: str | Path, model: Transformer) -> None:
     communication: beside them it holds one parameter at a time. Adapters (llama/lora.py) are left alone.
 
     Raises:
-        UnsupportedModel: as `load_pretrained`, and parameters of other shapes than the model's.
+        UnsupportedModel: as `load_pretrained`, and parameters of other shapes or another kind of norm than the model's.
         FileNotFoundError: no `config.json`.
     """
     with _open(Path(directory)) as source:
         if parameter_shapes(source.config) != parameter_shapes(model.config):
             raise UnsupportedModel(f"{directory} holds a model of other shapes; give the config that it has")
+        if source.config.norm != model.config.norm:  # whose parameters may have the same shapes
+            raise UnsupportedModel(
+                f"{directory} holds a model of model.norm={source.config.norm}, not {model.config.norm}; give the "
+                "config that it has"
+            )
         _fill(source, model.config, base_state(model))
 
 
@@ -219,15 +226,14 @@ def _check_layers(
 
 
 def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    """A model of uninitialised `dtype` parameters and zero fp32 routing biases."""
+    """A model of uninitialised `dtype` parameters and fp32 buffers at their start."""
     with torch.device("meta"):
         model = Transformer(config)
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, dtype=dtype)))
     model.to_empty(device="cpu")
-    for buffer in model.buffers():
-        buffer.zero_()
+    model.reset_buffers()
     return model
 
 
@@ -249,7 +255,7 @@ def _check_tensors(
                     f"{directory}: tensor {entry.stored} has shape {list(shape)}, config.json calls for "
                     f"{list(entry.shape)}"
                 )
-        elif not entry.expert_bias or architecture is None:
+        elif not entry.buffer or architecture is None:
             raise UnsupportedModel(f"{directory}: tensor {entry.stored} is missing; the model is incomplete")
     left = sorted(tensors.names() - {entry.stored for entry in entries})
     if architecture is not None:

@@ -8,7 +8,8 @@ Importing this module registers it with the Auto classes, so that
 loads what `llama.hf.save_pretrained` wrote of a model that no architecture of transformers expresses. It trains under
 `transformers.Trainer` and generates. Generation computes the whole sequence anew for each token; `Transformer.generate`
 and llama/engine keep a cache. Training takes the language model's loss only: auxiliary losses and bias balancing of a
-mixture of experts belong to llama/training. Gradient checkpointing is not supported, and transformers refuses it.
+mixture of experts belong to llama/training. Batch norms' running statistics follow each forward pass in training.
+Gradient checkpointing is not supported, and transformers refuses it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from llama.attention import CausalAttend
 from llama.config import ModelConfig
 from llama.hf_caravan import CARAVAN_MODEL_TYPE, CARAVAN_NAME, model_config_from_json
 from llama.losses import IGNORE_INDEX
-from llama.model import Transformer
+from llama.model import Transformer, initial_buffer
+from llama.norm import batch_norms, batch_statistics, update_running
 
 
 class CaravanConfig(PreTrainedConfig):
@@ -93,7 +95,7 @@ class CaravanForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     accepts_loss_kwargs = True
     """Trainer hands `num_items_in_batch` to `forward`."""
-    _keep_in_fp32_modules_strict = ["expert_bias"]
+    _keep_in_fp32_modules_strict = ["expert_bias", "running_mean", "running_var"]
 
     def __init__(self, config: CaravanConfig) -> None:
         super().__init__(config)
@@ -107,9 +109,9 @@ class CaravanForCausalLM(PreTrainedModel, GenerationMixin):
         for name, parameter in self.model.named_parameters():
             if not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(self.model.initial_weight(name, parameter.shape, seed))
-        for buffer in self.model.buffers():
+        for name, buffer in self.model.named_buffers():
             if not getattr(buffer, "_is_hf_initialized", False):
-                buffer.zero_()
+                buffer.fill_(initial_buffer(name))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.tok_embeddings
@@ -164,6 +166,8 @@ class CaravanForCausalLM(PreTrainedModel, GenerationMixin):
             output_index = flat[:, -logits_to_keep:].flatten()
         logits = self.model(input_ids, positions=positions, attend=attend, output_index=output_index)
         logits = logits.view(input_ids.shape[0], -1, logits.shape[-1])
+        if self.training and (norms := batch_norms(self.model)):
+            update_running(norms, batch_statistics(norms))
         loss = None
         if labels is not None:
             loss = _loss(logits, labels, attention_mask, num_items_in_batch)

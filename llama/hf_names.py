@@ -1,7 +1,7 @@
 """Which stored tensor holds which of our parameters, for every architecture.
 
-The list follows llama/counts.py, the one list of a model's parameters, so none of them can be forgotten; a bank of
-experts is stored as one tensor to an expert.
+The list follows llama/counts.py, the one list of a model's tensors, so none of them can be forgotten; a bank of experts
+is stored as one tensor to an expert.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llama.config import ModelConfig, RopeLayout
-from llama.counts import Shape, parameter_shapes
+from llama.counts import Shape, buffer_shapes, parameter_shapes
 from llama.hf_architectures import Architecture
 
 CARAVAN_PREFIX = "model."
@@ -49,8 +49,8 @@ class StoredTensor:
     """Its index in our bank of experts."""
     turned: bool = False
     """Its rows are in the order of the rotary layout."""
-    expert_bias: bool = False
-    """Stays fp32 in every model."""
+    buffer: bool = False
+    """No parameter: it stays fp32 in every model."""
 
 
 def stored_tensors(config: ModelConfig, architecture: Architecture | None) -> Iterator[StoredTensor]:
@@ -64,9 +64,13 @@ def stored_tensors(config: ModelConfig, architecture: Architecture | None) -> It
             part, kind = name.rsplit(".", 1)
             turned = part.endswith(_TURNED)
             yield StoredTensor(f"{_stored_part(part, architecture)}.{kind}", name, shape, turned=turned)
-    for layer in range(config.num_layers):
-        if config.is_moe_layer(layer):
-            yield from _expert_bias(config, f"layers.{layer}.feed_forward.router.expert_bias", layer, architecture)
+    for name, shape in buffer_shapes(config).items():
+        if architecture is None:
+            yield StoredTensor(CARAVAN_PREFIX + name, name, shape, buffer=True)
+        elif architecture.moe is not None and architecture.moe.expert_bias is not None:
+            layer = name.split(".")[1]
+            stored = f"model.layers.{layer}.{architecture.moe.block}.{architecture.moe.expert_bias}"
+            yield StoredTensor(stored, name, (1, *shape), buffer=True)
 
 
 def _stored_part(part: str, architecture: Architecture) -> str:
@@ -93,18 +97,6 @@ def _expert_tensors(name: str, shape: Shape, architecture: Architecture) -> Iter
     for expert in range(shape[0]):
         stored = f"{prefix}.{expert}.{moe.projections[projection]}.weight"
         yield StoredTensor(stored, name, shape[1:], expert=expert)
-
-
-def _expert_bias(
-    config: ModelConfig, name: str, layer: int, architecture: Architecture | None
-) -> Iterator[StoredTensor]:
-    assert config.moe is not None
-    experts = config.moe.num_experts
-    if architecture is None:
-        yield StoredTensor(CARAVAN_PREFIX + name, name, (experts,), expert_bias=True)
-    elif architecture.moe is not None and architecture.moe.expert_bias is not None:
-        stored = f"model.layers.{layer}.{architecture.moe.block}.{architecture.moe.expert_bias}"
-        yield StoredTensor(stored, name, (1, experts), expert_bias=True)
 
 
 def turn_rows(tensor: Tensor, head_dim: int, have: RopeLayout, want: RopeLayout) -> Tensor:

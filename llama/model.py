@@ -28,6 +28,11 @@ from llama.position import ALiBi, RelativeBias, sinusoidal
 from llama.rope import rotary_cos_sin, rotary_frequencies
 
 
+def initial_buffer(name: str) -> float:
+    """The start value of the buffer called `name`: a running variance is 1, a running mean and a routing bias 0."""
+    return 1.0 if name.endswith("running_var") else 0.0
+
+
 class TransformerBlock(nn.Module):
     """Attention, then a feed-forward, each on a residual stream with norms placed as `config.norm_placement` says.
 
@@ -228,8 +233,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Sets every parameter to its start value and every routing bias to zero; plain (unsharded) models only."""
+        """Sets every parameter and every buffer to its start value; plain (unsharded) models only."""
         for name, parameter in self.named_parameters():
             parameter.copy_(self.initial_weight(name, parameter.shape, seed))
-        for buffer in self.buffers():
-            buffer.zero_()
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Sets the buffers alone to their start values, `initial_buffer`; sharded models, too."""
+        for name, buffer in self.named_buffers():
+            buffer.fill_(initial_buffer(name))

@@ -1,14 +1,15 @@
-"""Normalisation over the last dimension, and DeepNorm's constants."""
+"""Normalisation of the last dimension's features, and DeepNorm's constants."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, rms_norm
+from torch.nn.functional import batch_norm, layer_norm, rms_norm
 
 from llama.autograd import first_order
 from llama.config import Norm
@@ -97,10 +98,82 @@ class LayerNorm(nn.Module):
         return torch.addcmul(self.bias.to(wide), normed, self.weight.to(wide)).type_as(x)
 
 
-def build_norm(kind: Norm, dim: int, eps: float) -> RMSNorm | LayerNorm:
+class BatchNorm(nn.Module):
+    """y = (x − mean) / sqrt(σ² + eps) · weight + bias, each feature over all positions of a batch (Ioffe & Szegedy,
+    arXiv:1502.03167, alg. 1). The counter-example among the norms: nothing else in a decoder looks along the sequence
+    without a mask.
+
+    - In training a position's output depends on all tokens of the batch, later ones too: the model sees a little of
+      what it is to predict, so its training loss is no estimate of its loss. Packed documents and padding
+      (`Batch.lengths`) are in the statistics as well: a norm is not told which positions count.
+    - In evaluation the running statistics stand in, and a position depends on itself alone; what the model has learned
+      with others is another function.
+    - The statistics are those of one forward pass on one rank, so that the size of a micro-batch and the number of
+      ranks change the result, which they do with no other norm.
+
+    A forward pass in training leaves its statistics in `batch_statistics`; one that is repeated for backward
+    (activation checkpointing) leaves the same again. The running ones change when `update_running` is called, which
+    the trainer does once a step. Where the weight is frozen, as below adapters, the norm is too: it takes the running
+    statistics in training. The arithmetic is fp32 for half-precision inputs, and the statistics are fp32 in every
+    model.
+    """
+
+    momentum = 0.1
+    """Share of a step's statistics in the running ones, as torch has it."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim, dtype=torch.float32))
+        self.register_buffer("running_var", torch.ones(dim, dtype=torch.float32))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.eps = eps
+        self.batch_statistics: Tensor | None = None
+        """`[2, dim]`: mean and variance (divided by n − 1, alg. 2) of the last forward pass in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim]` → `[..., dim]`, same type. Raises ValueError in training for a single position."""
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        rows, weight, bias = x.reshape(-1, x.shape[-1]).to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        if self.training and self.weight.requires_grad:
+            # With a momentum of 1 torch writes the batch's own statistics.
+            self.batch_statistics = torch.zeros(2, x.shape[-1], dtype=dtype, device=x.device)
+            mean, variance = self.batch_statistics
+            y = batch_norm(rows, mean, variance, weight, bias, training=True, momentum=1.0, eps=self.eps)
+        else:
+            y = batch_norm(rows, self.running_mean.to(dtype), self.running_var.to(dtype), weight, bias, eps=self.eps)
+        return y.view(x.shape).type_as(x)
+
+
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
+    """Those of the model's norms that take statistics of their batches, in order."""
+    return [module for module in model.modules() if isinstance(module, BatchNorm) and module.weight.requires_grad]
+
+
+def batch_statistics(norms: Sequence[BatchNorm]) -> Tensor:
+    """`[norms, 2, dim]`: the statistics that the last forward pass in training left; for norms of one size.
+
+    Averages over micro-batches and ranks are what `update_running` wants (arXiv:1502.03167, alg. 2, step 10).
+    """
+    return torch.stack([norm.batch_statistics for norm in norms if norm.batch_statistics is not None])
+
+
+@torch.no_grad()
+def update_running(norms: Sequence[BatchNorm], statistics: Tensor) -> None:
+    """Moves the running statistics towards those of a step, `[norms, 2, dim]`."""
+    for norm, (mean, variance) in zip(norms, statistics, strict=True):
+        norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+        norm.running_var.lerp_(variance.to(norm.running_var), norm.momentum)
+
+
+def build_norm(kind: Norm, dim: int, eps: float) -> RMSNorm | LayerNorm | BatchNorm:
     """The norm that `ModelConfig.norm` names, over a last dimension of `dim`."""
     if kind == "rmsnorm":
         return RMSNorm(dim, eps)
+    if kind == "batchnorm":
+        return BatchNorm(dim, eps)
     return LayerNorm(dim, eps, bessel=kind == "layernorm_bessel")
 
 

@@ -324,8 +324,7 @@ class Trained:
             if self.lora is not None:
                 apply_lora(model, self.lora)
         model.to_empty(device="cpu")
-        for buffer in model.buffers():
-            buffer.zero_()
+        model.reset_buffers()
         if self.start is not None:
             self.start.load(model)
         load_model_weights(self.checkpoint, model)

@@ -278,8 +278,7 @@ def _draw_weights(model: Transformer) -> None:
     """Start values of the usual sizes, drawn where the weights lie: billions take a CPU a minute."""
     for parameter in model.parameters():
         _ = parameter.fill_(1.0) if parameter.ndim < 2 else parameter.normal_(0.0, 0.02)
-    for buffer in model.buffers():
-        buffer.zero_()
+    model.reset_buffers()
 
 
 def _arguments(bench: TrainBench, name: str, directory: Path, backend: str | None) -> list[str]:

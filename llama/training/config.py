@@ -34,11 +34,13 @@ def check_compilable(model: ModelConfig, train: TrainConfig) -> None:
     Raises:
         ValueError: it cannot; names field, value and remedy.
     """
-    # The compiler cannot carry what a repeated block writes into the routing record, and would leave it as it is.
+    # The compiler cannot carry what a repeated block writes, experts into the routing record and batch norms into their
+    # statistics, and would leave the block as it is.
+    writer = "experts" if model.moe is not None else "batch norms" if model.norm == "batchnorm" else None
     _require(
-        not train.compile or model.moe is None or train.activation_checkpointing == "none",
-        f"train.compile=True compiles no experts with train.activation_checkpointing={train.activation_checkpointing}; "
-        "set train.activation_checkpointing=none or train.compile=False",
+        not train.compile or writer is None or train.activation_checkpointing == "none",
+        f"train.compile=True compiles no {writer} with train.activation_checkpointing={train.activation_checkpointing}"
+        "; set train.activation_checkpointing=none or train.compile=False",
     )
 
 

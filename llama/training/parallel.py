@@ -114,10 +114,9 @@ def init_sharded_weights(model: Transformer, seed: int, device: torch.device) ->
 
 
 def allocate_sharded(model: Transformer, device: torch.device) -> None:
-    """Materialises a sharded model on `device`: parameters are anything, buffers zero."""
+    """Materialises a sharded model on `device`: parameters are anything, buffers at their start."""
     model.to_empty(device=device)
-    for buffer in model.buffers():
-        buffer.zero_()
+    model.reset_buffers()
 
 
 @torch.no_grad()

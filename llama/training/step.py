@@ -31,6 +31,7 @@ from llama.attention import Attend, CausalAttend
 from llama.balance import RoutingStatistics, balance_loss, balanced_bias, routing_sums, with_total
 from llama.model import Transformer
 from llama.moe import RoutingRecord
+from llama.norm import batch_norms, batch_statistics, update_running
 from llama.training.attention import BlockCausalAttend
 from llama.training.batch import Batch, loss_sum
 from llama.training.config import TrainConfig
@@ -44,13 +45,15 @@ from llama.training.skip import StepGuard
 
 @dataclass
 class _StepSums:
-    """What a step adds up: the cross-entropy on this rank, the routing over all ranks."""
+    """What a step adds up: the cross-entropy and batch norms' statistics on this rank, the routing over all ranks."""
 
     cross_entropy: Tensor
     balance: Tensor
     z: Tensor
     routing_LS: Tensor | None = None
     """`RoutingStatistics.sums` by MoE layer."""
+    norms: Tensor | None = None
+    """`batch_statistics` of this rank's micro-batches."""
 
     @property
     def routing(self) -> RoutingStatistics | None:
@@ -108,6 +111,7 @@ class TrainStep:
         """Its state is part of the run's: a resumed run must judge as the first would have."""
         self._parameters = list(model.parameters())
         self._moes = moe_layers(model)
+        self._norms = batch_norms(model)
         dispatches = (moe.dispatch for moe in self._moes.values())
         self._dispatches = [dispatch for dispatch in dispatches if isinstance(dispatch, AllToAllDispatch)]
 
@@ -169,6 +173,9 @@ class TrainStep:
         """
         routing = RoutingRecord(batch.counted()) if self._moes else None
         cross_entropy = loss_sum(self.model, batch, self.attend, routing)
+        if self._norms:
+            statistics = batch_statistics(self._norms)
+            sums.norms = statistics if sums.norms is None else sums.norms + statistics
         counting.wait()
         sums.cross_entropy += cross_entropy.detach()
         targets, tokens = counts
@@ -219,6 +226,7 @@ class TrainStep:
                 group["lr"] = lr
             self.optimizer.step()
             self._balance_bias(sums.routing)
+            self._update_running(sums.norms)
         self.optimizer.zero_grad(set_to_none=True)
         return accepted
 
@@ -230,6 +238,12 @@ class TrainStep:
         for layer, counts_E in zip(self._moes.values(), routing.counts, strict=True):
             bias_E = layer.router.expert_bias
             bias_E.copy_(balanced_bias(bias_E, counts_E, moe.bias_update_rate))
+
+    def _update_running(self, statistics: Tensor | None) -> None:
+        """Moves batch norms' running statistics towards the average over all micro-batches of all ranks."""
+        if statistics is not None:
+            dist.all_reduce(statistics)
+            update_running(self._norms, statistics / (self.accumulation * self._world_size))
 
     def _by_layer(self, numbers: list[float]) -> dict[int, list[float]]:
         each = len(numbers) // max(1, len(self._moes))

@@ -84,7 +84,7 @@ class Trainer:
         loader: this rank's data.
         checkpointer: None trains without.
         start: fills the weights that training starts from, adapters aside; called on every rank with the sharded model,
-            whose buffers are zero. None draws them by the seed.
+            whose buffers are at their start. None draws them by the seed.
         validation: this rank's rows to validate on, in batches of which every rank has equally many
             (llama/training/validation.py); for `validate_every`.
         on_metrics: called on every rank with the same values, every `log_every` steps, after the first and the last,

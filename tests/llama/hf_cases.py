@@ -18,14 +18,14 @@ VOCAB = 67
 
 
 def build(**settings: Any) -> Transformer:
-    """One key/value head and head_dim ≠ dim / heads unless told otherwise; every parameter and routing bias random."""
+    """One key/value head and head_dim ≠ dim / heads unless told otherwise; every parameter and buffer random."""
     shape = {"vocab_size": VOCAB, "dim": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 1, "head_dim": 12}
     config = ModelConfig(**{**shape, "hidden_dim": 40, "max_seq_len": 128, "tie_embeddings": False, **settings})
     model = Transformer(config)
     model.init_weights(seed=1)
     randomize(model)
-    if config.moe is None or not config.moe.bias_update_rate:
-        for buffer in model.buffers():
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias") and (config.moe is None or not config.moe.bias_update_rate):
             buffer.zero_()
     return model.eval()
 
@@ -41,10 +41,12 @@ def randomize(model: nn.Module) -> None:
     for name, tensor in sorted(model.state_dict().items()):
         if name.endswith(("expert_bias", "e_score_correction_bias")):
             tensor.uniform_(-0.1, 0.1, generator=generator)
+        elif name.endswith("running_var"):
+            tensor.uniform_(20, 40, generator=generator)  # about what these weights make of the residual stream
         elif tensor.dim() > 1:
             tensor.normal_(0.0, 0.25, generator=generator)
         else:
-            offset = 1.0 if "norm" in name and not name.endswith("bias") else 0.0
+            offset = 1.0 if "norm" in name and not name.endswith(("bias", "running_mean")) else 0.0
             tensor.uniform_(-0.3, 0.3, generator=generator).add_(offset)
 
 

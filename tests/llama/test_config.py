@@ -3,7 +3,7 @@ import torch
 
 from llama import ModelConfig, MoEConfig, Transformer
 from llama.config import RopeScaling
-from llama.counts import parameter_shapes
+from llama.counts import buffer_shapes, parameter_shapes
 
 
 def test_defaults_are_resolved() -> None:
@@ -36,15 +36,18 @@ EVERYTHING: list[dict] = [
     {"qk_norm": "head", "attention_bias": "qkv", "activation": "geglu", "moe": MoEConfig(4, num_shared_experts=1)},
     {"activation": "gelu", "ffn_bias": True, "moe": MoEConfig(4, num_shared_experts=2, shared_gate=True, every=2)},
     {"activation": "swish_learned", "moe": MoEConfig(4, num_shared_experts=1, shared_hidden_dim=20, dense_layers=(1,))},
+    {"norm": "batchnorm", "norm_placement": "sandwich", "qk_norm": "head", "moe": MoEConfig(4, dense_layers=(1,))},
+    {"norm": "batchnorm", "norm_placement": "post"},
 ]
 
 
 @pytest.mark.parametrize("settings", EVERYTHING, ids=str)
-def test_every_parameters_name_and_shape_is_known_from_the_config(settings: dict) -> None:
+def test_every_tensors_name_and_shape_is_known_from_the_config(settings: dict) -> None:
     config = ModelConfig(vocab_size=97, dim=48, num_layers=3, num_heads=4, **settings)
     with torch.device("meta"):
         model = Transformer(config)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == parameter_shapes(config)
+    assert {name: tuple(buffer.shape) for name, buffer in model.named_buffers()} == buffer_shapes(config)
 
 
 def test_layers_with_experts() -> None:
@@ -100,7 +103,7 @@ def test_flops_of_a_window_count_the_keys_that_are_seen() -> None:
         ({"norm": "layernorm_bessel", "dim": 1, "num_heads": 1, "head_dim": 2}, ["model.dim=1", "layernorm"]),
         ({"moe": {"num_experts": 4}}, ["model.moe={'num_experts': 4}", "MoEConfig"]),
         ({"rope_scaling": "yarn"}, ["model.rope_scaling='yarn'", "RopeScaling"]),
-        ({"norm": "batchnorm"}, ["model.norm='batchnorm'", "rmsnorm, layernorm"]),
+        ({"norm": "groupnorm"}, ["model.norm='groupnorm'", "rmsnorm, layernorm", "batchnorm"]),
         ({"norm_placement": "middle"}, ["model.norm_placement='middle'", "sandwich"]),
         ({"position": "relative"}, ["model.position='relative'", "rope, alibi"]),
         ({"activation": "tanh"}, ["model.activation='tanh'", "swiglu"]),

@@ -44,6 +44,7 @@ VARIANTS = {
     "window": {"sliding_window": 4},
     "window-softcap": {"sliding_window": 5, "full_attention_layers": 1, "attention_softcap": 2.0},
     "post": {"norm_placement": "post", "norm": "layernorm"},
+    "batchnorm": {"norm": "batchnorm"},
     "sandwich-mqa": {"norm_placement": "sandwich", "num_kv_heads": 1, "qk_norm": "head"},
     "deepnorm": {"norm_placement": "deepnorm", "norm": "layernorm_bessel", "attention_bias": "qkvo"},
     "moe": {"moe": MoEConfig(num_experts=4, top_k=2, num_shared_experts=1), "attention_dropout": 0.5},

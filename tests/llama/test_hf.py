@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llama import Transformer
-from llama.hf import UnsupportedModel, load_pretrained, save_pretrained
+from llama.hf import UnsupportedModel, load_pretrained, load_weights, save_pretrained
 from llama.hf_files import DirectoryWriter, Slot
 from llama.tokenizer import Tokenizer
 from tests.llama.hf_cases import VOCAB, build, edit_config, edit_weights, experts, small_tokenizer
@@ -34,6 +34,7 @@ MODELS = {
     "dense": {},
     "interleaved": {"rope_layout": "interleaved"},
     "experts": {"moe": experts(num_shared_experts=1, bias_update_rate=0.1)},
+    "running statistics": {"norm": "batchnorm"},
     "caravan's own": {"position": "t5", "activation": "swish_learned", "moe": experts(bias_update_rate=0.1)},
 }
 
@@ -208,6 +209,21 @@ def test_stored_type_is_the_one_asked_for(tmp_path: Path) -> None:
     assert router.expert_bias.dtype == torch.float32 and router.weight.dtype == torch.bfloat16
     assert torch.equal(router.expert_bias, model.layers[0].feed_forward.router.expert_bias)
     assert torch.equal(loaded.tok_embeddings.weight, model.tok_embeddings.weight.bfloat16())
+
+
+def test_running_statistics_stay_fp32(tmp_path: Path) -> None:
+    model = build(norm="batchnorm")
+    save_pretrained(model, tmp_path, dtype=torch.bfloat16)
+    loaded = load_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    for mine, other in zip(model.buffers(), loaded.buffers(), strict=True):
+        assert other.dtype == torch.float32 and torch.equal(mine, other)
+    other = build(norm="layernorm")
+    with pytest.raises(UnsupportedModel, match=r"a model of model\.norm=batchnorm, not layernorm"):
+        load_weights(tmp_path, other)
+    edit_weights(tmp_path, lambda tensors: tensors.pop("model.norm.running_var"))
+    with pytest.raises(UnsupportedModel, match=r"model\.norm\.running_var is missing"):
+        load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

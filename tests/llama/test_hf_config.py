@@ -210,6 +210,7 @@ OWN: dict[str, ModelConfig] = {
     "alibi": ModelConfig(position="alibi"),
     "no positions": ModelConfig(position="none"),
     "layernorm": ModelConfig(norm="layernorm"),
+    "batchnorm": ModelConfig(norm="batchnorm"),
     "post-norm": ModelConfig(norm_placement="post"),
     "no gate": ModelConfig(activation="gelu"),
     "softcap": ModelConfig(attention_softcap=30.0),

@@ -27,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "learned, plain gelu": {"position": "learned", "activation": "gelu", "tie_embeddings": True},
     "t5, sandwich": {"position": "t5", "norm_placement": "sandwich", "attention_bias": "qkv"},
     "sinusoidal, deepnorm": {"position": "sinusoidal", "norm_placement": "deepnorm"},
+    "batchnorm": {"norm": "batchnorm"},
     "nothing, learned swish": {"position": "none", "activation": "swish_learned", "attention_softcap": 5.0},
     "interleaved sigmoid experts": {
         "rope_layout": "interleaved",

@@ -9,14 +9,29 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llama.config import Norm
-from llama.norm import DeepNorm, LayerNorm, RMSNorm, build_norm, deepnorm
+from llama.norm import (
+    BatchNorm,
+    DeepNorm,
+    LayerNorm,
+    RMSNorm,
+    batch_norms,
+    batch_statistics,
+    build_norm,
+    deepnorm,
+    update_running,
+)
 
 KINDS: tuple[Norm, ...] = get_args(Norm)
 
 
-def reference(kind: Norm, x: Tensor, norm: RMSNorm | LayerNorm, eps: float) -> Tensor:
-    """The three formulas in float64, sums written out."""
+def reference(kind: Norm, x: Tensor, norm: RMSNorm | LayerNorm | BatchNorm, eps: float) -> Tensor:
+    """The formulas in float64, sums written out."""
     x, weight, n = x.double(), norm.weight.double(), x.shape[-1]
+    if isinstance(norm, BatchNorm):
+        rows = x.reshape(-1, n)
+        centred = x - rows.sum(0) / len(rows)
+        variance = (centred * centred).reshape(-1, n).sum(0) / len(rows)
+        return centred / (variance + eps).sqrt() * weight + norm.bias.double()
     if kind == "rmsnorm":
         return x / ((x * x).sum(-1, keepdim=True) / n + eps).sqrt() * weight
     assert isinstance(norm, LayerNorm)
@@ -26,7 +41,7 @@ def reference(kind: Norm, x: Tensor, norm: RMSNorm | LayerNorm, eps: float) -> T
     return centred / deviation * weight + norm.bias.double()
 
 
-def build(kind: Norm, dim: int, eps: float, dtype: torch.dtype = torch.float32) -> RMSNorm | LayerNorm:
+def build(kind: Norm, dim: int, eps: float, dtype: torch.dtype = torch.float32) -> RMSNorm | LayerNorm | BatchNorm:
     norm = build_norm(kind, dim, eps)
     for parameter in norm.parameters():
         parameter.data.uniform_(0.5, 2)
@@ -113,9 +128,61 @@ def test_constant_rows_have_finite_gradients() -> None:
         assert grad.isfinite().all(), kind
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batch_norm_is_torchs(dtype: torch.dtype) -> None:
+    """In training and in evaluation; the running statistics after every batch."""
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm(6, 0.1).to(dtype), torch.nn.BatchNorm1d(6, 0.1, dtype=dtype)
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    for training in (True, True, False):
+        ours.train(training), theirs.train(training)
+        x = (torch.randn(3, 5, 6, dtype=dtype) * 4 + 1).requires_grad_()
+        grad = torch.randn_like(x)
+        answers = ours(x), theirs(x.flatten(0, 1)).view_as(x)
+        gradients = [
+            torch.autograd.grad(y, (x, *norm.parameters()), grad)
+            for y, norm in zip(answers, (ours, theirs), strict=True)
+        ]
+        torch.testing.assert_close(*answers)
+        torch.testing.assert_close(*gradients)
+        if training:
+            update_running([ours], batch_statistics([ours]))
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+        torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def test_batch_norm_leaks_what_comes_later_and_in_evaluation_does_not() -> None:
+    norm, x = BatchNorm(4, 1e-5), torch.randn(2, 5, 4)
+    later = x.clone()
+    later[1, 4] += 1
+    assert not torch.equal(norm(x)[:, :4], norm(later)[:, :4])
+    norm.eval()
+    assert torch.equal(norm(x)[0], norm(later)[0]) and torch.equal(norm(x)[1, :4], norm(later)[1, :4])
+
+
+def test_a_compiled_batch_norm_leaves_its_statistics() -> None:
+    torch.manual_seed(0)
+    norm, x = BatchNorm(4, 1e-5), torch.randn(2, 5, 4)
+    expected, statistics = norm(x), batch_statistics([norm])
+    norm.batch_statistics = None
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    assert torch.equal(batch_statistics([norm]), statistics)
+
+
+def test_a_frozen_batch_norm_takes_its_running_statistics() -> None:
+    torch.manual_seed(0)
+    norm, x = BatchNorm(4, 1e-5), torch.randn(2, 5, 4)
+    model = torch.nn.Sequential(norm).requires_grad_(False).train()
+    assert batch_norms(model) == []
+    assert torch.equal(model(x), model.eval()(x))
+    assert batch_norms(model.requires_grad_()) == [norm]
+
+
 def test_names_and_shapes_of_the_parameters() -> None:
     assert {n: p.shape for n, p in RMSNorm(3, 1e-5).named_parameters()} == {"weight": (3,)}
-    assert {n: p.shape for n, p in LayerNorm(3, 1e-5).named_parameters()} == {"weight": (3,), "bias": (3,)}
+    for kind in (LayerNorm, BatchNorm):
+        assert {n: p.shape for n, p in kind(3, 1e-5).named_parameters()} == {"weight": (3,), "bias": (3,)}
 
 
 def test_deepnorm_constants() -> None:

@@ -39,8 +39,10 @@ def random_model(config: ModelConfig = DENSE, *, seed: int = 0) -> Transformer:
             else:
                 # Biases start at 0 and norms at 1, where they could be forgotten unnoticed.
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-        for buffer in model.buffers():
+        for name, buffer in model.named_buffers():
             buffer.normal_(0, 0.2, generator=generator)
+            if name.endswith("running_var"):
+                buffer.abs_().add_(0.05)
     return model
 
 

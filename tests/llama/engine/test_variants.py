@@ -52,6 +52,7 @@ ATTENTION = {
 }
 BLOCKS = {
     "post": replace(DENSE, norm_placement="post", norm="layernorm"),
+    "batchnorm": replace(DENSE, norm="batchnorm"),
     "sandwich": replace(DENSE, norm_placement="sandwich", sliding_window=7, attention_softcap=2.0),
     "deepnorm": replace(DENSE, norm_placement="deepnorm", norm="layernorm_bessel", activation="relu"),
     "swish_learned": replace(DENSE, activation="swish_learned", ffn_bias=True, tie_embeddings=True),

@@ -65,7 +65,9 @@ def backward(model_config, kind):
 SIGMOID = replace(MOE, moe=replace(MOE.moe, score="sigmoid", balance_loss="switch_sequence", capacity_factor=1.25))
 
 
-@pytest.mark.parametrize("model_config", [DENSE, MOE, SIGMOID, replace(DENSE, residual_dropout=0.3)])
+@pytest.mark.parametrize(
+    "model_config", [DENSE, MOE, SIGMOID, replace(DENSE, residual_dropout=0.3), replace(DENSE, norm="batchnorm")]
+)
 def test_gradients_are_equal_to_the_bit_and_less_is_kept(model_config):
     plain, most = backward(model_config, "none")
     selective, some = backward(model_config, "selective")
@@ -98,6 +100,8 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
     check_compilable(DENSE, train)
     with pytest.raises(ValueError, match=r"compile=True compiles no experts with .*activation_checkpointing=selective"):
         check_compilable(MOE, train)
+    with pytest.raises(ValueError, match=r"compile=True compiles no batch norms with .*activation_checkpointing=sel"):
+        check_compilable(replace(DENSE, norm="batchnorm"), train)
     config = train_config(compile=True, micro_batch=8)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"train\.compile=True needs a C\+\+ compiler, and no-such-compiler is not"):

@@ -9,11 +9,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
+from cluster.artifact import Artifact
+from cluster.storage import Store
 from llama import model as model_module
+from llama.lora import LoraConfig
 from llama.losses import IGNORE_INDEX
 from llama.model import Transformer
+from llama.norm import BatchNorm
 from llama.training.batch import Batch, loss_sum
+from llama.training.checkpoint import Checkpointer
 from llama.training.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from llama.training.optim import build_optimizer
+from llama.training.schedule import learning_rate
 from llama.training.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.llama.training.helpers import DENSE, MOE, Samples, difference, samples, train_config, whole
@@ -147,14 +154,18 @@ def test_packed_documents_are_trained_on_as_if_each_were_alone(model_config):
         assert seen[0].grad_norm == pytest.approx(norm, rel=1e-4)
 
 
-def test_a_non_finite_gradient_skips_the_step_and_is_counted(monkeypatch):
+BATCH_NORM = replace(DENSE, norm="batchnorm")
+
+
+@pytest.mark.parametrize("model_config", [MOE, BATCH_NORM], ids=["experts", "batchnorm"])
+def test_a_non_finite_gradient_skips_the_step_and_is_counted(monkeypatch, model_config):
     config, seen, weights, calls = train_config(micro_batch=8), [], [], 0
 
     def keep(metrics):
         seen.append(metrics)
         weights.append({name: whole(tensor) for name, tensor in trainer.model.state_dict().items()})
 
-    trainer = Trainer(MOE, config, Samples(config, MOE.vocab_size), on_metrics=keep)
+    trainer = Trainer(model_config, config, Samples(config, model_config.vocab_size), on_metrics=keep)
     original = model_module.linear_cross_entropy_sum
 
     def poisoned(hidden, weight, labels):
@@ -194,3 +205,66 @@ def test_an_outlying_gradient_skips_the_step_and_is_counted(monkeypatch):
     assert [metrics.skipped_steps for metrics in seen] == [0] * 6 + [1] * 3
     applied = [metrics.grad_norm for metrics in seen[:6] + seen[7:]]
     assert trainer._step.guard.state() == {"norms": applied[-6:], "outliers": 0}
+
+
+def running(rank, world_size, folder):
+    """Four steps with and without recomputation, and two of them again from a checkpoint: the state at the end."""
+    ends = []
+    for kind in ("none", "full", "selective", "resumed"):
+        config = train_config(
+            steps=4, checkpoint_every=2, activation_checkpointing="none" if kind == "resumed" else kind
+        )
+        checkpointer = None
+        if kind in ("none", "resumed"):
+            checkpointer = Checkpointer(Store(folder), Artifact)
+        if kind == "resumed":
+            checkpointer.discard(4, Exception("for the test"))
+        trainer = Trainer(BATCH_NORM, config, Samples(config, 61, rank, world_size), checkpointer)
+        assert trainer.fit().resumed_step == (2 if kind == "resumed" else 0)
+        ends.append({name: whole(tensor) for name, tensor in trainer.model.state_dict().items()})
+    return ends
+
+
+@pytest.mark.integration
+def test_running_statistics_are_of_all_micro_batches_of_all_ranks_once_a_step(tmp_path):
+    """Of four micro-batches a step, on two ranks, against a loop over them that takes each norm's input."""
+    config = train_config(steps=4)
+    model = Transformer(BATCH_NORM)
+    model.init_weights(config.seed)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
+    inputs = {name: [] for name in norms}
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].detach().double()))
+    optimizer = build_optimizer(model, config.optimizer)
+    mean = {name: torch.zeros(32, dtype=torch.float64) for name in norms}
+    variance = {name: torch.ones(32, dtype=torch.float64) for name in norms}
+    for step in range(config.steps):
+        for part in samples(8 * step, 8, config, 61).split(config.micro_batch):
+            loss = loss_sum(model, Batch(part[:, :-1], part[:, 1:])) / (8 * config.seq_len)
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        assert norm > config.optimizer.grad_clip
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, seen in inputs.items():
+            rows = [x.flatten(0, 1) for x in seen]
+            mean[name] = 0.9 * mean[name] + 0.1 * sum(x.mean(0) for x in rows) / 4
+            variance[name] = 0.9 * variance[name] + 0.1 * sum(x.var(0) for x in rows) / 4
+            assert len(rows) == 4
+            seen.clear()
+    for plain, *others in run_ranks(running, 2, str(tmp_path)):
+        for name in norms:
+            assert difference(plain[f"{name}.running_mean"].double(), mean[name]) < 1e-4
+            assert difference(plain[f"{name}.running_var"].double(), variance[name]) < 1e-4
+        for other in others:
+            assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_below_adapters_batch_norms_are_frozen():
+    config = train_config(micro_batch=8, lora=LoraConfig(rank=2))
+    trainer = Trainer(BATCH_NORM, config, Samples(config, 61))
+    trainer.fit()
+    for name, buffer in trainer.model.named_buffers():
+        assert torch.equal(buffer, torch.full_like(buffer, name.endswith("running_var")))
