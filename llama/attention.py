@@ -154,6 +154,30 @@ class CausalAttend:
         return self._visible[window]
 
 
+class FullAttend:
+    """Every query sees every key of its row, whatever their order: an encoder's attention, and that to its output.
+
+    Args:
+        lengths: `[B]` int64: keys of each row, at least one, before the padding at its end, which nobody sees; None:
+            there is none.
+    """
+
+    def __init__(self, lengths: Tensor | None = None) -> None:
+        self._lengths = lengths
+        self._visible: Tensor | None = None
+
+    def __call__(self, layer: int, q_BLHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, scoring: Scoring) -> Tensor:
+        length, keys = q_BLHD.shape[1], k_BLGD.shape[1]
+        if self._visible is None and self._lengths is not None:
+            self._visible = torch.arange(keys, device=q_BLHD.device) < self._lengths[:, None, None, None]
+        bias = None
+        if scoring.bias is not None:
+            index = torch.arange(max(length, keys), device=q_BLHD.device)
+            bias = scoring.bias(index[:length], index[:keys])
+        q_BHLD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BLHD, k_BLGD, v_BLGD))
+        return attend_visible(q_BHLD, k_BGSD, v_BGSD, self._visible, scoring, bias).transpose(1, 2)
+
+
 def document_positions(documents: Tensor) -> Tensor:
     """Each token's place in its own document, from 0: `[B, L]` int64 ids, equal ids side by side → `[B, L]` int64."""
     index_BL = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
@@ -199,16 +223,20 @@ class Attention(nn.Module):
     def forward(self, x_BLM: Tensor, context: LayerContext) -> Tensor:
         """`[batch, seq, dim]` → `[batch, seq, dim]`."""
         q_BLN, k_BLN, v_BLN = linears(x_BLM, self.wq, self.wk, self.wv)
-        q_BLHD = self._heads(q_BLN, self.q_norm, context)
-        k_BLGD = self._heads(k_BLN, self.k_norm, context)
+        q_BLHD = self._heads(q_BLN, self.q_norm, context.rotary)
+        k_BLGD = self._heads(k_BLN, self.k_norm, context.rotary)
         v_BLGD = v_BLN.unflatten(-1, (-1, self.head_dim))
-        scoring = self.scoring
-        if context.bias is not None or (self.dropout and self.training):
-            scoring = replace(scoring, bias=context.bias, dropout=self.dropout if self.training else 0.0)
-        out_BLHD = context.attend(self.layer, q_BLHD, k_BLGD, v_BLGD, scoring)
+        out_BLHD = context.attend(self.layer, q_BLHD, k_BLGD, v_BLGD, self._scoring(context.bias))
         return self.wo(out_BLHD.flatten(-2))
 
-    def _heads(self, projected_BLN: Tensor, norm: RMSNorm | None, context: LayerContext) -> Tensor:
+    def _scoring(self, bias: ScoreBias | None) -> Scoring:
+        if bias is None and not (self.dropout and self.training):
+            return self.scoring
+        return replace(self.scoring, bias=bias, dropout=self.dropout if self.training else 0.0)
+
+    def _heads(
+        self, projected_BLN: Tensor, norm: RMSNorm | None, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Splits a projection into heads, normalises them (each, or before the split) and turns them."""
         x = projected_BLN
         if norm is not None and not self.norm_each_head:
@@ -216,7 +244,7 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (-1, self.head_dim))
         if norm is not None and self.norm_each_head:
             x = norm(x)
-        if context.rotary is not None:
-            x = apply_rotary(x, *context.rotary, self.rope_layout)
+        if rotary is not None:
+            x = apply_rotary(x, *rotary, self.rope_layout)
         # Under autocast a norm's fp32 weight widens its result.
         return x.type_as(projected_BLN)

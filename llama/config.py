@@ -460,11 +460,27 @@ class ModelConfig:
         """Keys that a query of `layer` sees, itself included; None for all."""
         return self.sliding_window if layer >= self.full_attention_layers else None
 
+    # What a decoder and an encoder–decoder (llama/seq2seq_config.py) differ in.
+
+    @property
+    def stacks(self) -> tuple[int, int]:
+        """Layers of the encoder, which a decoder alone does without, and of the decoder."""
+        return 0, self.num_layers
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether a norm follows the last block. With norms after the residual sum that has normalised already."""
+        return self.norm_placement in ("pre", "sandwich")
+
+    def residual_writes(self, encoder: bool = False) -> int:
+        """Sub-layers that write into the residual stream of a stack."""
+        return 2 * self.num_layers
+
     # Costs; formulas in llama/counts.py.
 
     def num_parameters(self) -> int:
         """Trained parameters, tied embeddings counted once."""
-        return counts.num_parameters(self)
+        return counts.num_parameters(counts.parameter_shapes(self))
 
     def num_active_parameters(self) -> int:
         """Parameters that one token meets: of the routed experts only `top_k`."""

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llama.config import ModelConfig
+    from llama.seq2seq_config import Seq2SeqConfig
 
 Shape = tuple[int, ...]
+
+_TABLES = {
+    f"{stack}{table}"
+    for stack in ("", "encoder_")
+    for table in ("tok_embeddings.weight", "position_embeddings.weight", "output.weight", "relative_bias")
+}
+"""Parameters that a token looks something up in."""
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -19,20 +28,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes["position_embeddings.weight"] = (config.max_seq_len, dim)
     if config.position == "t5":
         shapes["relative_bias"] = (config.t5_buckets, config.num_heads)
-    placement = config.norm_placement
+    cross = config.stacks[0] > 0
     for layer in range(config.num_layers):
-        prefix = f"layers.{layer}"
-        norms = ["attention_norm", "ffn_norm"]
-        if placement == "sandwich":
-            norms += ["attention_post_norm", "ffn_post_norm"]
-        for norm in norms:
-            shapes |= _norm(config, f"{prefix}.{norm}")
-        shapes |= _attention(config, f"{prefix}.attention")
-        if config.is_moe_layer(layer):
-            shapes |= _moe(config, f"{prefix}.feed_forward")
-        else:
-            shapes |= _feed_forward(config, f"{prefix}.feed_forward", config.ffn_hidden_dim)
-    if placement in ("pre", "sandwich"):
+        shapes |= _block(config, f"layers.{layer}", config.is_moe_layer(layer), cross)
+    if config.has_final_norm:
         shapes |= _norm(config, "norm")
     if not config.tie_embeddings:
         shapes["output.weight"] = (config.vocab_size, dim)
@@ -51,6 +50,34 @@ def buffer_shapes(config: ModelConfig) -> dict[str, Shape]:
             if name.endswith("norm.bias"):  # q/k norms have none
                 shapes |= {f"{name.removesuffix('bias')}running_{kind}": shape for kind in ("mean", "var")}
     return shapes
+
+
+def encoder_shapes(config: Seq2SeqConfig) -> dict[str, Shape]:
+    """What a `Seq2Seq` has beside its decoder."""
+    shapes: dict[str, Shape] = {}
+    if config.position == "learned":
+        shapes["encoder_position_embeddings.weight"] = (config.source_len, config.dim)
+    if config.position == "t5":
+        shapes["encoder_relative_bias"] = (config.t5_buckets, config.num_heads)
+    for layer in range(config.stacks[0]):
+        shapes |= _block(config, f"encoder_layers.{layer}")
+    if config.has_final_norm:
+        shapes |= _norm(config, "encoder_norm")
+    return shapes
+
+
+def _block(config: ModelConfig, prefix: str, moe: bool = False, cross: bool = False) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for sublayer in ("attention", "cross", "ffn") if cross else ("attention", "ffn"):
+        shapes |= _norm(config, f"{prefix}.{sublayer}_norm")
+        if config.norm_placement == "sandwich":
+            shapes |= _norm(config, f"{prefix}.{sublayer}_post_norm")
+    shapes |= _attention(config, f"{prefix}.attention")
+    if cross:
+        shapes |= _attention(config, f"{prefix}.cross_attention")
+    if moe:
+        return shapes | _moe(config, f"{prefix}.feed_forward")
+    return shapes | _feed_forward(config, f"{prefix}.feed_forward", config.ffn_hidden_dim)
 
 
 def _norm(config: ModelConfig, prefix: str) -> dict[str, Shape]:
@@ -114,9 +141,8 @@ def _moe(config: ModelConfig, prefix: str) -> dict[str, Shape]:
     return shapes
 
 
-def num_parameters(config: ModelConfig) -> int:
-    """Trained parameters, tied embeddings counted once."""
-    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+def num_parameters(shapes: Mapping[str, Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def num_active_parameters(config: ModelConfig) -> int:
@@ -139,12 +165,22 @@ def flops_per_token(config: ModelConfig, seq_len: int, frozen: bool = False) -> 
     sliding window). Where the weights are `frozen`, as below adapters, backward has the gradients of activations only:
     4 per parameter; what the adapters themselves cost is left out.
     """
-    tables = ("tok_embeddings.weight", "position_embeddings.weight", "output.weight", "relative_bias")
     matrices = config.vocab_size * config.dim + sum(
-        _active(config, name, shape) for name, shape in parameter_shapes(config).items() if name not in tables
+        _active(config, name, shape) for name, shape in parameter_shapes(config).items() if name not in _TABLES
     )
     seen = sum(_mean_keys(seq_len, config.window(layer)) for layer in range(config.num_layers))
     return (4.0 if frozen else 6.0) * matrices + 12 * config.num_heads * config.resolved_head_dim * seen
+
+
+def seq2seq_flops_per_token(config: Seq2SeqConfig, seq_len: int) -> float:
+    """Forward and backward FLOPs of one trained token of a target of `seq_len` tokens, whose source is as long (or the
+    longest there is): of the encoder's share too, and of the attention to its output."""
+    source = min(seq_len, config.source_len)
+    encoder_layers, layers = config.stacks
+    encoder = sum(math.prod(shape) for name, shape in encoder_shapes(config).items() if name not in _TABLES)
+    attended = encoder_layers * source**2 / seq_len + layers * source
+    heads = 12 * config.num_heads * config.resolved_head_dim
+    return flops_per_token(config, seq_len) + 6.0 * encoder * source / seq_len + heads * attended
 
 
 def _mean_keys(seq_len: int, window: int | None) -> float:

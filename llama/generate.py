@@ -27,13 +27,14 @@ from llama.sampling import apply_temperature, draw, keep_min_p, keep_top, penali
 
 if TYPE_CHECKING:
     from llama.model import Transformer
+    from llama.seq2seq import BoundDecoder
 
 Prompt = Sequence[int] | Sequence[Sequence[int]] | Tensor
 """One prompt's token ids, `[L]`, or those of a batch, `[B, L]`."""
 
 
 def generate(
-    model: Transformer,
+    model: Transformer | BoundDecoder,
     prompt: Prompt,
     *,
     max_new_tokens: int,
@@ -197,7 +198,7 @@ class _Generation:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | BoundDecoder,
         prompt: Prompt,
         max_new_tokens: int,
         choice: _Choice,
@@ -247,7 +248,7 @@ class _Generation:
 
     @torch.inference_mode()
     def _step(self) -> list[int]:
-        with _evaluating(self.model):
+        with evaluating(self.model):
             logits_BV = self._logits()
         _require(
             bool(logits_BV.amax(dim=-1).isfinite().all()),
@@ -283,7 +284,8 @@ class _Generation:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,4 +1,4 @@
-"""The decoder.
+"""The decoder, and what it shares with the encoder–decoder.
 
 Legend: B batch, L sequence, M model dimension, D head dimension, V vocabulary, N chosen positions.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +40,12 @@ class TransformerBlock(nn.Module):
     (CogView, arXiv:2105.13290, §2.4). deepnorm: norm(α·x + f(x)) (arXiv:2203.00555, figure 2).
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, encoder: bool = False) -> None:
         super().__init__()
         self.layer = layer
         self.norm_first = config.norm_placement in ("pre", "sandwich")
         deep = config.norm_placement == "deepnorm"
-        self.alpha = deepnorm(decoder_layers=config.num_layers).decoder.alpha if deep else 1.0
+        self.alpha = deepnorm(*config.stacks).of(encoder).alpha if deep else 1.0
         self.dropout = config.residual_dropout
         self.attention_norm = build_norm(config.norm, config.dim, config.norm_eps)
         self.attention = Attention(config, layer)
@@ -59,9 +59,14 @@ class TransformerBlock(nn.Module):
             self.ffn_post_norm = build_norm(config.norm, config.dim, config.norm_eps)
 
     def forward(self, x_BLM: Tensor, context: LayerContext, routing: RoutingRecord | None) -> Tensor:
-        x_BLM = self._residual(
+        return self._feed_forward(self._attend(x_BLM, context), routing)
+
+    def _attend(self, x_BLM: Tensor, context: LayerContext) -> Tensor:
+        return self._residual(
             x_BLM, lambda x: self.attention(x, context), self.attention_norm, self.attention_post_norm
         )
+
+    def _feed_forward(self, x_BLM: Tensor, routing: RoutingRecord | None) -> Tensor:
         return self._residual(x_BLM, lambda x: self._feed(x, routing), self.ffn_norm, self.ffn_post_norm)
 
     def _feed(self, x_BLM: Tensor, routing: RoutingRecord | None) -> Tensor:
@@ -82,16 +87,14 @@ class TransformerBlock(nn.Module):
         return norm(out_BLM + (x_BLM if self.alpha == 1 else self.alpha * x_BLM))
 
 
-class Transformer(nn.Module):
-    """A decoder of the LLaMA family (arXiv:2302.13971), dense or mixture of experts, by its `ModelConfig`.
+class LanguageModel(nn.Module):
+    """What predicts tokens: embeddings, positions, a stack of layers and the head, with their start values.
 
-    The weights are uninitialised until `init_weights` or a load. docs/model.md is a guide.
+    `Transformer` is a decoder alone, `Seq2Seq` (llama/seq2seq.py) has an encoder beside it. The weights are
+    uninitialised until `init_weights` or a load.
     """
 
-    generate = generate
-    stream = stream
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layers: Iterable[TransformerBlock]) -> None:
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
@@ -102,13 +105,126 @@ class Transformer(nn.Module):
         if config.position == "t5":
             # One for all layers (T5, arXiv:1910.10683, §2.1).
             self.relative_bias = nn.Parameter(torch.empty(config.t5_buckets, config.num_heads))
-        self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.num_layers))
-        # With norms after the residual sum the last block has normalised already.
-        self.norm = None
-        if config.norm_placement in ("pre", "sandwich"):
-            self.norm = build_norm(config.norm, config.dim, config.norm_eps)
+        self.layers = nn.ModuleList(layers)
+        self.norm = build_norm(config.norm, config.dim, config.norm_eps) if config.has_final_norm else None
         self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, bias=False)
         self._attend = CausalAttend()
+
+    def blocks(self) -> list[TransformerBlock]:
+        """All of them, in the order in which a forward pass meets them."""
+        return list(self.layers)  # type: ignore[arg-type]  # what a ModuleList holds is typed as any module
+
+    def _count_positions(self, tokens_BL: Tensor, limit: str = "max_seq_len") -> Tensor:
+        length, table = tokens_BL.shape[1], getattr(self.config, limit)
+        if self.config.position == "learned" and length > table:
+            raise ValueError(
+                f"the sequence has {length} tokens, and model.{limit}={table} positions are learned; "
+                "shorten it, or train with another model.position"
+            )
+        return torch.arange(length, device=tokens_BL.device)[None]
+
+    def _embed(self, tokens_BL: Tensor, positions: Tensor, table: nn.Embedding | None) -> Tensor:
+        x_BLM = self.tok_embeddings(tokens_BL)
+        if table is not None:
+            x_BLM = x_BLM + table(positions)
+        if self.config.position == "sinusoidal":
+            # Scaled up, so that the table does not drown the tokens (arXiv:1706.03762, §3.4).
+            x_BLM = x_BLM * math.sqrt(self.config.dim) + sinusoidal(positions, self.config.dim).type_as(x_BLM)
+        if self.config.residual_dropout:
+            x_BLM = dropout(x_BLM, self.config.residual_dropout, self.training)
+        return x_BLM
+
+    def _rotary(self, positions: Tensor, length: int | None) -> tuple[Tensor, Tensor] | None:
+        config, scaling = self.config, self.config.rope_scaling
+        if config.position != "rope":
+            return None
+        if length is None and scaling is not None and scaling.kind == "dynamic_ntk":
+            length = int(positions.max()) + 1
+        frequencies, factor = rotary_frequencies(
+            config.resolved_head_dim, config.rope_theta, scaling, length, positions.device
+        )
+        return rotary_cos_sin(positions, frequencies, factor)
+
+    def _score_bias(self, relative: Tensor | None, bidirectional: bool = False) -> ScoreBias | None:
+        if relative is not None:
+            return RelativeBias(relative, self.config.t5_max_distance, bidirectional)
+        return ALiBi(self.config.num_heads, bidirectional) if self.config.position == "alibi" else None
+
+    def _predict(self, x_BLM: Tensor, output_index: Tensor | None, labels: Tensor | None) -> Tensor:
+        """What `forward` returns, from the last layer's output."""
+        if labels is not None and output_index is not None:
+            raise ValueError("labels and output_index exclude each other; label the chosen positions only")
+        if output_index is not None:
+            x_BLM = x_BLM.flatten(0, 1)[output_index]
+        if self.norm is not None:
+            x_BLM = self.norm(x_BLM)
+        weight_VM = self.tok_embeddings.weight if self.output is None else self.output.weight
+        if labels is not None:
+            return linear_cross_entropy_sum(x_BLM, weight_VM, labels)
+        return linear(x_BLM, weight_VM)
+
+    def initial_weight(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """The fp32 start value of the parameter called `name`.
+
+        It depends on nothing but the name, the full shape, the config and the seed: any layout of ranks starts from
+        the same model. Norms are 1, biases 0, matrices N(0, std²) with `_initial_std`; a router with
+        `gate_init: kaiming_uniform` is U(−1/√dim, 1/√dim) (He et al., arXiv:1502.01852, §2.2, with a = √5, as
+        `nn.Linear` and DeepSeek's gate do), and so is an adapter's A, while its B is 0 (llama/lora.py).
+        """
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)
+        if name.endswith((".bias", ".lora_b")):
+            return torch.zeros(shape)
+        if name.endswith("activation.beta"):
+            return torch.full(shape, self.config.swish_beta)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+        moe = self.config.moe
+        kaiming_gate = moe is not None and moe.gate_init == "kaiming_uniform"
+        if name.endswith(".lora_a") or (kaiming_gate and name.endswith("router.weight")):
+            bound = 1 / math.sqrt(shape[-1])
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return torch.empty(shape).normal_(0.0, self._initial_std(name, shape), generator=generator)
+
+    def _initial_std(self, name: str, shape: torch.Size) -> float:
+        """0.02, smaller by √(sub-layers) for the matrices that `config.init` names: one of each sub-layer that writes
+        into the stack's residual stream, 2·layers of a decoder alone.
+
+        residual: those that write into the residual stream, wo and w2 (GPT-2, Radford et al. 2019, §2.3). article: wo
+        and w3. DeepNorm has its own: Xavier, times β but for queries and keys (arXiv:2203.00555, figure 2).
+        """
+        matrix, encoder = name.removesuffix(".weight").rsplit(".", 1)[-1], name.startswith("encoder_")
+        if self.config.norm_placement == "deepnorm" and matrix in ("wq", "wk", "wv", "wo", "w1", "w2", "w3"):
+            beta = deepnorm(*self.config.stacks).of(encoder).beta
+            gain = 1.0 if matrix in ("wq", "wk") else beta
+            return gain * math.sqrt(2 / (shape[-1] + shape[-2]))
+        scaled = ("wo", "w2") if self.config.init == "residual" else ("wo", "w3")
+        return 0.02 / math.sqrt(self.config.residual_writes(encoder)) if matrix in scaled else 0.02
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Sets every parameter and every buffer to its start value; plain (unsharded) models only."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self.initial_weight(name, parameter.shape, seed))
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Sets the buffers alone to their start values, `initial_buffer`; sharded models, too."""
+        for name, buffer in self.named_buffers():
+            buffer.fill_(initial_buffer(name))
+
+
+class Transformer(LanguageModel):
+    """A decoder of the LLaMA family (arXiv:2302.13971), dense or mixture of experts, by its `ModelConfig`.
+
+    docs/model.md is a guide.
+    """
+
+    generate = generate
+    stream = stream
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, (TransformerBlock(config, layer) for layer in range(config.num_layers)))
 
     def forward(
         self,
@@ -144,102 +260,9 @@ class Transformer(nn.Module):
         """
         if positions is None:
             positions = self._count_positions(tokens_BL)
-        x_BLM = self._embed(tokens_BL, positions)
-        context = LayerContext(attend or self._attend, self._rotary(positions, rope_length), self._score_bias())
+        x_BLM = self._embed(tokens_BL, positions, self.position_embeddings)
+        bias = self._score_bias(self.relative_bias)
+        context = LayerContext(attend or self._attend, self._rotary(positions, rope_length), bias)
         for block in self.layers:
             x_BLM = block(x_BLM, context, routing)
-        if labels is not None and output_index is not None:
-            raise ValueError("labels and output_index exclude each other; label the chosen positions only")
-        if output_index is not None:
-            x_BLM = x_BLM.flatten(0, 1)[output_index]
-        if self.norm is not None:
-            x_BLM = self.norm(x_BLM)
-        weight_VM = self.tok_embeddings.weight if self.output is None else self.output.weight
-        if labels is not None:
-            return linear_cross_entropy_sum(x_BLM, weight_VM, labels)
-        return linear(x_BLM, weight_VM)
-
-    def _count_positions(self, tokens_BL: Tensor) -> Tensor:
-        length, table = tokens_BL.shape[1], self.config.max_seq_len
-        if self.config.position == "learned" and length > table:
-            raise ValueError(
-                f"the sequence has {length} tokens, and model.max_seq_len={table} positions are learned; "
-                "shorten it, or train with another model.position"
-            )
-        return torch.arange(length, device=tokens_BL.device)[None]
-
-    def _embed(self, tokens_BL: Tensor, positions: Tensor) -> Tensor:
-        x_BLM = self.tok_embeddings(tokens_BL)
-        if self.position_embeddings is not None:
-            x_BLM = x_BLM + self.position_embeddings(positions)
-        if self.config.position == "sinusoidal":
-            # Scaled up, so that the table does not drown the tokens (arXiv:1706.03762, §3.4).
-            x_BLM = x_BLM * math.sqrt(self.config.dim) + sinusoidal(positions, self.config.dim).type_as(x_BLM)
-        if self.config.residual_dropout:
-            x_BLM = dropout(x_BLM, self.config.residual_dropout, self.training)
-        return x_BLM
-
-    def _rotary(self, positions: Tensor, length: int | None) -> tuple[Tensor, Tensor] | None:
-        config, scaling = self.config, self.config.rope_scaling
-        if config.position != "rope":
-            return None
-        if length is None and scaling is not None and scaling.kind == "dynamic_ntk":
-            length = int(positions.max()) + 1
-        frequencies, factor = rotary_frequencies(
-            config.resolved_head_dim, config.rope_theta, scaling, length, positions.device
-        )
-        return rotary_cos_sin(positions, frequencies, factor)
-
-    def _score_bias(self) -> ScoreBias | None:
-        if self.relative_bias is not None:
-            return RelativeBias(self.relative_bias, self.config.t5_max_distance)
-        return ALiBi(self.config.num_heads) if self.config.position == "alibi" else None
-
-    def initial_weight(self, name: str, shape: torch.Size, seed: int) -> Tensor:
-        """The fp32 start value of the parameter called `name`.
-
-        It depends on nothing but the name, the full shape, the config and the seed: any layout of ranks starts from
-        the same model. Norms are 1, biases 0, matrices N(0, std²) with `_initial_std`; a router with
-        `gate_init: kaiming_uniform` is U(−1/√dim, 1/√dim) (He et al., arXiv:1502.01852, §2.2, with a = √5, as
-        `nn.Linear` and DeepSeek's gate do), and so is an adapter's A, while its B is 0 (llama/lora.py).
-        """
-        if name.endswith("norm.weight"):
-            return torch.ones(shape)
-        if name.endswith((".bias", ".lora_b")):
-            return torch.zeros(shape)
-        if name.endswith("activation.beta"):
-            return torch.full(shape, self.config.swish_beta)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        moe = self.config.moe
-        kaiming_gate = moe is not None and moe.gate_init == "kaiming_uniform"
-        if name.endswith(".lora_a") or (kaiming_gate and name.endswith("router.weight")):
-            bound = 1 / math.sqrt(shape[-1])
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        return torch.empty(shape).normal_(0.0, self._initial_std(name, shape), generator=generator)
-
-    def _initial_std(self, name: str, shape: torch.Size) -> float:
-        """0.02, smaller by √(2·layers) for the two matrices of a layer that `config.init` names.
-
-        residual: those that write into the residual stream, wo and w2 (GPT-2, Radford et al. 2019, §2.3). article: wo
-        and w3. DeepNorm has its own: Xavier, times β but for queries and keys (arXiv:2203.00555, figure 2).
-        """
-        matrix = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        if self.config.norm_placement == "deepnorm" and matrix in ("wq", "wk", "wv", "wo", "w1", "w2", "w3"):
-            beta = deepnorm(decoder_layers=self.config.num_layers).decoder.beta
-            gain = 1.0 if matrix in ("wq", "wk") else beta
-            return gain * math.sqrt(2 / (shape[-1] + shape[-2]))
-        scaled = ("wo", "w2") if self.config.init == "residual" else ("wo", "w3")
-        return 0.02 / math.sqrt(2 * self.config.num_layers) if matrix in scaled else 0.02
-
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Sets every parameter and every buffer to its start value; plain (unsharded) models only."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(self.initial_weight(name, parameter.shape, seed))
-        self.reset_buffers()
-
-    @torch.no_grad()
-    def reset_buffers(self) -> None:
-        """Sets the buffers alone to their start values, `initial_buffer`; sharded models, too."""
-        for name, buffer in self.named_buffers():
-            buffer.fill_(initial_buffer(name))
+        return self._predict(x_BLM, output_index, labels)

@@ -193,6 +193,10 @@ class DeepNorms(NamedTuple):
     encoder: DeepNorm
     decoder: DeepNorm
 
+    def of(self, encoder: bool) -> DeepNorm:
+        """The encoder's, or the decoder's."""
+        return self.encoder if encoder else self.decoder
+
 
 def deepnorm(encoder_layers: int = 0, decoder_layers: int = 0) -> DeepNorms:
     """DeepNorm's constants (Wang et al., arXiv:2203.00555, fig. 2, right).

@@ -49,15 +49,22 @@ def _distances(query_positions: Tensor, key_positions: Tensor) -> Tensor:
 
 
 class ALiBi:
-    """Attention with linear biases: −slope·(i − j) on the score of query i and key j (arXiv:2108.12409, §3)."""
+    """Attention with linear biases: −slope·(i − j) on the score of query i and key j (arXiv:2108.12409, §3).
 
-    def __init__(self, num_heads: int) -> None:
+    Bidirectional, as in an encoder, it is −slope·|i − j|.
+    """
+
+    def __init__(self, num_heads: int, bidirectional: bool = False) -> None:
         self.num_heads = num_heads
+        self.bidirectional = bidirectional
 
     def __call__(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """`[..., L]` and `[..., S]` int64 → `[..., H, L, S]` fp32."""
         slopes = alibi_slopes(self.num_heads, query_positions.device)
-        return _distances(query_positions, key_positions).unsqueeze(-3) * -slopes[:, None, None]
+        distances = _distances(query_positions, key_positions)
+        if self.bidirectional:
+            distances = distances.abs()
+        return distances.unsqueeze(-3) * -slopes[:, None, None]
 
 
 def relative_bucket(distance: Tensor, buckets: int, max_distance: int, bidirectional: bool = False) -> Tensor:
@@ -87,19 +94,21 @@ def relative_bucket(distance: Tensor, buckets: int, max_distance: int, bidirecti
 
 
 class RelativeBias:
-    """T5's learned bias on the scores: one number for each head and bucket of distances, unidirectional.
+    """T5's learned bias on the scores: one number for each head and bucket of distances.
 
     Holds the parameter as it is and reads it anew in every call. A plain object: build it inside the forward pass of
     the module that owns the parameter.
     """
 
-    def __init__(self, weight: Tensor, max_distance: int) -> None:
+    def __init__(self, weight: Tensor, max_distance: int, bidirectional: bool = False) -> None:
         """`weight` is `[buckets, H]`; distances from `max_distance` on share the last bucket."""
         self.weight = weight
         self.max_distance = max_distance
+        self.bidirectional = bidirectional
 
     def __call__(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """`[..., L]` and `[..., S]` int64 → `[..., H, L, S]`, fp32 or the weight's type if that is wider."""
-        buckets = relative_bucket(_distances(query_positions, key_positions), self.weight.shape[0], self.max_distance)
+        distances = _distances(query_positions, key_positions)
+        buckets = relative_bucket(distances, self.weight.shape[0], self.max_distance, self.bidirectional)
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         return embedding(buckets, weight).movedim(-1, -3)
