@@ -172,7 +172,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, frozen: bool = False) -> 
     return (4.0 if frozen else 6.0) * matrices + 12 * config.num_heads * config.resolved_head_dim * seen
 
 
-def seq2seq_flops_per_token(config: Seq2SeqConfig, seq_len: int) -> float:
+def seq2seq_flops_per_token(config: Seq2SeqConfig, seq_len: int, frozen: bool = False) -> float:
     """Forward and backward FLOPs of one trained token of a target of `seq_len` tokens, whose source is as long (or the
     longest there is): of the encoder's share too, and of the attention to its output."""
     source = min(seq_len, config.source_len)
@@ -180,7 +180,8 @@ def seq2seq_flops_per_token(config: Seq2SeqConfig, seq_len: int) -> float:
     encoder = sum(math.prod(shape) for name, shape in encoder_shapes(config).items() if name not in _TABLES)
     attended = encoder_layers * source**2 / seq_len + layers * source
     heads = 12 * config.num_heads * config.resolved_head_dim
-    return flops_per_token(config, seq_len) + 6.0 * encoder * source / seq_len + heads * attended
+    share = (4.0 if frozen else 6.0) * source / seq_len
+    return flops_per_token(config, seq_len, frozen) + share * encoder + heads * attended
 
 
 def _mean_keys(seq_len: int, window: int | None) -> float:

@@ -11,7 +11,7 @@ reads or shards the plain model does the same with the adapted one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from llama.linear import Linear, linear
 
 if TYPE_CHECKING:
     from llama.config import ModelConfig
-    from llama.model import Transformer
+    from llama.model import LanguageModel
 
+ModelT = TypeVar("ModelT", bound="LanguageModel")
 Target = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
 _MATRICES = (".lora_a", ".lora_b")
 
@@ -91,7 +92,7 @@ def check_targets(model: ModelConfig, config: LoraConfig) -> None:
             )
 
 
-def apply_lora(model: Transformer, config: LoraConfig) -> Transformer:
+def apply_lora(model: ModelT, config: LoraConfig) -> ModelT:
     """Puts adapters on a plain model in place and freezes all else.
 
     The adapters are uninitialised, as a `Transformer` is: `init_weights`, `init_sharded_weights` or `init_adapters`
@@ -111,7 +112,7 @@ def apply_lora(model: Transformer, config: LoraConfig) -> Transformer:
 
 
 @torch.no_grad()
-def init_adapters(model: Transformer, seed: int) -> None:
+def init_adapters(model: LanguageModel, seed: int) -> None:
     """Sets the adapters of a plain model to their start values; the rest stays."""
     for name, parameter in model.named_parameters():
         if name.endswith(_MATRICES):
@@ -119,7 +120,7 @@ def init_adapters(model: Transformer, seed: int) -> None:
 
 
 @torch.no_grad()
-def merge_lora(model: Transformer) -> Transformer:
+def merge_lora(model: ModelT) -> ModelT:
     """Adds every adapter into its layer's weight, W + (alpha / rank)·B·A, in place: a plain model again.
 
     The sum is taken in fp32 at least. All parameters can be trained afterwards.

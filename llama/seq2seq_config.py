@@ -82,10 +82,5 @@ class Seq2SeqConfig(ModelConfig):
         return self.num_parameters()
 
     def flops_per_token(self, seq_len: int, *, frozen: bool = False) -> float:
-        """Forward and backward FLOPs of one trained token of a target of `seq_len` tokens and a source as long.
-
-        Raises:
-            ValueError: `frozen`, for there are no adapters on an encoder–decoder.
-        """
-        _require(not frozen, "an encoder–decoder is not trained by adapters; all its weights get a gradient")
-        return counts.seq2seq_flops_per_token(self, seq_len)
+        """Forward and backward FLOPs of one trained token of a target of `seq_len` tokens and a source as long."""
+        return counts.seq2seq_flops_per_token(self, seq_len, frozen)

@@ -1,6 +1,6 @@
 """What a loader hands to a training step or an evaluation: tokens, what is to be predicted, and where documents lie.
 
-Legend: B batch, L sequence.
+Legend: B batch, L sequence, S source.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llama.config import ModelConfig
 from llama.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from llama.model import Transformer
+    from llama.model import LanguageModel
     from llama.moe import RoutingRecord
 
 
@@ -36,16 +36,25 @@ class Batch:
     """`[B]` int64: positions of each row before the padding at its end, which is computed and counts nowhere. None:
     there is no padding."""
 
+    source: Tensor | None = None
+    """For an encoder–decoder, whose targets the inputs are: token ids `[B, S]`."""
+    source_lengths: Tensor | None = None
+    """`[B]` int64: tokens of each source before its padding. None: there is none."""
+
     def to(self, device: torch.device | str) -> Batch:
-        documents, lengths = (None if each is None else each.to(device) for each in (self.documents, self.lengths))
-        return Batch(self.inputs.to(device), self.labels.to(device), documents, lengths)
+        optional = (self.documents, self.lengths, self.source, self.source_lengths)
+        return Batch(
+            self.inputs.to(device),
+            self.labels.to(device),
+            *(None if each is None else each.to(device) for each in optional),
+        )
 
     def num_targets(self) -> Tensor:
         """How many labels count: a scalar, int64."""
         return (self.labels != IGNORE_INDEX).sum()
 
     def num_tokens(self) -> Tensor:
-        """How many positions are no padding: a scalar, int64."""
+        """How many positions are no padding, those of sources aside: a scalar, int64."""
         if self.lengths is not None:
             return self.lengths.sum()
         return self.labels.new_full((), self.labels.numel())
@@ -58,7 +67,7 @@ class Batch:
 
 
 def loss_sum(
-    model: Transformer,
+    model: LanguageModel,
     batch: Batch,
     attend: Callable[[Tensor | None], Attend] = CausalAttend,
     routing: RoutingRecord | None = None,
@@ -72,6 +81,14 @@ def loss_sum(
     Raises:
         ValueError: the batch has documents, and the model cannot keep them apart.
     """
+    if batch.source is not None:
+        return model(
+            batch.source,
+            batch.inputs,
+            source_lengths=batch.source_lengths,
+            attend=attend(batch.documents),
+            labels=batch.labels,
+        )
     positions = None
     if batch.documents is not None:
         check_packable(model.config, batch.inputs.shape[1])

@@ -60,8 +60,8 @@ def orthogonalise(x_NOI: Tensor, dtype: torch.dtype) -> Tensor:
 def block_matrices(model: nn.Module) -> set[Tensor]:
     """The matrices inside the model's blocks, banks of experts included; neither routers nor gates of one row."""
     found: set[Tensor] = set()
-    layers = model.get_submodule("layers")
-    for module in layers.modules():
+    blocks = [child for name, child in model.named_children() if name in ("layers", "encoder_layers")]
+    for module in (module for block in blocks for module in block.modules()):
         if isinstance(module, nn.Linear) and module.out_features > 1:
             found.add(module.weight)
         elif isinstance(module, Experts):

@@ -1,6 +1,6 @@
 """Parallelism applied to a plain model: FSDP2 on the dense mesh, experts on the sparse one.
 
-    model = Transformer(config) on the meta device
+    model = Transformer(config), or Seq2Seq(config), on the meta device
     apply_parallel(model, meshes, precision)           # each block: recomputation → compilation → FSDP
     init_sharded_weights(model, seed, device)          # or load a checkpoint
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Container
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -32,20 +32,22 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from llama.all_to_all import AllToAllDispatch
 from llama.lora import lora_layers
-from llama.model import Transformer
+from llama.model import LanguageModel
 from llama.moe import Experts, MoE
 from llama.training.mesh import Meshes, check_experts_shard
 from llama.training.recompute import ActivationCheckpointing, recompute_activations
 
+ModelT = TypeVar("ModelT", bound=LanguageModel)
+
 
 def apply_parallel(
-    model: Transformer,
+    model: ModelT,
     meshes: Meshes,
     precision: Literal["fp32", "bf16"],
     *,
     activation_checkpointing: ActivationCheckpointing = "none",
     compile: bool = False,
-) -> Transformer:
+) -> ModelT:
     """Shards a plain model in place: every block a unit of FSDP, the rest one more, experts split over `ep`.
 
     On an accelerator a block's gathered parameters are dropped after its forward pass and gathered again in backward
@@ -64,21 +66,21 @@ def apply_parallel(
     reshard = meshes.dense.device_type != "cpu" and meshes.plan.dp_shard > 1
     policy = mixed_precision(precision)
     dense = _data_mesh(meshes.dense, "dp_replicate", "dp_shard")
-    moes = moe_layers(model)
     random = model.config.attention_dropout > 0 or model.config.residual_dropout > 0
     random = random or any(layer.config.dropout > 0 for layer in lora_layers(model).values())
-    for layer, block in enumerate(model.layers):
+    for block in model.blocks():
+        moe = block.feed_forward if isinstance(block.feed_forward, MoE) else None
         # In this order: a compiler must see the repetition, and FSDP's hooks lie outside of both.
         recompute_activations(block, activation_checkpointing, random=random)
         if compile:
-            if layer in moes:
+            if moe is not None:
                 # How many rows an expert gets is data, and a compiler would make a variant of each layer's entry in
                 # the routing record: the experts stay as they are, with kernels of their own (llama/kernels/rows.py).
-                moes[layer].forward = torch.compiler.disable(moes[layer].forward)  # type: ignore[method-assign]
+                moe.forward = torch.compiler.disable(moe.forward)  # type: ignore[method-assign]
             block.compile()
-        experts = moes[layer].experts if layer in moes else None
-        if experts is not None and meshes.sparse is not None:
-            _split_experts(moes[layer], meshes.sparse, policy, reshard)
+        experts = moe.experts if moe is not None else None
+        if moe is not None and meshes.sparse is not None:
+            _split_experts(moe, meshes.sparse, policy, reshard)
         fully_shard(
             block,
             mesh=dense,
@@ -102,25 +104,25 @@ def mixed_precision(precision: Literal["fp32", "bf16"]) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
-def moe_layers(model: Transformer) -> dict[int, MoE]:
+def moe_layers(model: LanguageModel) -> dict[int, MoE]:
     """The mixture-of-experts feed-forwards by layer, in order; empty for a dense model."""
     return {module.layer: module for module in model.modules() if isinstance(module, MoE)}
 
 
-def init_sharded_weights(model: Transformer, seed: int, device: torch.device) -> None:
+def init_sharded_weights(model: LanguageModel, seed: int, device: torch.device) -> None:
     """Materialises a sharded model on `device` with the weights that `model.init_weights(seed)` gives a plain one."""
     allocate_sharded(model, device)
     draw_weights(model, seed, model.state_dict())
 
 
-def allocate_sharded(model: Transformer, device: torch.device) -> None:
+def allocate_sharded(model: LanguageModel, device: torch.device) -> None:
     """Materialises a sharded model on `device`: parameters are anything, buffers at their start."""
     model.to_empty(device=device)
     model.reset_buffers()
 
 
 @torch.no_grad()
-def draw_weights(model: Transformer, seed: int, names: Container[str]) -> None:
+def draw_weights(model: LanguageModel, seed: int, names: Container[str]) -> None:
     """Sets the parameters among `names` to their start values, as `model.init_weights(seed)` does.
 
     Every rank draws each full parameter and keeps its shard, one parameter at a time: no communication, and the same

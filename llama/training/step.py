@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 from llama.all_to_all import AllToAllDispatch
 from llama.attention import Attend, CausalAttend
 from llama.balance import RoutingStatistics, balance_loss, balanced_bias, routing_sums, with_total
-from llama.model import Transformer
+from llama.model import LanguageModel
 from llama.moe import RoutingRecord
 from llama.norm import batch_norms, batch_statistics, update_running
 from llama.training.attention import BlockCausalAttend
@@ -94,7 +94,7 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: Transformer, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device
+        self, model: LanguageModel, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device
     ) -> None:
         self.model = model
         self.optimizer = optimizer

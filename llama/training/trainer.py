@@ -15,8 +15,10 @@ import torch.distributed as dist
 
 from llama.config import ModelConfig
 from llama.lora import apply_lora, base_state, trained_state
-from llama.model import Transformer
+from llama.model import LanguageModel, Transformer
 from llama.retry import retried
+from llama.seq2seq import Seq2Seq
+from llama.seq2seq_config import Seq2SeqConfig
 from llama.training.batch import Batch
 from llama.training.checkpoint import Checkpointer, CorruptCheckpoint, StoreFailed, training_tensors
 from llama.training.config import TrainConfig, check_compilable, check_trainable
@@ -39,7 +41,7 @@ ResultT = TypeVar("ResultT")
 
 
 class Loader(Protocol):
-    """This rank's micro-batches, without end: `[micro_batch, seq_len]`."""
+    """This rank's micro-batches, without end: `[micro_batch, seq_len]`, with sources for an encoder–decoder."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -69,8 +71,14 @@ class _Progress:
     """Measured after the last step; None if it was not, or when it was not finite."""
 
 
+def build_model(config: ModelConfig) -> LanguageModel:
+    """The model that the config is of; its weights are uninitialised."""
+    return Seq2Seq(config) if isinstance(config, Seq2SeqConfig) else Transformer(config)
+
+
 class Trainer:
-    """Trains a model from its config on this rank, as one of the ranks of the default process group.
+    """Trains a model from its config, a decoder or an encoder–decoder, on this rank, as one of the ranks of the default
+    process group.
 
     Without a process group it makes one of a single rank for the time of `fit`. With a checkpointer, training goes on
     from its latest committed checkpoint, and saves every `checkpoint_every` steps and at the end. A checkpoint whose
@@ -104,7 +112,7 @@ class Trainer:
         loader: Loader,
         checkpointer: Checkpointer | None = None,
         *,
-        start: Callable[[Transformer], None] | None = None,
+        start: Callable[[LanguageModel], None] | None = None,
         validation: Sequence[Batch] = (),
         on_metrics: Callable[[StepMetrics], None] = lambda metrics: None,
         on_resume: Callable[[int], None] = lambda step: None,
@@ -148,7 +156,7 @@ class Trainer:
     def _set_up(self) -> None:
         meshes = build_mesh(self.config.parallel, dist.get_world_size(), self.device.type)
         with torch.device("meta"):
-            model = Transformer(self.model_config)
+            model = build_model(self.model_config)
             if self.config.lora is not None:
                 apply_lora(model, self.config.lora)
         self.model = apply_parallel(
@@ -321,6 +329,8 @@ class Trainer:
         for name, tensor in (("inputs", batch.inputs), ("labels", batch.labels), ("documents", batch.documents)):
             if tensor is not None and tuple(tensor.shape) != expected:
                 raise ValueError(f"the loader gave a batch whose {name} are {tuple(tensor.shape)}, expected {expected}")
+        if (batch.source is not None) != isinstance(self.model_config, Seq2SeqConfig):
+            raise ValueError("the loader's batches have sources where the model is no encoder–decoder, or none for one")
         return batch.to(self.device)
 
 

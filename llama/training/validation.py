@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from llama.attention import Attend
-from llama.model import Transformer
+from llama.model import LanguageModel
 from llama.training.batch import Batch, loss_sum
 
 
@@ -32,7 +32,7 @@ def check_equally_many(batches: Sequence[Batch], device: torch.device) -> None:
 
 @torch.no_grad()
 def validation_loss(
-    model: Transformer,
+    model: LanguageModel,
     batches: Sequence[Batch],
     attend: Callable[[Tensor | None], Attend],
     device: torch.device,
