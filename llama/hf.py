@@ -28,7 +28,7 @@ from llama.hf_files import DirectoryWriter, Slot, StoredTensors
 from llama.hf_names import EMBEDDINGS, LM_HEAD, StoredTensor, stored_tensors, turn_rows
 from llama.hf_values import CONFIG_FILE, UnsupportedModel, read_json
 from llama.lora import base_state
-from llama.model import Transformer
+from llama.model import LanguageModel, Transformer
 from llama.tokenizer import GENERATION_CONFIG_FILE, Tokenizer
 
 __all__ = [
@@ -166,7 +166,7 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
 
 
 @torch.no_grad()
-def load_weights(directory: str | Path, model: Transformer) -> None:
+def load_weights(directory: str | Path, model: LanguageModel) -> None:
     """Fills a model, sharded or not, from a Hugging Face directory; routing biases that are absent stay.
 
     Of a sharded model every rank reads the whole directory through memory maps and keeps its shards, without

@@ -16,6 +16,7 @@ from pipelines.cli_cluster import down, up
 from pipelines.cli_drive import run
 from pipelines.cli_keys import keys
 from pipelines.cli_operate import doctor, gc, render
+from pipelines.cli_predict import predict
 from pipelines.cli_resume import resume
 from pipelines.cli_runs import export, show
 from pipelines.cli_serve import deploy, scale, status, trace, undeploy
@@ -58,6 +59,7 @@ for command in (
     status,
     trace,
     chat,
+    predict,
     undeploy,
     doctor,
     gc,

@@ -36,7 +36,7 @@ from pipelines.runs import Run
 from pipelines.section import lasting_uri
 
 if TYPE_CHECKING:
-    from llama.model import Transformer
+    from llama.model import LanguageModel, Transformer
 
 # What loads weights is imported where it does: it takes seconds, and most who ask about a start load none.
 
@@ -68,7 +68,7 @@ class Start:
     fingerprint: str
     files: tuple[str, ...]
 
-    def load(self, model: Transformer) -> None:
+    def load(self, model: LanguageModel) -> None:
         """Fills a model, sharded or not, what lies below its adapters. Of a sharded one all ranks do so together."""
         if self.is_checkpoint:
             from llama.training.checkpoint import load_model_weights

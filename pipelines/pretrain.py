@@ -29,6 +29,7 @@ from cluster.artifact import Artifact
 from cluster.storage import JSON, StorageError
 from llama.config import ModelConfig
 from llama.retry import retried
+from llama.seq2seq_config import Seq2SeqConfig
 from llama.training.config import TrainConfig
 from pipelines.finetune import Start, find_start
 from pipelines.follow import followed
@@ -37,7 +38,7 @@ from pipelines.stage import Stage, StageContext
 from pipelines.training_folder import CHECKPOINTS, HANGS, INCARNATIONS, METRICS
 
 if TYPE_CHECKING:
-    from pipelines.training_worker import WorkerTask
+    from pipelines.training_worker import TrainingData, WorkerTask
 
 SUMMARY = "summary.json"
 
@@ -61,12 +62,27 @@ _log = logging.getLogger(__name__)
 
 
 def pretrain_stage(model: ModelConfig, train: TrainRecipe, start: Start | None = None) -> Stage:
-    """The stage `pretrain`, downstream of `shards`: from nothing, or fine-tuning from `start`."""
+    """The stage `pretrain`, downstream of `shards`: from nothing, or fine-tuning from `start`. That of an
+    encoder–decoder is downstream of `pairs`."""
     settings = {item.name: getattr(train, item.name) for item in fields(TrainConfig) if item.name not in _LAYOUT}
     settings["shuffle_shards"] = train.shuffle_shards  # the order of the samples
     settings["start_from"] = start.fingerprint if start is not None else None
     run = partial(_pretrain, model, train, start)
-    return Stage("pretrain", 1, {"model": model, "train": settings}, run, ("shards",))
+    return Stage("pretrain", 1, {"model": model, "train": settings}, run, (_upstream(model),))
+
+
+def _upstream(model: ModelConfig) -> str:
+    return "pairs" if isinstance(model, Seq2SeqConfig) else "shards"
+
+
+def _data(model: ModelConfig, train: TrainRecipe, context: StageContext) -> TrainingData:
+    from pipelines.loader import ShardData
+    from pipelines.pair_loader import PairData
+
+    artifact = context.inputs[_upstream(model)]
+    if isinstance(model, Seq2SeqConfig):
+        return PairData(artifact)
+    return ShardData(artifact, train.shuffle_shards, train.cache_bytes)
 
 
 def check_room(model: ModelConfig, train: TrainRecipe) -> None:
@@ -94,9 +110,7 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, conte
             model=model,
             train=settings,
             threads=max(1, int(train.cpus_per_worker)),
-            shards=context.inputs["shards"],
-            shuffle_shards=train.shuffle_shards,
-            cache_bytes=train.cache_bytes,
+            data=_data(model, train, context),
             start=start,
             output=context.artifact_store,
             incarnation=incarnation,

@@ -152,6 +152,12 @@ def _rows(summary: RunSummary) -> list[tuple[str, str]]:
                 f" (zstd -19: {summary.zstd_bits_per_byte:.3f})",
             )
         )
+    if summary.exact_match is not None:
+        exact, tokens = (
+            f"{summary.exact_match:.2%} of the targets whole",
+            f"{summary.token_accuracy:.2%} of their tokens",
+        )
+        rows.append(("held out", f"{exact}, {tokens}"))
     rows += [("sample", f"{_quoted(sample['prompt'])} → {_quoted(sample['text'])}") for sample in summary.samples]
     if summary.requests:
         rows.append(

@@ -242,7 +242,58 @@ class ServeConfig(Section):
         return self
 
 
-class Recipe(Section):
+_OTHER_KINDS = {
+    "recipe": "a sweep; caravan sweep runs it",
+    "pairs": "a recipe of an encoder–decoder; caravan run runs it, here or on the cluster of --address",
+}
+"""By the key that they have and no other: what a recipe may be besides that which was asked for."""
+
+
+class StoredRecipe(Section):
+    """What a recipe of any kind is: a section that is read from YAML and written with its run."""
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = (), store: Store | None = None) -> Self:
+        """Read a YAML file and set `overrides` in it, each `dotted.path=value` with the value in YAML.
+
+        `store` is where a run that `train.start_from` names is looked for. Raises RecipeError, and StorageError if it
+        is there that the store fails.
+        """
+        try:
+            text = Path(path).read_text("utf-8")
+        except FileNotFoundError:
+            raise RecipeError(f"there is no recipe {os.fspath(path)!r}; give the path of a YAML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe {os.fspath(path)!r} cannot be read: {first_line(error)}") from error
+        return cls.from_yaml(text, overrides, store)
+
+    @classmethod
+    def from_yaml(cls, text: str, overrides: Sequence[str] = (), store: Store | None = None) -> Self:
+        """`load`, from the text itself."""
+        values = parse_yaml(text, "the recipe")
+        if not isinstance(values, dict):
+            sections = ", ".join(cls.model_fields)
+            raise RecipeError(f"the recipe is {shown(values)}, not a mapping of its sections ({sections})")
+        for key, what in _OTHER_KINDS.items():
+            if key in values and key not in cls.model_fields:
+                raise RecipeError(f"it has a key `{key}`, and so is {what}")
+        # First the preset, which is another shape altogether and not a mixture of two, then what changes it.
+        for override in sorted(overrides, key=lambda override: not sets_preset(override)):
+            if sets_preset(override):
+                values["model"] = {}
+            set_override(values, override)
+        _refuse_booleans(cls, values)
+        try:
+            return cls.model_validate(values, context=store)
+        except ValidationError as error:
+            raise RecipeError(_explain(error.errors(), cls)) from None  # pydantic's own text shows whole inputs
+
+    def to_yaml(self) -> str:
+        """The recipe with every default filled in; `from_yaml` makes an equal one of it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+class Recipe(StoredRecipe):
     """A run. `Recipe.load` reads one from YAML; all sections but `evaluate`, `export`, `serve` and
     `stages` must be there.
 
@@ -258,45 +309,6 @@ class Recipe(Section):
     export: ExportConfig = ExportConfig()
     serve: ServeConfig = Field(default_factory=ServeConfig)
     stages: dict[StageName, StageOptions] = {}
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = (), store: Store | None = None) -> Recipe:
-        """Read a YAML file and set `overrides` in it, each `dotted.path=value` with the value in YAML.
-
-        `store` is where a run that `train.start_from` names is looked for. Raises RecipeError, and StorageError if it
-        is there that the store fails.
-        """
-        try:
-            text = Path(path).read_text("utf-8")
-        except FileNotFoundError:
-            raise RecipeError(f"there is no recipe {os.fspath(path)!r}; give the path of a YAML file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe {os.fspath(path)!r} cannot be read: {first_line(error)}") from error
-        return cls.from_yaml(text, overrides, store)
-
-    @classmethod
-    def from_yaml(cls, text: str, overrides: Sequence[str] = (), store: Store | None = None) -> Recipe:
-        """`load`, from the text itself."""
-        values = parse_yaml(text, "the recipe")
-        if not isinstance(values, dict):
-            sections = ", ".join(cls.model_fields)
-            raise RecipeError(f"the recipe is {shown(values)}, not a mapping of its sections ({sections})")
-        if "recipe" in values:
-            raise RecipeError("this is a sweep and no recipe: it has a key `recipe`; caravan sweep runs it")
-        # First the preset, which is another shape altogether and not a mixture of two, then what changes it.
-        for override in sorted(overrides, key=lambda override: not sets_preset(override)):
-            if sets_preset(override):
-                values["model"] = {}
-            set_override(values, override)
-        _refuse_booleans(cls, values)
-        try:
-            return cls.model_validate(values, context=store)
-        except ValidationError as error:
-            raise RecipeError(_explain(error.errors())) from None  # pydantic's own text shows whole inputs
-
-    def to_yaml(self) -> str:
-        """The recipe with every default filled in; `from_yaml` makes an equal one of it."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
     @model_validator(mode="before")
     @classmethod
@@ -358,7 +370,7 @@ class Recipe(Section):
             )
         for name, options in self.stages.items():
             options.check(name)
-        _check_finite(self.model_dump())
+        check_finite(self.model_dump())
         return self
 
 
@@ -367,7 +379,7 @@ def validated(section: type[SectionT], values: object) -> SectionT:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(error.errors())) from error
+        raise RecipeError(_explain(error.errors(), section)) from error
 
 
 def _check_resources(section: str, unit: str, cpus: float, gpus: float, accelerator_type: str | None) -> None:
@@ -400,30 +412,30 @@ def _plain(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _check_finite(value: Any, path: tuple[str | int, ...] = ()) -> None:
+def check_finite(value: Any, path: tuple[str | int, ...] = ()) -> None:
     """YAML has `.nan` and `.inf`; no setting means anything at them."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{_dotted(path)}={value} is not a finite number; give one")
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, item in items:
-        _check_finite(item, (*path, key))
+        check_finite(item, (*path, key))
 
 
 # -- errors in one line
 
 
-def _explain(errors: list[ErrorDetails]) -> str:
-    line = _explain_one(errors[0])
+def _explain(errors: list[ErrorDetails], root: type[BaseModel]) -> str:
+    line = _explain_one(errors[0], root)
     return line if len(errors) == 1 else f"{line} (and {len(errors) - 1} more)"
 
 
-def _explain_one(error: ErrorDetails) -> str:
+def _explain_one(error: ErrorDetails, root: type[BaseModel]) -> str:
     path = error["loc"]
     dotted = _dotted(path)
     message = _IN_YAML.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:] if re.match(r"(Input|String) should", message) else message
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _similar(path)
+        known = _similar(path, root)
         return f"{dotted}: unknown key; " + (f"did you mean {known}?" if known else "remove it")
     if error["type"] in ("missing", "missing_argument"):
         return f"{dotted}: missing; add it to the recipe"
@@ -439,20 +451,20 @@ def _dotted(path: Sequence[str | int]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def _similar(path: Sequence[str | int]) -> str | None:
+def _similar(path: Sequence[str | int], root: type[BaseModel]) -> str | None:
     """The known key that an unknown one was probably meant to be: one below or beside it of its very name, a sibling
     that contains it or is spelt alike, else its name elsewhere."""
     *parents, name = path
-    section: Any = Recipe
+    section: Any = root
     for part in parents:
         section = _fields_of(section).get(part) if isinstance(part, str) else _element_of(section)
     if below := [known for known in _known_paths(section, tuple(parents)) if known[-1] == name]:
         return _dotted(below[0])
-    siblings = [*_fields_of(section), *(["preset"] if parents == ["model"] else [])]
+    siblings = [*_fields_of(section), *(["preset"] if parents == ["model"] and root is Recipe else [])]
     containing = [sibling for sibling in siblings if sibling.endswith(f"_{name}") or sibling.startswith(f"{name}_")]
     if near := containing or difflib.get_close_matches(str(name), siblings, n=1):
         return _dotted((*parents, near[0]))
-    elsewhere = [known for known in _known_paths(Recipe) if known[-1] == name]
+    elsewhere = [known for known in _known_paths(root) if known[-1] == name]
     return _dotted(elsewhere[0]) if elsewhere else None
 
 

@@ -58,6 +58,9 @@ class RunSummary:
     bits_per_byte: float | None = None
     unigram_bits_per_byte: float | None = None
     zstd_bits_per_byte: float | None = None
+    exact_match: float | None = None
+    """Of an encoder–decoder: the share of held-out targets that were answered whole."""
+    token_accuracy: float | None = None
     samples: tuple[dict[str, str], ...] = ()
     """Prompts and the model's continuations."""
     requests: int | None = None
@@ -90,6 +93,7 @@ def summarise(run: Run, results: Mapping[str, StageResult], seconds: float) -> R
             key: evaluation.get(key)
             for key in ("loss", "perplexity", "bits_per_byte", "unigram_bits_per_byte", "zstd_bits_per_byte")
         },
+        **{key: evaluation.get(key) for key in ("exact_match", "token_accuracy")},
         samples=tuple(evaluation.get("samples", ())),
         **{key: deploy.get(key) for key in ("requests", "predicted_cached_tokens", "cached_tokens")},
         url=deploy.get("url") if deploy.get("kept") else None,

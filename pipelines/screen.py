@@ -75,6 +75,10 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
+def print_json_line(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
 @contextmanager
 def only_json(as_json: bool) -> Iterator[None]:
     """What libraries print inside the block goes to stderr, so that stdout has JSON and nothing else."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -50,9 +51,9 @@ class StageOptions(Section):
     def tries(self) -> Tries:
         return Tries(self.retries, self.retry_wait, self.timeout)
 
-    def check(self, name: str) -> None:
-        """Raises ValueError unless the options fit a stage of that name."""
-        if name in OWN_STAGES:
+    def check(self, name: str, own: Sequence[str] = OWN_STAGES) -> None:
+        """Raises ValueError unless the options fit a stage of that name; `own` are the project's in this recipe."""
+        if name in own:
             defaults = StageOptions()
             for key in sorted(set(StageOptions.model_fields) - {"retries", "retry_wait", "timeout"}):
                 if getattr(self, key) != getattr(defaults, key):
@@ -63,7 +64,7 @@ class StageOptions(Section):
         elif self.uses is None:
             raise ValueError(
                 f"stages.{name}.uses: missing; name its function (package.module:function), or one of the project's "
-                f"own stages: {', '.join(OWN_STAGES)}"
+                f"own stages: {', '.join(own)}"
             )
         if self.accelerator_type is not None and self.num_gpus == 0:
             raise ValueError(

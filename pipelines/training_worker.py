@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Protocol
 
 import ray
 import ray.train
@@ -24,7 +26,7 @@ from cluster.process_group import process_group
 from cluster.session import node_folder
 from cluster.storage import JSON, Store
 from llama.config import ModelConfig
-from llama.model import Transformer
+from llama.model import LanguageModel
 from llama.retry import retried
 from llama.training.batch import Batch
 from llama.training.checkpoint import Checkpointer
@@ -36,15 +38,22 @@ from llama.training.trainer import Trainer
 from llama.training.watchdog import Watchdog
 from pipelines.finetune import Start
 from pipelines.gauges import TrainGauges
-from pipelines.loader import ShardLoader, validation_batches
+from pipelines.loader import RankLoader, RankSlices
 from pipelines.metrics import MetricsWriter
-from pipelines.shard_set import ShardSet
 from pipelines.training_folder import CHECKPOINTS, HANGS, INCARNATIONS, METRICS, START
 
 _WATCH_SECONDS = 2.0
 _CLOSE_SECONDS = 120.0
 
 _log = logging.getLogger(__name__)
+
+
+class TrainingData(Protocol):
+    """What is trained on: picklable, and opened by every rank."""
+
+    def open(self, slices: RankSlices, seq_len: int, seed: int, cache_dir: Path) -> RankLoader:
+        """`cache_dir`: a folder on the node's disk. Raises StorageError, DataError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,7 @@ class WorkerTask:
     model: ModelConfig
     train: TrainConfig
     threads: int
-    shards: Artifact
-    shuffle_shards: int | None
-    cache_bytes: int | None
+    data: TrainingData
     start: Start | None
     """None: training starts from weights drawn by the seed."""
     output: Store
@@ -108,27 +115,14 @@ def _train(
         keep_every=train.keep_every,
     )
 
-    def open_loader() -> ShardLoader:
-        return ShardLoader(
-            task.shards,
-            seq_len=train.seq_len,
-            global_batch=train.global_batch,
-            micro_batch=train.micro_batch,
-            rank=rank,
-            world_size=world_size,
-            seed=train.seed,
-            shuffle_shards=task.shuffle_shards,
-            cache_dir=node_folder("shards"),
-            cache_bytes=task.cache_bytes,
-        )
+    def open_loader() -> RankLoader:
+        slices = RankSlices(train.global_batch, train.micro_batch, rank, world_size)
+        return task.data.open(slices, train.seq_len, train.seed, node_folder("shards"))
 
-    def open_validation(shards: ShardSet) -> list[Batch]:
-        return validation_batches(shards, train.micro_batch, train.validate_rows, rank, world_size)
-
-    with retried(open_loader, "opening the shards", sleep=watchdog.sleep) as loader:
+    with retried(open_loader, "opening the data", sleep=watchdog.sleep) as loader:
         validation: list[Batch] = []
         if train.validate_every:
-            read = partial(open_validation, loader.shards)
+            read = partial(loader.validation_batches, train.validate_rows)
             validation = retried(read, "reading the validation rows", sleep=watchdog.sleep)
         return Trainer(
             task.model,
@@ -145,7 +139,7 @@ def _train(
         ).fit()
 
 
-def _load_start(start: Start, watchdog: Watchdog, model: Transformer) -> None:
+def _load_start(start: Start, watchdog: Watchdog, model: LanguageModel) -> None:
     """All ranks go on together: those of a node whose copy is there do not wait in the first step for the others."""
     with watchdog.paused():
         start.load(model)

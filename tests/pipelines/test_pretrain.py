@@ -17,6 +17,7 @@ from llama.training.metrics import TrainSummary
 from pipelines import incarnations, pretrain
 from pipelines.finetune import StartError, find_start
 from pipelines.graph import Graph
+from pipelines.loader import ShardData
 from pipelines.recipe import TrainRecipe
 from pipelines.stage import Stage, StageContext
 from pipelines.training_worker import Outcome, WorkerTask
@@ -77,7 +78,7 @@ def test_settings_reach_the_workers_and_the_summary_the_store(monkeypatch: pytes
     attempt = artifact.begin()
     context = StageContext("pretrain", "", {"shards": artifact}, store, store, [], attempt, lambda event: None)
     metadata = pretrain._pretrain(MODEL, replace(TRAIN, shuffle_shards=3, cache_bytes=10**9), None, context)
-    assert (sent[0].shuffle_shards, sent[0].cache_bytes, sent[0].shards) == (3, 10**9, artifact)
+    assert sent[0].data == ShardData(artifact, 3, 10**9)
     assert sent[0].known_nodes == {"node"} and sent[0].sizes.largest == 4
     assert attempt.store.read_json(pretrain.SUMMARY)["loss"] == metadata["loss"] == 1.5
     assert metadata["checkpoint"] == "checkpoints/step-00000200"

@@ -19,6 +19,7 @@ from llama.training.control import Request
 from llama.training.metrics import StepMetrics
 from llama.training.watchdog import Watchdog
 from pipelines import training_worker
+from pipelines.loader import ShardData
 from pipelines.metrics import MetricsReader
 from pipelines.training_worker import ClusterWatch, WorkerTask, _Reports
 
@@ -28,9 +29,7 @@ def task(store: Store, known_nodes: frozenset[str] = frozenset({"a"})) -> Worker
         model=ModelConfig(dim=32, num_layers=1, num_heads=2),
         train=TrainConfig(steps=9, checkpoint_every=2),
         threads=1,
-        shards=Artifact(store),
-        shuffle_shards=None,
-        cache_bytes=None,
+        data=ShardData(Artifact(store), None, None),
         start=None,
         output=store,
         incarnation="first",
