@@ -44,6 +44,10 @@ class Seq2SeqConfig(ModelConfig):
             self.sliding_window is None,
             f"model.sliding_window={self.sliding_window}: an encoder–decoder sees whole sequences; leave it out",
         )
+        _require(
+            self.norm != "batchnorm",
+            "model.norm=batchnorm: its statistics would be of sources' padding as well; choose another norm",
+        )
         # It turns all keys anew for every length, and source and target have lengths of their own.
         _require(
             self.rope_scaling is None or self.rope_scaling.kind != "dynamic_ntk",

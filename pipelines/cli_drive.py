@@ -91,10 +91,9 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe's stages here; what is committed already is skipped."""
-    from pipelines.recipe import Recipe
-    from pipelines.run_kinds import RecipeRun
+    from pipelines.run_kinds import kind_of_file
 
-    kind = RecipeRun(Recipe.load(recipe, overrides or [], named_store(store)))
+    kind = kind_of_file(recipe, overrides or [], named_store(store))
     drive_new(kind, Selection(until, from_stage, tuple(force or ()), keep), store, run_id, dry_run, address, as_json)
 
 

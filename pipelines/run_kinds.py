@@ -1,19 +1,21 @@
-"""What a run may be of, and what the commands need to know of it: a recipe, or a sweep.
+"""What a run may be of, and what the commands need to know of it: a recipe, one of an encoder–decoder, or a sweep.
 
-The stored text tells which: `stored_kind`. Everything else about a run is the same for both.
+The text tells which: `kind_of_file`, `stored_kind`. Everything else about a run is the same for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.storage import Store
 from pipelines.generations import read_generations
 from pipelines.graph import Graph
 from pipelines.recipe import Recipe
-from pipelines.recipe_text import parse_yaml
+from pipelines.recipe_text import RecipeError, parse_yaml
+from pipelines.seq2seq import Seq2SeqRecipe, build_seq2seq_graph, is_seq2seq
 from pipelines.stage import StageResult
 from pipelines.stages import build_graph
 from pipelines.sweep.config import SweepConfig, is_sweep
@@ -74,10 +76,24 @@ class RunKind(Protocol):
         ...
 
 
+def kind_of_file(path: Path, overrides: Sequence[str], store: Store | None) -> RunKind:
+    """Of a recipe's file. Raises RecipeError, also for a sweep's."""
+    try:
+        is_pairs = is_seq2seq(parse_yaml(path.read_text("utf-8"), "the recipe"))
+    except (OSError, UnicodeDecodeError):
+        is_pairs = False  # and no recipe either, which `load` says
+    if is_pairs:
+        return Seq2SeqRun(Seq2SeqRecipe.load(path, overrides, store))
+    return RecipeRun(Recipe.load(path, overrides, store))
+
+
 def stored_kind(text: str, overrides: Sequence[str], store: Store | None, command: str) -> RunKind:
     """Of a run's stored text. `command`: what makes its report again. Raises RecipeError."""
-    if is_sweep(parse_yaml(text, "the run's recipe")):
+    values = parse_yaml(text, "the run's recipe")
+    if is_sweep(values):
         return SweepRun(SweepConfig.from_yaml(text, overrides), command)
+    if is_seq2seq(values):
+        return Seq2SeqRun(Seq2SeqRecipe.from_yaml(text, overrides, store))
     return RecipeRun(Recipe.from_yaml(text, overrides, store))
 
 
@@ -107,6 +123,42 @@ class RecipeRun:
 
         if "deploy" in selected:
             control.check_can_deploy(dashboard_url, self.recipe.serve.port, replace=keep)
+        if "pretrain" in selected and not graph.artifact(store, "pretrain").committed:
+            check_room(self.recipe.model, self.recipe.train)
+
+    def conclude(
+        self, run: Run, graph: Graph, results: Mapping[str, StageResult] | None, seconds: float
+    ) -> Conclusion | None:
+        from pipelines.report import summarise
+
+        return None if results is None else _RecipeConclusion(summarise(run, results, seconds))
+
+
+@dataclass(frozen=True)
+class Seq2SeqRun:
+    recipe: Seq2SeqRecipe
+    keep_going = False
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    def to_yaml(self) -> str:
+        return self.recipe.to_yaml()
+
+    def modules(self) -> list[str]:
+        return []
+
+    def build(self, store: Store, dashboard_url: str, keep: bool) -> Graph:
+        if keep:
+            raise RecipeError("--keep leaves an endpoint running, and an encoder–decoder has none; leave it out")
+        return build_seq2seq_graph(self.recipe, read_generations(store))
+
+    def check_cluster(
+        self, graph: Graph, selected: Sequence[str], store: Store, dashboard_url: str, keep: bool
+    ) -> None:
+        from pipelines.pretrain import check_room
+
         if "pretrain" in selected and not graph.artifact(store, "pretrain").committed:
             check_room(self.recipe.model, self.recipe.train)
 

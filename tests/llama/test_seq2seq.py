@@ -299,7 +299,7 @@ def test_flops_are_those_of_the_products_by_hand() -> None:
         ({"encoder_layers": 0}, "model.encoder_layers=0 must be at least 1"),
         ({"max_source_len": 0}, "model.max_source_len=0 must be at least 1"),
         ({"encoder_layers": 1.5}, "model.encoder_layers=1.5 is not a whole number"),
-        ({"norm": "batchnorm"}, "model.norm='batchnorm' is not one of"),
+        ({"norm": "batchnorm"}, "model.norm=batchnorm: its statistics"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings: dict, message: str) -> None:
