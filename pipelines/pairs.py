@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from cluster.artifact import Artifact
-from cluster.storage import JSON, NotFound, Store
+from cluster.storage import JSON, FileEntry, NotFound, Store
 from llama.losses import IGNORE_INDEX
 from llama.training.batch import Batch
 from pipelines.documents import read_table, write_table
@@ -128,11 +128,13 @@ def pairs_stage(config: PairsConfig, room: Room) -> Stage:
     """
     key: dict[str, Any] = {"pairs": config}
     if config.path is not None:
-        key = {"file": _file_of(config.path).checksum, "held_out": config.held_out_pairs, "seed": config.seed}
+        # Whether they fit the model is found out with the file at hand.
+        file = _file_of(config.path).checksum
+        key = {"file": file, "held_out": config.held_out_pairs, "seed": config.seed, "room": room}
     return Stage("pairs", 1, key, partial(_write, config, room))
 
 
-def _file_of(path: str) -> Any:
+def _file_of(path: str) -> FileEntry:
     folder, _, name = path.rpartition("/")
     try:
         return Store(folder or "/").entry(name)

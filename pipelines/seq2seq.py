@@ -59,6 +59,16 @@ class Seq2SeqRecipe(StoredRecipe):
 
     @model_validator(mode="before")
     @classmethod
+    def _refuse_what_is_a_decoders(cls, values: Any) -> Any:
+        match values:
+            case {"train": dict(train)}:
+                for name, why in _WITHOUT_MEANING.items():
+                    if (value := train.get(name)) is not None:
+                        raise ValueError(f"train.{name}={shown(value)} has no place here: {why}; leave it out")
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
     def _fill_in_sizes(cls, values: Any) -> Any:
         match values:
             case {"pairs": dict(given), "model": dict(model), "train": dict(train)}:
@@ -79,9 +89,6 @@ class Seq2SeqRecipe(StoredRecipe):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         model, train = self.model, self.train
-        for name, why in _WITHOUT_MEANING.items():
-            if (value := getattr(train, name)) is not None:
-                raise ValueError(f"train.{name}={shown(value)} has no place here: {why}; leave it out")
         if train.seq_len > model.max_seq_len:
             raise ValueError(
                 f"train.seq_len={train.seq_len} is above model.max_seq_len={model.max_seq_len}; lower it, or raise that"
