@@ -151,7 +151,7 @@ NOT_HERE = {
     "router_bench": "minutes for each policy, and a trace that does not come along; docs/evidence.md has its runs",
     "model": "benchmarks; docs/evidence.md has their commands and figures",
     "engine": "Python, and benchmarks with peers that are installed from the network",
-    "training": "a GPU's benchmark, and what tests/evidence/seq2seq.py runs; what remains is in the other pages",
+    "training": "a GPU's benchmark, and recipes that tests/evidence/seq2seq.py runs; the rest is in other pages",
     "serving_security": "tests/evidence/serving_security.py checks each claim of it",
     "design": "one benchmark of the router, half a minute; it has to do with the code and not with a folder",
 }

@@ -1,5 +1,6 @@
 """Stages as Ray tasks, on one local cluster: what they say, what they cost, and that whatever ends, ends whole."""
 
+import json
 import logging
 import os
 import signal
@@ -17,9 +18,12 @@ from pipelines.drive import drive
 from pipelines.graph import Graph
 from pipelines.ray_execution import OnRay
 from pipelines.runs import Run
+from pipelines.seq2seq import build_seq2seq_graph
 from pipelines.stage import Resources, Stage, Tries
 from pipelines.stage_options import StageOptions
+from pipelines.translate import PREDICTIONS
 from pipelines.user_stage import user_stages
+from tests.pipelines.seq2seq_run import tiny
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
@@ -298,3 +302,18 @@ def test_closing_ends_what_is_tried_and_leaves_no_thread(store, executor):
         time.sleep(0.05)
     status = Run.open(store, run.id).status
     assert (status.state, status.stages["work"].state) == ("failed", "failed")
+
+
+def test_an_encoder_decoders_recipe_goes_from_pairs_to_figures_and_on(store, executor):
+    recipe = tiny("train.workers=2", "train.micro_batch=4", "train.validate_every=4")
+    graph = build_seq2seq_graph(recipe)
+    first = drive(graph, store, Run.create(store, recipe.to_yaml()), until="pretrain", executor=executor)
+    assert first["pretrain"].metadata["step"] == 4 and first["pretrain"].metadata["val_loss"] > 0
+    assert first["pretrain"].metadata["parameters"] == recipe.model.num_parameters()
+    results = drive(graph, store, Run.create(store, recipe.to_yaml()), executor=executor)
+    assert [result.state for result in results.values()] == ["skipped", "skipped", "done"]
+    figures, files = results["evaluate"].metadata, results["evaluate"].artifact.files
+    assert files.read_json("evaluation.json") == figures and figures["pairs"] == 30
+    lines = [json.loads(line) for line in files.read_bytes(PREDICTIONS).splitlines()]
+    assert len(lines) == 30
+    assert figures["exact_match"] == sum(line["target"] == line["predicted"] for line in lines) / 30
