@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import cross_entropy, linear
 
 from llama.autocast import autocast_dtype, autocast_off
 from llama.autograd import first_order
@@ -47,6 +47,31 @@ def linear_cross_entropy_sum(hidden: Tensor, weight_VM: Tensor, labels: Tensor) 
     return total
 
 
+@torch.no_grad()
+def linear_cross_entropies(hidden: Tensor, weight_VM: Tensor, labels: Tensor) -> Tensor:
+    """The terms of `linear_cross_entropy_sum`, `[...]` fp32 (fp64 for fp64 input), without a gradient; its chunks bound
+    the memory here, too."""
+    dtype = autocast_dtype(hidden) or hidden.dtype
+    weight, rows = weight_VM.to(dtype), _chunk_rows(weight_VM)
+    with autocast_off(hidden):
+        chunks = zip(hidden.reshape(-1, hidden.shape[-1]).split(rows), labels.reshape(-1).split(rows), strict=True)
+        losses = [
+            cross_entropy(
+                linear(hidden_CM.to(dtype), weight).to(torch.promote_types(dtype, torch.float32)),
+                labels_C,
+                ignore_index=IGNORE_INDEX,
+                reduction="none",
+            )
+            for hidden_CM, labels_C in chunks
+        ]
+    return torch.cat(losses).view(labels.shape)
+
+
+def _chunk_rows(weight_VM: Tensor) -> int:
+    elements = _CHUNK_ELEMENTS_GPU if weight_VM.is_cuda else _CHUNK_ELEMENTS
+    return max(_CHUNK_ROWS, elements // len(weight_VM))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """d loss / d logits = softmax − one-hot, so a chunk needs nothing that comes after it."""
 
@@ -60,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden_TM.device)
         d_hidden_TM = torch.empty_like(hidden_TM) if needs_hidden else None
         d_weight_VM = torch.zeros_like(weight_VM, dtype=wide) if needs_weight else None
-        rows = max(_CHUNK_ROWS, (_CHUNK_ELEMENTS_GPU if hidden_TM.is_cuda else _CHUNK_ELEMENTS) // len(weight))
+        rows = _chunk_rows(weight)
         for begin in range(0, len(labels_T), rows):
             hidden_CM = hidden_TM[begin : begin + rows].to(dtype)
             labels_C = labels_T[begin : begin + rows]

@@ -21,7 +21,7 @@ from llama.config import ModelConfig
 from llama.feed_forward import FeedForward
 from llama.generate import generate, stream
 from llama.linear import Linear, linear
-from llama.losses import linear_cross_entropy_sum
+from llama.losses import linear_cross_entropies, linear_cross_entropy_sum
 from llama.moe import MoE, RoutingRecord
 from llama.norm import build_norm, deepnorm
 from llama.position import ALiBi, RelativeBias, sinusoidal
@@ -158,10 +158,12 @@ class LanguageModel(nn.Module):
             x_BLM = x_BLM.flatten(0, 1)[output_index]
         if self.norm is not None:
             x_BLM = self.norm(x_BLM)
-        weight_VM = self.tok_embeddings.weight if self.output is None else self.output.weight
         if labels is not None:
-            return linear_cross_entropy_sum(x_BLM, weight_VM, labels)
-        return linear(x_BLM, weight_VM)
+            return linear_cross_entropy_sum(x_BLM, self._output_weight(), labels)
+        return linear(x_BLM, self._output_weight())
+
+    def _output_weight(self) -> Tensor:
+        return self.tok_embeddings.weight if self.output is None else self.output.weight
 
     def initial_weight(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """The fp32 start value of the parameter called `name`.
@@ -258,6 +260,38 @@ class Transformer(LanguageModel):
             ValueError: `labels` together with `output_index`, or of another shape than the tokens; or, without
                 `positions`, the sequence is longer than the table of learned positions.
         """
+        x_BLM = self._hidden(tokens_BL, positions, attend, routing, rope_length)
+        return self._predict(x_BLM, output_index, labels)
+
+    @torch.no_grad()
+    def label_losses(
+        self,
+        tokens_BL: Tensor,
+        labels: Tensor,
+        *,
+        positions: Tensor | None = None,
+        attend: Attend | None = None,
+        rope_length: int | None = None,
+    ) -> Tensor:
+        """−log p of each label by itself, in nats: `[batch, seq]`, at least fp32, 0 where none is predicted.
+
+        Arguments and errors are those of `forward`, whose sum with `labels` this adds up to; there is no gradient, and
+        the logits are never all in memory. Of plain models: a sharded one gathers its weights in `forward` only.
+        """
+        x_BLM = self._hidden(tokens_BL, positions, attend, None, rope_length)
+        if self.norm is not None:
+            x_BLM = self.norm(x_BLM)
+        return linear_cross_entropies(x_BLM, self._output_weight(), labels)
+
+    def _hidden(
+        self,
+        tokens_BL: Tensor,
+        positions: Tensor | None,
+        attend: Attend | None,
+        routing: RoutingRecord | None,
+        rope_length: int | None,
+    ) -> Tensor:
+        """What the last block gives, `[batch, seq, dim]`."""
         if positions is None:
             positions = self._count_positions(tokens_BL)
         x_BLM = self._embed(tokens_BL, positions, self.position_embeddings)
@@ -265,4 +299,4 @@ class Transformer(LanguageModel):
         context = LayerContext(attend or self._attend, self._rotary(positions, rope_length), bias)
         for block in self.layers:
             x_BLM = block(x_BLM, context, routing)
-        return self._predict(x_BLM, output_index, labels)
+        return x_BLM

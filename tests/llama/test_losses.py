@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llama import losses
-from llama.losses import linear_cross_entropy_sum
+from llama.losses import linear_cross_entropies, linear_cross_entropy_sum
 
 
 def by_hand(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -37,6 +37,22 @@ def test_equals_the_sum_over_labelled_positions_with_its_gradients(
     for gradient, reference in zip(torch.autograd.grad(found * 0.7, (hidden, weight)), wanted, strict=True):
         torch.testing.assert_close(gradient, reference)
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy_sum(h, w, labels), (hidden, weight))
+
+
+@pytest.mark.parametrize("vocab", [11, losses._CHUNK_ELEMENTS // 128])
+def test_each_label_by_itself_with_few_logits_at_a_time(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ROWS", 3)
+    hidden, weight, labels = problem(torch.float64, vocab)
+    rows = []
+    monkeypatch.setattr(losses, "linear", lambda h, w: rows.append(len(h)) or h @ w.T)
+    found = linear_cross_entropies(hidden, weight, labels)
+    for place, loss in enumerate(found.flatten()):
+        b, i = divmod(place, 5)
+        torch.testing.assert_close(loss, by_hand(hidden[b, i : i + 1], weight, labels[b, i : i + 1]).detach())
+    assert not found.requires_grad and sum(rows) == 10
+    many = linear_cross_entropies(hidden.repeat(40, 1, 1), weight, labels.repeat(40, 1))
+    assert torch.equal(many.view(40, 2, 5)[7], many.view(40, 2, 5)[0])
+    assert max(rows) * vocab <= losses._CHUNK_ELEMENTS
 
 
 def test_no_labels_cost_nothing() -> None:

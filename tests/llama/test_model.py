@@ -135,6 +135,9 @@ def test_labels_give_the_loss_of_the_logits() -> None:
     logits = model(tokens).double().log_softmax(-1)
     expected = -sum(logits[b, i, labels[b, i]] for b in range(2) for i in range(7) if labels[b, i] != IGNORE_INDEX)
     torch.testing.assert_close(model(tokens, labels=labels).double(), expected, atol=1e-4, rtol=1e-6)
+    each = -logits.gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
+    each = each.masked_fill(labels == IGNORE_INDEX, 0)
+    torch.testing.assert_close(model.label_losses(tokens, labels).double(), each, atol=1e-5, rtol=1e-5)
 
 
 def test_residual_dropout_acts_in_training_only() -> None:
