@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 JSON_FILE = "extrapolation.json"
 PICTURE_FILE = "extrapolation.png"
 
+_UNDER = "rope under "
+"""In the names of curves: before the scaling that a model was put under which was trained without."""
 _CACHE_BYTES = 1 << 30
 _POINTS = 512
 """Of a curve, at most about."""
@@ -102,7 +104,7 @@ def extrapolate_stage(
         "extrapolate",
         1,
         {"model": model, "train_seq_len": train_seq_len, "extrapolate": config},
-        partial(_extrapolate, model, train_seq_len, config, needs, wait_for_nodes, shards),
+        partial(_extrapolate, model, train_seq_len, config, needs, wait_for_nodes),
         (shards, "pretrain"),
     )
 
@@ -130,7 +132,7 @@ def scalings_of(model: ModelConfig, train_seq_len: int, config: ExtrapolateConfi
             f"is {own}; leave them out"
         )
     kinds = config.scalings if config.scalings is not None else get_args(RopeScalingKind) if plain else ()
-    return {f"rope, {kind}": _scaling(kind, config.factor, train_seq_len) for kind in kinds}
+    return {f"{_UNDER}{kind}": _scaling(kind, config.factor, train_seq_len) for kind in kinds}
 
 
 def _scaling(kind: RopeScalingKind, factor: int, train_seq_len: int) -> RopeScaling:
@@ -145,14 +147,13 @@ def _extrapolate(
     config: ExtrapolateConfig,
     needs: WorkerNeeds,
     wait_for_nodes: float,
-    shards: str,
     context: StageContext,
 ) -> dict[str, JSON]:
     task = ExtrapolateTask(
         Trained.of(model, context.inputs["pretrain"]),
         train_seq_len,
         config,
-        context.inputs[shards],
+        context.inputs["shards"],
         device="cuda" if needs.gpus else "cpu",
         threads=max(1, int(needs.cpus)),
     )
@@ -201,8 +202,9 @@ def measure(
     Returns:
         `train_seq_len`, `factor` and `rows`; `positions`: the last position of each of at most about 512 runs of
         positions, counted from 1, and `curves`: by name, the mean loss over each run's targets; `loss_by_multiple`: by
-        name, the mean loss over positions in (0, 1], (1, 2], ... (factor − 1, factor] times train_seq_len. None where
-        there was no target.
+        name, the mean loss over positions in (0, 1], (1, 2], ... (factor − 1, factor] times train_seq_len; of these
+        `within`, the first, and `beyond_twice`, the mean from the third on, by `own` and the kind of scaling. None
+        where there was no target.
     """
     length = config.factor * train_seq_len
     step = max(1, length // _POINTS)
@@ -224,7 +226,19 @@ def measure(
         "positions": [min(begin + step, length) for begin in range(0, length, step)],
         "curves": curves,
         "loss_by_multiple": by_multiple,
+        "within": {_key(name): losses[0] for name, losses in by_multiple.items()},
+        "beyond_twice": {_key(name): _mean(losses[2:]) for name, losses in by_multiple.items()},
     }
+
+
+def _key(name: str) -> str:
+    """Of a curve: `own`, or the scaling that the trained model was put under."""
+    return name.removeprefix(_UNDER) if name.startswith(_UNDER) else "own"
+
+
+def _mean(losses: Sequence[float | None]) -> float | None:
+    found = [loss for loss in losses if loss is not None]
+    return sum(found) / len(found) if found else None
 
 
 def loss_by_position(
@@ -302,7 +316,7 @@ def draw_extrapolation(
     for name, curve in curves.items():
         values = np.array([np.nan if value is None else value for value in curve], dtype=float)
         smooth = np.concatenate([smoothed(part, width) for part in (values[:inside], values[inside:])])
-        axes.plot(at, smooth, label=name, linewidth=1.4, linestyle="--" if "," in name else "-")
+        axes.plot(at, smooth, label=name, linewidth=1.4, linestyle="--" if _UNDER in name else "-")
         # The first tokens of a row have nothing before them, and would take up most of the picture.
         shown = smooth[min(width, inside - 1) :]
         if np.isfinite(shown).any():

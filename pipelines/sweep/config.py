@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from cluster.storage import Store
 from pipelines.data_config import STDLIB
+from pipelines.extrapolate import ExtrapolateConfig
 from pipelines.recipe import Recipe, validated
 from pipelines.recipe_text import RecipeError, first_line, masked, parse_yaml, shown
 from pipelines.section import Section, lasting_uri
@@ -77,6 +78,8 @@ class SweepConfig(Section):
     """What is compared; the table is sorted by the first, the lowest on top."""
     curves: tuple[str, ...] = ("loss",)
     """What is drawn over the training, of curves.py."""
+    extrapolate: ExtrapolateConfig | None = None
+    """Measures each trained model beyond the length of its training, which also makes a picture."""
     expect: tuple[ExpectConfig, ...] = ()
 
     @classmethod
@@ -146,6 +149,8 @@ class SweepConfig(Section):
             stage, _, key = measure.partition(".")
             if stage == "curve" and key not in CURVE_MEASURES:
                 raise ValueError(f"measures: {measure!r} is not one of the curve's, {', '.join(CURVE_MEASURES)}")
+            if stage == "extrapolate" and self.extrapolate is None:
+                raise ValueError(f"measures: {measure!r} is of a stage that runs with the key extrapolate; give {{}}")
         for each in self.expect:
             for term in (term for pair in each.pairs for term in pair):
                 if term.partition("/")[0] not in self.cell_names:
@@ -164,6 +169,7 @@ class SweepConfig(Section):
         """The stages that have to run for the measures and curves."""
         stages = [measure.partition(".")[0] for measure in self.all_measures]
         kinds = ["pretrain" if stage == "curve" else stage for stage in stages]
+        kinds += ["extrapolate"] if self.extrapolate is not None else []
         return list(dict.fromkeys([*kinds, *(["pretrain"] if self.curves else [])]))
 
     @property

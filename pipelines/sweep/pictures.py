@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipelines.extrapolate import draw_extrapolation
 from pipelines.figures import new_figure, own_style, png
 from pipelines.report import in_thousands
 from pipelines.sweep.curves import CURVES, LABELS
@@ -31,6 +32,8 @@ def draw(result: SweepResult) -> dict[str, bytes]:
         for name in result.config.curves:
             if (figure := draw_curve(result, name)) is not None:
                 figures[f"{name}.png"] = figure
+        if (figure := draw_beyond(result)) is not None:
+            figures["extrapolation.png"] = figure
         return {name: png(figure) for name, figure in figures.items()}
 
 
@@ -93,6 +96,23 @@ def draw_results(result: SweepResult) -> Figure:
     grid[0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle(f"{_title(result)}\na dot per seed, a bar at their mean", fontsize=11)
     return figure
+
+
+def draw_beyond(result: SweepResult) -> Figure | None:
+    """Loss by position, of every cell and of the scalings that it was put under: the mean of the seeds."""
+    curves: dict[str, Sequence[float | None]] = {}
+    found: Mapping[str, Any] = {}
+    for cell in result.config.cell_names:
+        trials = [trial.beyond for trial in result.trials if trial.cell == cell and trial.beyond is not None]
+        for place, name in enumerate(trials[0]["curves"] if trials else ()):
+            found = trials[0]
+            columns = zip(*(each["curves"][name] for each in trials), strict=True)
+            means = [None if None in column else fmean(column) for column in columns]
+            curves[name if place else cell] = means
+    if not found:
+        return None
+    seeds = f", mean of {len(result.config.seeds)} seeds" if len(result.config.seeds) > 1 else ""
+    return draw_extrapolation(found["positions"], curves, found["train_seq_len"], f"{_title(result)}{seeds}")
 
 
 def _title(result: SweepResult) -> str:

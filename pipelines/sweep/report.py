@@ -116,7 +116,10 @@ def as_json(result: SweepResult, machine: Machine) -> dict[str, Any]:
         "seeds": list(result.config.seeds),
         "measures": list(result.config.measures),
         "cells": [asdict(cell) for cell in result.cells],
-        "trials": [{name: value for name, value in vars(trial).items() if name != "curve"} for trial in result.trials],
+        "trials": [
+            {name: value for name, value in vars(trial).items() if name not in ("curve", "beyond")}
+            for trial in result.trials
+        ],
         "expected": [asdict(each) for each in result.findings],
     }
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
 from cluster.artifact import Manifest
 from cluster.storage import Store
+from pipelines.extrapolate import JSON_FILE
 from pipelines.metrics import MetricsReader
 from pipelines.runs import RunStatus
 from pipelines.sweep.config import ExpectConfig, SweepConfig, Trial, own_measure
@@ -38,6 +39,8 @@ class TrialResult:
     """The most that a training process held."""
     error: str = ""
     curve: Sequence[Row] = ()
+    beyond: Mapping[str, Any] | None = None
+    """What `extrapolate.measure` found, if the sweep asks for it."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,12 @@ def collect(
             reader = MetricsReader(graph.graph.artifact(store, stages["pretrain"]).store.child(METRICS))
             reader.poll()
             curve = reader.steps()
+        beyond = None
+        if "extrapolate" in metadata:
+            beyond = graph.graph.artifact(store, stages["extrapolate"]).files.read_json(JSON_FILE)
         failed = [status.stages[name].error for name in stages.values() if name in status.stages]
-        return trial_result(trial, config.all_measures, metadata, curve, next(filter(None, failed), ""))
+        found = trial_result(trial, config.all_measures, metadata, curve, next(filter(None, failed), ""))
+        return replace(found, beyond=beyond)
 
     return summarise(config, [read(trial) for trial in trials])
 

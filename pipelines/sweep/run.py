@@ -59,7 +59,7 @@ class SweepRun:
         return self._graph(store).graph
 
     def _graph(self, store: Store) -> SweepGraph:
-        return sweep_graph(self._trials, self.config.kinds, read_generations(store))
+        return sweep_graph(self._trials, self.config.kinds, read_generations(store), self.config.extrapolate)
 
     def check_cluster(
         self, graph: Graph, selected: Sequence[str], store: Store, dashboard_url: str, keep: bool

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pipelines.extrapolate import ExtrapolateConfig, extrapolate_stage
 from pipelines.graph import Graph
-from pipelines.stage import GraphError, Stage
+from pipelines.recipe_text import RecipeError
+from pipelines.shards import ShardConfig, shards_stage
+from pipelines.stage import GraphError, Resources, Stage
 from pipelines.stages import build_graph
 from pipelines.sweep.config import Trial
 
@@ -21,24 +24,30 @@ _Id = tuple[str, str]
 
 @dataclass(frozen=True)
 class SweepGraph:
-    """`stages`: for each trial, by its label, the graph's stage of every kind that it needs."""
+    """`stages`: for each trial, by its label, what the stages of its own graph that it needs are called in this one."""
 
     graph: Graph
     stages: Mapping[str, Mapping[str, str]]
 
 
 def sweep_graph(
-    trials: Sequence[Trial], kinds: Sequence[str], generations: Mapping[str, int] | None = None
+    trials: Sequence[Trial],
+    kinds: Sequence[str],
+    generations: Mapping[str, int] | None = None,
+    extrapolate: ExtrapolateConfig | None = None,
 ) -> SweepGraph:
     """What has to run for these kinds of stages to be there for every trial.
 
-    Raises GraphError for a kind that the recipe has not, or that leaves nothing behind; and what `build_graph` does.
+    Raises GraphError for a kind that the recipe has not, or that leaves nothing behind; RecipeError for a model that
+    cannot be measured beyond its training; and what `build_graph` does.
     """
     stages: dict[_Id, Stage] = {}
     upstream: dict[_Id, list[_Id]] = {}
     users: dict[_Id, list[Trial]] = {}
     for trial in trials:
         graph = build_graph(trial.recipe, "", False, generations)
+        if extrapolate is not None:
+            graph = _beyond(graph, trial, extrapolate)
         ids = {name: (stage.kind, graph.keys[name]) for name, stage in graph.stages.items()}
         wanted = {stage.name for kind in kinds for stage in graph.selected(_measurable(graph, kind))}
         for stage in graph.stages.values():
@@ -46,7 +55,7 @@ def sweep_graph(
                 stages.setdefault(ids[stage.name], stage)
                 upstream[ids[stage.name]] = [ids[name] for name in stage.upstream]
                 users.setdefault(ids[stage.name], []).append(trial)
-    names = _names(users, len(trials))
+    names = {id: _name(stages[id], each, len(trials)) for id, each in users.items()}
     graph = Graph(
         [replace(stages[id], name=names[id], upstream=tuple(names[up] for up in upstream[id])) for id in stages],
         generations,
@@ -54,8 +63,25 @@ def sweep_graph(
     found: dict[str, dict[str, str]] = {trial.label: {} for trial in trials}
     for id, each in users.items():
         for trial in each:
-            found[trial.label][id[0]] = names[id]
+            found[trial.label][stages[id].name] = names[id]
     return SweepGraph(graph, found)
+
+
+def _beyond(graph: Graph, trial: Trial, config: ExtrapolateConfig) -> Graph:
+    """With rows of the longer length, and the stage that measures on them."""
+    recipe, train = trial.recipe, trial.recipe.train
+    if recipe.model.position != "rope" or recipe.model.rope_scaling is not None:
+        config = config.model_copy(update={"scalings": None})
+    long = shards_stage(ShardConfig.of(recipe.data, config.factor * train.seq_len))
+    try:
+        stage = extrapolate_stage(
+            recipe.model, train.seq_len, config, train.worker_needs, train.wait_for_nodes, f"{long.name}@long"
+        )
+    except ValueError as error:
+        raise RecipeError(f"cell {trial.cell}: {error}") from error
+    taken = Resources(train.cpus_per_worker, train.gpus_per_worker, own_workers=True)
+    stages = [*graph.stages.values(), replace(long, name=f"{long.name}@long"), replace(stage, resources=taken)]
+    return Graph(stages, graph.generations)
 
 
 def _measurable(graph: Graph, kind: str) -> str:
@@ -66,15 +92,13 @@ def _measurable(graph: Graph, kind: str) -> str:
     return kind
 
 
-def _names(users: Mapping[_Id, Sequence[Trial]], number: int) -> dict[_Id, str]:
-    names: dict[_Id, str] = {}
-    for id, trials in users.items():
-        cells = {trial.cell for trial in trials}
-        if len(trials) == number:
-            name = id[0]
-        elif len(cells) == 1 and len(trials) > 1:
-            name = f"{id[0]}@{trials[0].cell}"
-        else:
-            name = f"{id[0]}@{trials[0].label}"
-        names[id] = name
-    return names
+def _name(stage: Stage, users: Sequence[Trial], number: int) -> str:
+    """Of the one stage that these of so many trials have in common."""
+    own = stage.name.partition("@")[2]
+    if len(users) == number:
+        whose = ""
+    elif len(users) > 1 and len({trial.cell for trial in users}) == 1:
+        whose = users[0].cell
+    else:
+        whose = users[0].label
+    return "@".join(filter(None, [stage.kind, ".".join(filter(None, [own, whose]))]))

@@ -93,13 +93,20 @@ def test_under_each_scaling_it_is_the_mean_of_the_targets_at_a_position(tmp_path
     model, batches = double(MODEL), list(held_out_batches(ShardSet(artifact), CONFIG.batch_size))
     assert len(batches) == 3
     found = measure(model, batches, TRAIN, CONFIG)
-    assert list(found["curves"]) == ["rope", *(f"rope, {kind}" for kind in KINDS)]
+    assert list(found["curves"]) == ["rope", *(f"rope under {kind}" for kind in KINDS)]
     assert (found["train_seq_len"], found["factor"], found["positions"]) == (TRAIN, FACTOR, list(range(1, LENGTH + 1)))
     for name, scaling in zip(found["curves"], (None, *KINDS), strict=True):
         sums, counts = by_hand(model, pieces, scaling)
         assert found["curves"][name] == pytest.approx(means(sums, counts, 1), rel=1e-9)
         assert found["loss_by_multiple"][name] == pytest.approx(means(sums, counts, TRAIN), rel=1e-9)
-    dynamic, plain, ntk = (found["loss_by_multiple"][f"rope{kind}"] for kind in (", dynamic_ntk", "", ", ntk"))
+    assert found["within"]["own"] == found["loss_by_multiple"]["rope"][0]
+    assert found["beyond_twice"] == {
+        name.removeprefix("rope under ").replace("rope", "own"): pytest.approx(sum(losses[2:]) / (FACTOR - 2))
+        for name, losses in found["loss_by_multiple"].items()
+    }
+    dynamic, plain, ntk = (
+        found["loss_by_multiple"][f"rope{kind}"] for kind in (" under dynamic_ntk", "", " under ntk")
+    )
     assert dynamic[0] == pytest.approx(plain[0]) and dynamic[1] != pytest.approx(ntk[1], rel=1e-4)
 
 
@@ -187,8 +194,8 @@ RESULT = {
     "factor": 4,
     "rows": 2,
     "positions": list(range(1, 33)),
-    "curves": {"rope": [3.0] * 8 + [4.0] * 24, "rope, yarn": [3.1] * 30 + [None] * 2},
-    "loss_by_multiple": {"rope": [3.0, 4.0, 4.0, 4.0], "rope, yarn": [3.1] * 4},
+    "curves": {"rope": [3.0] * 8 + [4.0] * 24, "rope under yarn": [3.1] * 30 + [None] * 2},
+    "loss_by_multiple": {"rope": [3.0, 4.0, 4.0, 4.0], "rope under yarn": [3.1] * 4},
 }
 
 
@@ -209,7 +216,7 @@ def test_the_picture_shows_every_curve_with_its_break_at_the_length_of_training(
     (axes,) = figure.axes
     rope, yarn, boundary = axes.get_lines()
     assert rope.get_ydata().tolist() == RESULT["curves"]["rope"]
-    assert [line.get_label() for line in (rope, yarn)] == ["rope", "rope, yarn"]
+    assert [line.get_label() for line in (rope, yarn)] == ["rope", "rope under yarn"]
     assert np.isnan(yarn.get_ydata()[-1]) and boundary.get_xdata() == [8, 8]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["8\n1×", "16\n2×", "24\n3×", "32\n4×"]
     assert int.from_bytes(picture[16:20], "big") == 1200

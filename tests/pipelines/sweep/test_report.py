@@ -53,3 +53,20 @@ def test_pictures_are_drawn_of_what_has_values() -> None:
     assert axes.get_ylabel() == "training loss (nats per token)" and axes.get_xlabel() == "tokens trained on"
     low, high = axes.get_ylim()
     assert low < 5.0 - 8 and high > 5.0 - 1, "all that is drawn after the first steps is inside"
+
+
+def test_beyond_the_length_of_training_is_a_line_for_every_cell_and_scaling() -> None:
+    result = made()
+    for seed, trial in enumerate(result.trials):
+        curves = (
+            {"rope": [4.0, 5.0 + seed], "rope under yarn": [4.0, 4.5]}
+            if trial.cell == "rmsnorm"
+            else {"rope": [3.0, None]}
+        )
+        object.__setattr__(trial, "beyond", {"curves": curves, "positions": [64, 512], "train_seq_len": 64})
+    figure = pictures.draw_beyond(result)
+    assert figure is not None
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines["rmsnorm"] == [4.0, 6.0] and lines["rope under yarn"] == [4.0, 4.5]
+    assert lines["layernorm"][0] == 3.0 and "extrapolation.png" in pictures.draw(result)
+    assert pictures.draw_beyond(made()) is None

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipelines.recipe_text import RecipeError
 from pipelines.stage import GraphError
 from pipelines.stages import build_graph
 from pipelines.sweep.trials import sweep_graph
@@ -54,3 +55,20 @@ def test_what_cannot_be_measured_is_refused() -> None:
         sweep_graph(sweep().trials(), ["evalute"])
     with pytest.raises(GraphError, match="'deploy' leaves nothing to be measured"):
         sweep_graph(sweep().trials(), ["deploy"])
+
+
+def test_beyond_the_training_s_length_rows_are_long_and_only_rotary_models_are_rescaled() -> None:
+    config = sweep(
+        grid={"model.position": ["rope", "alibi"]}, seeds=[0], extrapolate={"factor": 4, "scalings": ["yarn"]}
+    )
+    made = sweep_graph(config.trials(), config.kinds, extrapolate=config.extrapolate)
+    rows = {name: stage.config.seq_len for name, stage in made.graph.stages.items() if stage.kind == "shards"}
+    assert rows == {"shards": 32, "shards@long": 128}
+    for cell, scalings in (("rope", ("yarn",)), ("alibi", None)):
+        stage = made.graph.stages[f"extrapolate@{cell}.0"]
+        assert stage.upstream == ("shards@long", f"pretrain@{cell}.0")
+        assert stage.config["extrapolate"].scalings == scalings
+    assert made.graph.stages["pretrain@rope.0"].upstream == ("shards",)
+    learned = sweep(grid={"model.position": ["learned"]}, seeds=[0])
+    with pytest.raises(RecipeError, match="cell learned: model.max_seq_len=64 positions are learned"):
+        sweep_graph(learned.trials(), ["extrapolate"], extrapolate=config.extrapolate)
