@@ -53,7 +53,7 @@ _UNDER = "rope under "
 _CACHE_BYTES = 1 << 30
 _POINTS = 512
 """Of a curve, at most about."""
-_WINDOWS = 64
+_WINDOWS = 32
 """Of the picture: a curve is smoothed over the width of one of them."""
 
 
@@ -306,15 +306,21 @@ def draw_extrapolation(
     title: str = "Loss by position, beyond the length of training",
 ) -> Figure:
     """The curves of `measure`, or of several models measured at the same positions, smoothed on either side of the
-    length of training."""
+    length of training, in the legend from worst to best at the longest."""
+    from matplotlib import colormaps
+
     figure = new_figure(10, 5.5)
     axes = figure.add_subplot()
     at = np.array(positions)
     inside = int((at <= train_seq_len).sum())
     width = max(1, len(at) // _WINDOWS)
-    lows, highs = [], []
+    axes.set_prop_cycle(color=[colormaps["tab20"](shade) for shade in (*range(0, 20, 2), *range(1, 20, 2))])
+    tail = max(1, len(at) // 8)
+    ends, lows, highs = {}, [], []
     for name, curve in curves.items():
         values = np.array([np.nan if value is None else value for value in curve], dtype=float)
+        known = values[-tail:][np.isfinite(values[-tail:])]
+        ends[name] = known.mean() if known.size else -np.inf
         smooth = np.concatenate([smoothed(part, width) for part in (values[:inside], values[inside:])])
         axes.plot(at, smooth, label=name, linewidth=1.4, linestyle="--" if _UNDER in name else "-")
         # The first tokens of a row have nothing before them, and would take up most of the picture.
@@ -322,7 +328,9 @@ def draw_extrapolation(
         if np.isfinite(shown).any():
             lows.append(np.nanmin(shown))
             highs.append(np.nanmax(shown))
-    axes.axvline(train_seq_len, color="black", linewidth=1, label=f"length of training ({train_seq_len:,})")
+    handles = {line.get_label(): line for line in axes.get_lines()}
+    ranked = [handles[name] for name in sorted(ends, key=lambda name: -ends[name])]
+    boundary = axes.axvline(train_seq_len, color="black", linewidth=1, label=f"length of training ({train_seq_len:,})")
     multiples = range(1, -(-int(at[-1]) // train_seq_len) + 1)
     every = -(-len(multiples) // 16)
     ticks = [multiple for multiple in multiples if multiple == 1 or multiple % every == 0]
@@ -337,7 +345,7 @@ def draw_extrapolation(
         xlim=(0, at[-1]),
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    axes.legend(handles=[*ranked, boundary], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 
 

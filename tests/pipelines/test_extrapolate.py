@@ -194,7 +194,7 @@ RESULT = {
     "factor": 4,
     "rows": 2,
     "positions": list(range(1, 33)),
-    "curves": {"rope": [3.0] * 8 + [4.0] * 24, "rope under yarn": [3.1] * 30 + [None] * 2},
+    "curves": {"rope under yarn": [3.1] * 30 + [None] * 2, "rope": [3.0] * 8 + [4.0] * 24},
     "loss_by_multiple": {"rope": [3.0, 4.0, 4.0, 4.0], "rope under yarn": [3.1] * 4},
 }
 
@@ -214,9 +214,11 @@ def test_the_picture_shows_every_curve_with_its_break_at_the_length_of_training(
         figure = draw_extrapolation(RESULT["positions"], RESULT["curves"], 8)
         picture = png(figure)
     (axes,) = figure.axes
-    rope, yarn, boundary = axes.get_lines()
+    yarn, rope, boundary = axes.get_lines()
     assert rope.get_ydata().tolist() == RESULT["curves"]["rope"]
-    assert [line.get_label() for line in (rope, yarn)] == ["rope", "rope under yarn"]
+    assert [line.get_label() for line in (rope under yarn)] == ["rope", "rope under yarn"]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["rope", "rope under yarn", "length of training (8)"]
     assert np.isnan(yarn.get_ydata()[-1]) and boundary.get_xdata() == [8, 8]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["8\n1×", "16\n2×", "24\n3×", "32\n4×"]
     assert int.from_bytes(picture[16:20], "big") == 1200
