@@ -108,6 +108,17 @@ def test_rows_of_different_length_generate_what_they_would_alone() -> None:
         assert row[9:].tolist() == model.generate(prompt, max_new_tokens=10, do_sample=False)[0, -10:].tolist()
 
 
+def test_running_statistics_follow_each_forward_pass_in_training() -> None:
+    model, batch = caravan(norm="batchnorm"), tokens(2, 9)
+    norm = model.model.layers[0].attention_norm
+    before = norm.running_mean.clone()
+    model(batch)
+    assert torch.equal(norm.running_mean, before)
+    model.train()(batch)
+    mean = model.model.tok_embeddings(batch).flatten(0, 1).mean(0)
+    torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * mean)
+
+
 def test_a_hole_in_the_mask_is_refused() -> None:
     model, batch = caravan(), tokens(1, 4)
     with pytest.raises(ValueError, match="padding between tokens"):
