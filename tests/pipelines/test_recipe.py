@@ -18,8 +18,7 @@ train: {steps: 10, global_batch: 8, micro_batch: 2, seq_len: 64, workers: 2, par
 """
 
 
-OTHERS = ("start_from", "pairs:")
-"""Recipes that need a run that is there (test_finetune.py), and those of encoder–decoders (test_run_kinds.py)."""
+OTHERS = ("start_from", "pairs:")  # test_finetune, test_seq2seq
 WHOLE = sorted(path for path in RECIPES.glob("*.yaml") if not any(word in path.read_text() for word in OTHERS))
 
 
