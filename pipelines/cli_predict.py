@@ -11,7 +11,7 @@ from pipelines.screen import JsonOption, RunArgument, StoreOption, named_store, 
 
 if TYPE_CHECKING:
     from llama.seq2seq_config import Seq2SeqConfig
-    from pipelines.pairs import Vocabulary
+    from pipelines.pair_set import Vocabulary
 
 
 def predict(
@@ -28,7 +28,7 @@ def predict(
 ) -> None:
     """Print the target of each source, a line each, by the last checkpoint of an encoder–decoder's run."""
     from cluster.artifact import Artifact
-    from pipelines.pairs import Vocabulary
+    from pipelines.pair_set import Vocabulary
     from pipelines.runs import Run, RunError
     from pipelines.seq2seq import recipe_of
     from pipelines.training_folder import CHECKPOINTS, checkpoints_of, training_folder

@@ -10,7 +10,7 @@ import numpy as np
 from cluster.artifact import Artifact
 from llama.training.batch import Batch
 from pipelines.loader import RankLoader, RankSlices
-from pipelines.pairs import PairSet
+from pipelines.pair_set import PairSet
 from pipelines.permutation import SampleOrder
 from pipelines.sources import DataError
 

@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 from llama.seq2seq_config import Seq2SeqConfig
 from llama.training.config import check_compilable, check_trainable
 from pipelines.graph import Graph
-from pipelines.pairs import SPECIAL, PairsConfig, Room, pairs_stage
+from pipelines.pair_set import SPECIAL
+from pipelines.pairs import PairsConfig, Room, pairs_stage
 from pipelines.pretrain import pretrain_stage
 from pipelines.recipe import StoredRecipe, TrainRecipe, check_finite
 from pipelines.recipe_text import parse_yaml, shown

@@ -21,7 +21,7 @@ from cluster.artifact import Artifact
 from cluster.placement import WorkerNeeds, run_on_cluster
 from cluster.storage import JSON
 from llama.seq2seq_config import Seq2SeqConfig
-from pipelines.pairs import BOS, EOS, PairSet, Vocabulary
+from pipelines.pair_set import BOS, EOS, PairSet, Vocabulary
 from pipelines.stage import Stage, StageContext
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import Store
-from pipelines.pairs import Vocabulary
+from pipelines.pair_set import Vocabulary
 from pipelines.runs import Run
 from pipelines.seq2seq import build_seq2seq_graph
 from pipelines.training_folder import CHECKPOINTS, training_folder

@@ -9,7 +9,7 @@ from cluster.artifact import Artifact
 from cluster.storage import Store
 from pipelines.loader import RankSlices
 from pipelines.pair_loader import PairData, PairLoader
-from pipelines.pairs import PairSet
+from pipelines.pair_set import PairSet
 from pipelines.sources import DataError
 from tests.pipelines.seq2seq_run import make_pairs, tiny
 

@@ -81,6 +81,12 @@ def text_of(summary: RunSummary) -> str:
     return stream.getvalue()
 
 
+def test_the_summary_of_an_encoder_decoder_has_its_figures() -> None:
+    text = text_of(RunSummary(run_id="r1", seconds=1.0, stages={}, exact_match=0.9925, token_accuracy=0.999))
+    assert "held out       99.25% of the targets whole, 99.90% of their tokens" in " ".join(text.splitlines())
+    assert "held out" not in text_of(RunSummary(run_id="r1", seconds=1.0, stages={}))
+
+
 def test_the_summary_prints_what_there_is_and_keeps_paths_whole() -> None:
     path = "/a/long/path/" + "x" * 100
     full = RunSummary(

@@ -5,7 +5,7 @@ import torch
 
 from cluster.artifact import Artifact
 from cluster.storage import Store
-from pipelines.pairs import BOS, EOS, PairSet, Vocabulary
+from pipelines.pair_set import BOS, EOS, PairSet, Vocabulary
 from pipelines.seq2seq import build_seq2seq_graph
 from pipelines.training_folder import CHECKPOINTS
 from pipelines.translate import TranslateTask, answer, answer_held_out, load_seq2seq
