@@ -336,6 +336,16 @@ class Recipe(StoredRecipe):
 
     @model_validator(mode="before")
     @classmethod
+    def _refuse_pairs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "pairs" in values:
+            raise ValueError(
+                "pairs: this recipe is of an encoder–decoder, which caravan run trains and caravan predict asks; "
+                "nothing else is done with it"
+            )
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
     def _follow_start(cls, values: Any, info: ValidationInfo) -> Any:  # the last of these to be defined is run first
         match values:
             case {"train": {"start_from": str(name)}} if name:
