@@ -244,7 +244,7 @@ class ServeConfig(Section):
 
 _OTHER_KINDS = {
     "recipe": "a sweep; caravan sweep runs it",
-    "pairs": "a recipe of an encoder–decoder; caravan run runs it, here or on the cluster of --address",
+    "pairs": "a recipe of an encoder–decoder, which caravan run trains and caravan predict asks",
 }
 """By the key that they have and no other: what a recipe may be besides that which was asked for."""
 
@@ -332,16 +332,6 @@ class Recipe(StoredRecipe):
                 tokenizer = TokenizerConfig.filled_in(given)
                 vocab_size = tokenizer.get("vocab_size", TokenizerConfig.model_fields["vocab_size"].default)
                 return {**values, "tokenizer": tokenizer, "model": {**model, "vocab_size": vocab_size}}
-        return values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_pairs(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "pairs" in values:
-            raise ValueError(
-                "pairs: this recipe is of an encoder–decoder, which caravan run trains and caravan predict asks; "
-                "nothing else is done with it"
-            )
         return values
 
     @model_validator(mode="before")

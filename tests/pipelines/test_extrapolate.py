@@ -216,7 +216,7 @@ def test_the_picture_shows_every_curve_with_its_break_at_the_length_of_training(
     (axes,) = figure.axes
     yarn, rope, boundary = axes.get_lines()
     assert rope.get_ydata().tolist() == RESULT["curves"]["rope"]
-    assert [line.get_label() for line in (rope under yarn)] == ["rope", "rope under yarn"]
+    assert [line.get_label() for line in (rope, yarn)] == ["rope", "rope under yarn"]
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend == ["rope", "rope under yarn", "length of training (8)"]
     assert np.isnan(yarn.get_ydata()[-1]) and boundary.get_xdata() == [8, 8]

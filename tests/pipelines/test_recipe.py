@@ -29,11 +29,6 @@ def test_shipped_recipes_load_and_round_trip(path):
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
-def test_an_encoder_decoders_recipe_is_told_apart():
-    with pytest.raises(RecipeError, match="^pairs: this recipe is of an encoder–decoder, which caravan run trains"):
-        Recipe.load(RECIPES / "reverse.yaml")
-
-
 def test_the_two_quickstarts_share_data_and_tokenizer():
     sparse, dense = Recipe.load(RECIPES / "quickstart.yaml"), Recipe.load(RECIPES / "quickstart-dense.yaml")
     assert (sparse.data, sparse.tokenizer, sparse.train.seq_len) == (dense.data, dense.tokenizer, dense.train.seq_len)
