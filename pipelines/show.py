@@ -89,7 +89,7 @@ def _stages(stages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-_FOR_THE_EYE = ("plots", "tensorboard", "errors")
+_FOR_THE_EYE = ("plots", "tensorboard", "errors", "sweep")
 
 
 def _shown(store: Store, path: str) -> str:
