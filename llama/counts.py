@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -189,3 +191,34 @@ def _mean_keys(seq_len: int, window: int | None) -> float:
     if window is None or window >= seq_len:
         return seq_len / 2
     return window - window**2 / (2 * seq_len)
+
+
+def generation_flops(config: ModelConfig, prompt: int, new_tokens: int, cached: bool) -> list[float]:
+    """Cumulative FLOPs after each of `new_tokens` tokens generated behind a prompt of at least one token.
+
+    With the cache the first token takes a forward pass over the prompt, and each further one a pass over its
+    predecessor; without it, each takes a pass over all tokens before it. A pass costs 2 per element of every matrix
+    that a token meets, 4 per head dimension and key that a query sees (scores, then values), and the logits of its
+    last position. Norms, activations and the embedding look-up are left out.
+    """
+    matrices = sum(
+        _active(config, name, shape)
+        for name, shape in parameter_shapes(config).items()
+        if len(shape) > 1 and name not in _TABLES
+    )
+    windows = Counter(config.window(layer) for layer in range(config.num_layers))
+    heads_dim = config.num_heads * config.resolved_head_dim
+
+    def forward(start: int, end: int) -> float:
+        keys = sum(layers * (_seen(end, window) - _seen(start, window)) for window, layers in windows.items())
+        return 2.0 * ((end - start) * matrices + config.vocab_size * config.dim) + 4.0 * heads_dim * keys
+
+    return list(
+        accumulate(forward(prompt + step - 1 if cached and step else 0, prompt + step) for step in range(new_tokens))
+    )
+
+
+def _seen(length: int, window: int | None) -> int:
+    """Keys that the first `length` queries see, all together."""
+    full = length if window is None else min(length, window)
+    return full * (full + 1) // 2 + (length - full) * full

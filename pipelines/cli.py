@@ -14,6 +14,7 @@ from pipelines.cli_bench import bench
 from pipelines.cli_chat import chat
 from pipelines.cli_cluster import down, up
 from pipelines.cli_drive import run
+from pipelines.cli_explain import explain
 from pipelines.cli_keys import keys
 from pipelines.cli_operate import doctor, gc, render
 from pipelines.cli_predict import predict
@@ -63,6 +64,7 @@ for command in (
     undeploy,
     doctor,
     gc,
+    explain,
 ):
     app.command()(command)
 

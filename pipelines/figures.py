@@ -39,9 +39,9 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def drawable(text: str) -> str:
+def drawable(text: str, family: str = "DejaVu Sans") -> str:
     """`text` with a box for each character that the font has not, for which matplotlib would warn."""
     from matplotlib.font_manager import findfont, get_font
 
-    font = get_font(findfont("DejaVu Sans"))
+    font = get_font(findfont(family))
     return "".join(character if font.get_char_index(ord(character)) else "□" for character in text)
