@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from tokenizers.models import BPE
 
 from llama.tokenizer import Tokenizer
-from llama.tokenizer_training import SMALLEST_VOCABULARY, train_tokenizer
-from pipelines.explain.pieces import encoded, labels
+from pipelines.explain.pieces import encoded, labels, learned_from
 from pipelines.explain.registry import ExplainError, Explanation, Options
 from pipelines.figures import drawable, new_figure
 
@@ -201,7 +200,7 @@ def explain(options: Options) -> Explanation:
     if options.model is not None:
         merges = merge_steps(options.model[1], text, learned=False)
     else:
-        merges = merge_steps(train_tokenizer([text], SMALLEST_VOCABULARY + _LEARNED), text, learned=True)
+        merges = merge_steps(learned_from(text, _LEARNED), text, learned=True)
     first = [f"{step.left} + {step.right} ({step.count} times)" for step in merges.steps[:3]]
     lines = [
         f"{merges.tokens_before} single pieces become {merges.tokens_after} tokens in {len(merges.steps)} merges.",

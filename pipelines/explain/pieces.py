@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llama.tokenizer import Tokenizer
+from llama.tokenizer_training import SMALLEST_VOCABULARY, train_tokenizer
 from pipelines.explain.registry import ExplainError
 
 _MARKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
@@ -35,3 +36,11 @@ def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
     if not ids:
         raise ExplainError(f"--text={text!r} has no tokens; give it a few words")
     return ids
+
+
+def learned_from(text: str, merges: int) -> Tokenizer:
+    """BPE of at most so many merges, learned from the text itself. Raises ExplainError as `encoded` does."""
+    try:
+        return train_tokenizer([text], SMALLEST_VOCABULARY + merges)
+    except UnicodeEncodeError as error:
+        raise ExplainError(f"--text has half of a surrogate pair at {error.start}, no character; remove it") from error

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from llama.model import Transformer
 from llama.moe import MoE
 from llama.tokenizer import Tokenizer
-from llama.tokenizer_training import SMALLEST_VOCABULARY, train_tokenizer
-from pipelines.explain.pieces import encoded, labels
+from pipelines.explain.pieces import encoded, labels, learned_from
 from pipelines.explain.presets import chosen_preset
 from pipelines.explain.registry import ExplainError, Explanation, Options
 from pipelines.figures import drawable, new_figure
@@ -92,7 +91,7 @@ def untrained(preset: str | None, text: str, seed: int = 0) -> tuple[str, Transf
             f"--preset={name} has {config.num_parameters():,} weights, too many to start at random for a picture; take "
             f"{_PRESET}, or trained ones by --model"
         )
-    tokenizer = train_tokenizer([text], SMALLEST_VOCABULARY + _MERGES)
+    tokenizer = learned_from(text, _MERGES)
     model = Transformer(replace(config, vocab_size=tokenizer.vocab_size))
     model.init_weights(seed)
     return name, model, tokenizer
