@@ -107,6 +107,7 @@ PAGES = (
         ],
     ),
     Page("data", files=TEXTS),
+    Page("explain"),
     Page(
         "comparisons",
         [
