@@ -11,9 +11,7 @@ import typer
 from pipelines.screen import JsonOption, StoreOption, fail, named_store, out, print_json
 
 if TYPE_CHECKING:
-    from llama.model import Transformer
-    from llama.tokenizer import Tokenizer
-    from pipelines.explain.registry import Component
+    from pipelines.explain.registry import Component, Loaded
 
 
 def explain(
@@ -91,18 +89,19 @@ def _refuse_others(name: str, component: Component, given: dict[str, str | None]
         fail("--store is where the run of --model lies; give that too, or leave it out")
 
 
-def _load(model: str, store: str | None) -> tuple[Transformer, Tokenizer]:
+def _load(model: str, store: str | None) -> Loaded:
     """The weights and the tokenizer of a run's last checkpoint, or of a Hugging Face directory on this machine."""
     import torch
 
     from llama.hf import load_pretrained
     from llama.tokenizer import Tokenizer
+    from pipelines.explain.registry import Loaded
 
     if Path(model).is_dir():
         if store is not None:
             fail(f"--store says where a run lies, and --model={model} is a directory; leave --store out")
         try:
-            return load_pretrained(model, dtype=torch.float32), Tokenizer.load(model)
+            return Loaded(model, load_pretrained(model, dtype=torch.float32), Tokenizer.load(model))
         except (ValueError, OSError) as error:
             fail(f"--model={model}: {error}")
     if "/" in model:
@@ -112,7 +111,7 @@ def _load(model: str, store: str | None) -> tuple[Transformer, Tokenizer]:
 
     with tempfile.TemporaryDirectory() as folder:
         export_checkpoint(Run.open(named_store(store), model), "last", folder)
-        return load_pretrained(folder, dtype=torch.float32), Tokenizer.load(folder)
+        return Loaded(model, load_pretrained(folder, dtype=torch.float32), Tokenizer.load(folder))
 
 
 def _write(folder: Path, pictures: dict[str, bytes]) -> list[str]:

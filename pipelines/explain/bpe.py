@@ -141,9 +141,11 @@ def draw(merges: Merges) -> Figure:
     words = fitting_words(merges)
     rows: list[tuple[str, list[list[str]], str]] = [("bytes", merges.start, "")]
     for number, step in enumerate(merges.steps, start=1):
-        what = f"{number}. {step.left} + {step.right}"
         times = f"{step.count}×" if merges.learned else f"{step.count}×, no. {step.rank:,}"
-        rows.append((f"{what:<{_MARGIN - len(times) - 3}} {times}", step.words, step.merged))
+        room = _MARGIN - len(times) - 3
+        what = f"{number}. {step.left} + {step.right}"
+        what = what if len(what) <= room else f"{what[: room - 1]}…"
+        rows.append((f"{what:<{room}} {times}", step.words, step.merged))
     if len(rows) > _ROWS:
         left_out = len(rows) - _ROWS
         rows = [*rows[: _ROWS - 2], (f"… {left_out + 1} merges more …", [], ""), rows[-1]]
@@ -153,8 +155,8 @@ def draw(merges: Merges) -> Figure:
         axes.text(0, place, drawable(title, _FONT), family=_FONT, fontsize=9, va="center", parse_math=False)
         _draw_row(axes, place, pieces[:words], merges.counts, merges.start, made)
     axes.set(xlim=(-1, _MARGIN + _CHARACTERS + 1), ylim=(len(rows) - 0.4, -1.4))
-    heading = "merge" if merges.learned else "merge, and its number in the list"
-    axes.text(0, -1, f"{heading}, and how often", fontsize=10, weight="bold", va="center")
+    heading = "merge, and how often" if merges.learned else "merge, how often, its number"
+    axes.text(0, -1, heading, fontsize=10, weight="bold", va="center")
     axes.text(_MARGIN, -1, "the text's different words in pieces", fontsize=10, weight="bold", va="center")
     axes.axis("off")
     missing = len(merges.counts) - words
@@ -198,12 +200,13 @@ def _draw_row(
 def explain(options: Options) -> Explanation:
     text = _TEXT if options.text is None else options.text
     if options.model is not None:
-        merges = merge_steps(options.model[1], text, learned=False)
+        merges = merge_steps(options.model.tokenizer, text, learned=False)
     else:
         merges = merge_steps(learned_from(text, _LEARNED), text, learned=True)
     first = [f"{step.left} + {step.right} ({step.count} times)" for step in merges.steps[:3]]
     lines = [
-        f"{merges.tokens_before} single pieces become {merges.tokens_after} tokens in {len(merges.steps)} merges.",
+        f"{merges.tokens_before} single pieces become {merges.tokens_after} tokens by {len(merges.steps)} merge"
+        f"{'s' * (len(merges.steps) != 1)}.",
         f"First: {', then '.join(first)}." if first else "No pair of this text is in the tokenizer's list.",
     ]
     if merges.learned:

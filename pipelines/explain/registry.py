@@ -27,13 +27,22 @@ class ExplainError(ValueError):
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """Trained weights and their tokenizer, by the name that they were asked for."""
+
+    name: str
+    model: Transformer
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
 class Options:
     """What a component is explained on; None is the component's own choice. A component obeys those that
     `Component.options` names and is never given others."""
 
     text: str | None = None
     preset: str | None = None
-    model: tuple[Transformer, Tokenizer] | None = None
+    model: Loaded | None = None
 
 
 @dataclass(frozen=True)

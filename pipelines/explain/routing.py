@@ -29,6 +29,7 @@ _TEXT = "The river ran past the mill, and the mill ran as long as the river did:
 _TOKENS, _LAYERS = 48, 4
 """At most so many are drawn."""
 _PARAMETERS = 100_000_000
+_NAME_CHARS = 40
 _MERGES = 64
 
 
@@ -151,18 +152,21 @@ def draw(routing: Routing) -> Figure:
     load.set_xlabel("% of choices\n(dashed: even)", fontsize=8)
     figure.colorbar(image, ax=rows[:, 1], label="weight of a chosen expert")
     state = "trained" if routing.trained else "at the start values"
-    figure.suptitle(f"Routing of {routing.model}, {state}: each token's {routing.top_k} of {experts} experts")
+    name = routing.model if len(routing.model) <= _NAME_CHARS else f"…{routing.model[1 - _NAME_CHARS :]}"
+    title = f"Routing of {drawable(name)}, {state}: each token's {routing.top_k} of {experts} experts"
+    figure.suptitle(title, parse_math=False)
     return figure
 
 
 def explain(options: Options) -> Explanation:
     text = _TEXT if options.text is None else options.text
-    if options.model is None:
+    loaded = options.model
+    if loaded is None:
         routing = route(*untrained(options.preset, text), text, trained=False)
     elif options.preset is not None:
         raise ExplainError(f"--preset={options.preset} and --model name two models; give one of them")
     else:
-        routing = route("the model", *options.model, text, trained=True)
+        routing = route(loaded.name, loaded.model, loaded.tokenizer, text, trained=True)
     experts = next(iter(routing.chosen_TE.values())).shape[1]
     busiest = {layer: chosen.mean(axis=0).max() / routing.top_k for layer, chosen in routing.chosen_TE.items()}
     lines = [
