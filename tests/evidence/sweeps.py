@@ -1,10 +1,11 @@
 """Evidence that the ready sweeps run, each in a new store by one command, and say what is known already.
 
-    python tests/evidence/sweeps.py [--sweep NAME]... [--write]
+    python tests/evidence/sweeps.py [--sweep NAME]... [--write] [--stores DIR]
 
 Each must end within 15 minutes with a figure for every cell. Of what a sweep expects (`expect` in its file) `MUST` must
 hold with every seed; the rest is printed as it was found. `--write` keeps the reports in docs/comparisons, from where
-the last run's are read by people.
+the last run's are read by people. `--stores` keeps the stores, and takes from them what is there: then the time says
+nothing.
 
 Needs the environment of `make setup` and an idle machine; about an hour and a half on two cores for all of them. Exits
 non-zero when a claim fails.
@@ -27,18 +28,27 @@ SWEEPS = REPOSITORY / "pipelines/recipes/sweeps"
 REPORTS = REPOSITORY / "docs/comparisons"
 LIMIT_SECONDS = 900.0
 MUST = {
+    "positions": [
+        *(f"alibi below {position}" for position in ("rope", "learned")),
+        *(
+            f"rope/extrapolate.beyond_twice.{scaling} below {position}"
+            for scaling in ("ntk", "dynamic_ntk", "yarn")
+            for position in ("rope", "learned")
+        ),
+    ],
     "balance": ["switch below none", "bias below none"],
     "repetition": ["fresh below 4-epochs", "fresh below 8-epochs"],
 }
 """By sweep: expectations that are its own test."""
 
 
-def run(name: str, write: bool) -> list[str]:
+def run(name: str, write: bool, stores: Path | None) -> list[str]:
     """What is wrong with a sweep."""
     with tempfile.TemporaryDirectory(prefix="caravan-sweep-") as folder:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "CARAVAN_"))}
         environment = kept | {"PYTHONPATH": str(REPOSITORY), "CARAVAN_HOME": f"{folder}/home"}
         command = ["sweep", str((SWEEPS / f"{name}.yaml").relative_to(REPOSITORY)), "--json", "--address", "local"]
+        command += ["--store", str(stores / name)] if stores is not None else []
         command += ["--out", str(REPORTS / name)] if write else []
         began = time.monotonic()
         ended = subprocess.run(
@@ -74,8 +84,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", choices=names, action="append")
     parser.add_argument("--write", action="store_true", help="keep the reports in docs/comparisons")
+    parser.add_argument("--stores", type=Path, help="folder for stores that are kept, and used again")
     arguments = parser.parse_args()
-    wrong = [each for name in arguments.sweep or names for each in run(name, arguments.write)]
+    wrong = [each for name in arguments.sweep or names for each in run(name, arguments.write, arguments.stores)]
     print(*wrong, sep="\n")
     return 1 if wrong else 0
 
