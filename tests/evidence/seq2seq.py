@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -58,7 +57,7 @@ def main() -> None:
             claims.check(
                 f"{task}: from the command to its end in {SECONDS:.0f} s", f"{seconds:.0f} s", seconds <= SECONDS
             )
-            source = [random.Random(1).randrange(16) for _ in range(9)]
+            source = [3, 14, 1, 5, 9, 2, 6, 5, 13]
             said = caravan(home, "predict", task, *store, text=" ".join(map(str, source)))
             right = said.split() == [str(number) for number in solve(source)]
             claims.check(f"{task}: caravan predict answers {' '.join(map(str, source))}", said.strip(), right)
