@@ -234,18 +234,26 @@ def _run_stages(
                 keep_going=kind.keep_going,
             )
     except BaseException as error:
-        if isinstance(error, Exception):
-            _conclude(kind, run, graph, None, started, as_json)
         again = resume_command(run.id, options, selection.keep)
         expected = expected_error(error)
         if expected is not None:
             print_error(one_line(expected))
+        if isinstance(error, Exception):
+            _show_what_there_is(kind, run, graph, started, as_json)
         first = "change the data, or a setting with --set, and " if isinstance(expected, DataError) else ""
         console.print(f"{first}go on with it: {again}", highlight=False, markup=False, soft_wrap=True)
         if expected is None:
             raise
         raise typer.Exit(1) from error
     return _conclude(kind, run, graph, results, started, as_json)
+
+
+def _show_what_there_is(kind: RunKind, run: Run, graph: Graph, started: float, as_json: bool) -> None:
+    """Of a run that failed; whose own error is the one to report."""
+    try:
+        _conclude(kind, run, graph, None, started, as_json)
+    except Exception as error:
+        print_error(f"what there is could not be shown: {error}")
 
 
 def _conclude(

@@ -133,9 +133,11 @@ def find_model(model: str, store: str | None) -> tuple[Any, str]:
         return None, str(Path(model).resolve()) if "://" not in model else model
     from cluster.artifact import Artifact
     from pipelines.recipe import Recipe
+    from pipelines.recipe_text import check_decoders
     from pipelines.runs import Run, RunError
 
     run = Run.open(open_store(store), model)
+    check_decoders(run.id, run.recipe_yaml)
     stage = run.status.stages.get("export")
     artifact = Artifact(run.store.child("artifacts", "export", stage.key)) if stage else None
     if artifact is None or not artifact.committed:

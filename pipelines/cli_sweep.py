@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli_drive import DryRunOption, ForceOption, RunIdOption, Selection, SetOption, drive_new
-from pipelines.screen import AddressOption, JsonOption, StoreOption
+from pipelines.screen import AddressOption, JsonOption, StoreOption, fail, named_store
 
 
 def sweep(
@@ -33,7 +33,9 @@ def sweep(
     from pipelines.sweep.config import SweepConfig
     from pipelines.sweep.run import SweepRun
 
+    if dry_run and out is not None:
+        fail("--dry-run writes no report; leave --out out")
     config = SweepConfig.load(sweep, overrides or [])
     changes = [part for each in overrides or [] for part in ("--set", each)]
-    kind = SweepRun(config, shlex.join(["caravan", "sweep", str(sweep), *changes]), out)
+    kind = SweepRun(config, shlex.join(["caravan", "sweep", str(sweep), *changes]), out, named_store(store))
     drive_new(kind, Selection(force=tuple(force or ())), store, run_id, dry_run, address, as_json)

@@ -248,7 +248,7 @@ class _Drive:
         name, error = finished.attempted.stage.name, finished.error
         if finished.attempted.late:
             limit = finished.attempted.stage.tries.timeout
-            error = StageTimeout(f"stage {name!r} was ended after {limit:g} s; raise stages.{name}.timeout")
+            error = StageTimeout(f"stage {name!r} was ended after {limit:g} s; raise stages.{kind_of(name)}.timeout")
         assert error is not None
         if not isinstance(error, Exception):  # somebody wants this process to end
             schedule.stop()

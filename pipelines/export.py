@@ -21,6 +21,7 @@ from llama.config import ModelConfig
 from llama.lora import merge_lora
 from pipelines.finetune import Trained, fitting_start
 from pipelines.recipe import ExportConfig, Recipe
+from pipelines.recipe_text import check_decoders
 from pipelines.runs import Run, RunError
 from pipelines.stage import Stage, StageContext
 from pipelines.training_folder import CHECKPOINTS, INCARNATIONS, START, checkpoints_of, training_folder
@@ -81,6 +82,7 @@ def export_checkpoint(run: Run, step: str, to: str) -> int:
     Raises RunError, one line: there is no such checkpoint, or `to` is not empty; StartError: the weights below the
     adapters have gone or changed.
     """
+    check_decoders(run.id, run.recipe_yaml)
     checkpoints, folder = checkpoints_of(run), training_folder(run)
     if not checkpoints or folder is None:
         raise RunError(f"run {run.id!r} has no checkpoint yet; go on with it: caravan resume {run.id}")

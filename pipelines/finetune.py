@@ -32,6 +32,7 @@ from llama.hf_config import read_config
 from llama.hf_values import CONFIG_FILE
 from llama.lora import LoraConfig, apply_lora, merge_lora
 from pipelines.adopted_tokenizer import adopt_tokenizer
+from pipelines.recipe_text import check_decoders
 from pipelines.runs import Run
 from pipelines.section import lasting_uri
 
@@ -215,6 +216,7 @@ def _locate(name: str, store: Store | None) -> tuple[str, str | None]:
     if store is None:
         raise StartError(f"train.start_from={name} names a run, and there is no store to look for it in; give a place")
     run = Run.open(store, name)
+    check_decoders(name, run.recipe_yaml)
 
     def artifact(stage: str) -> Artifact:
         return Artifact(store.child("artifacts", stage, run.status.stages[stage].key))

@@ -121,7 +121,7 @@ def pairs_stage(config: PairsConfig, room: Room) -> Stage:
         # Whether they fit the model is found out with the file at hand.
         file = _file_of(config.path).checksum
         key = {"file": file, "held_out": config.held_out_pairs, "seed": config.seed, "room": room}
-    return Stage("pairs", 1, key, partial(_write, config, room))
+    return Stage("pairs", 1, key, partial(_write, config, room, key.get("file")))
 
 
 def _file_of(path: str) -> FileEntry:
@@ -132,8 +132,10 @@ def _file_of(path: str) -> FileEntry:
         raise DataError(f"pairs.path={path} does not exist; give a JSONL file of pairs") from None
 
 
-def _write(config: PairsConfig, room: Room, context: StageContext) -> dict[str, JSON]:
-    """The stage: raises DataError for pairs that the model has no room for."""
+def _write(config: PairsConfig, room: Room, checksum: str | None, context: StageContext) -> dict[str, JSON]:
+    """The stage: raises DataError for pairs that the model has no room for, and for another file than it was."""
+    if config.path is not None and _file_of(config.path).checksum != checksum:
+        raise DataError(f"pairs.path={config.path} was changed since the run began; begin it anew")
     found = draw(config) if config.task is not None else read_pairs(str(config.path))
     training, held_out = split(found, config.held_out_pairs, config.seed)
     vocabulary = Vocabulary.of(symbol for pair in found for sequence in pair for symbol in sequence)

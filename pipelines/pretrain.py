@@ -115,6 +115,7 @@ def _pretrain(model: ModelConfig, train: TrainRecipe, start: Start | None, conte
             output=context.artifact_store,
             incarnation=incarnation,
             run=context.run_id,
+            stage=context.stage,
             sizes=sizes,
             needs=train.worker_needs,
             known_nodes=known_nodes,

@@ -14,7 +14,7 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -43,7 +43,7 @@ from llama.training.mesh import check_experts_split, check_world_size, fits_worl
 from pipelines.adopted_tokenizer import adopt_tokenizer
 from pipelines.data_config import DataConfig
 from pipelines.finetune import fill_in_start
-from pipelines.recipe_text import RecipeError, first_line, parse_yaml, set_override, sets_preset, shown
+from pipelines.recipe_text import OTHER_KINDS, RecipeError, first_line, parse_yaml, set_override, sets_preset, shown
 from pipelines.section import Positive, Section, lasting_uri
 from pipelines.stage_options import StageName, StageOptions
 
@@ -242,13 +242,6 @@ class ServeConfig(Section):
         return self
 
 
-_OTHER_KINDS = {
-    "recipe": "a sweep; caravan sweep runs it",
-    "pairs": "a recipe of an encoder–decoder, which caravan run trains and caravan predict asks",
-}
-"""By the key that they have and no other: what a recipe may be besides that which was asked for."""
-
-
 class StoredRecipe(Section):
     """What a recipe of any kind is: a section that is read from YAML and written with its run."""
 
@@ -274,7 +267,7 @@ class StoredRecipe(Section):
         if not isinstance(values, dict):
             sections = ", ".join(cls.model_fields)
             raise RecipeError(f"the recipe is {shown(values)}, not a mapping of its sections ({sections})")
-        for key, what in _OTHER_KINDS.items():
+        for key, what in OTHER_KINDS.items():
             if key in values and key not in cls.model_fields:
                 raise RecipeError(f"it has a key `{key}`, and so is {what}")
         # First the preset, which is another shape altogether and not a mixture of two, then what changes it.
@@ -478,11 +471,16 @@ def _known_paths(section: Any, prefix: tuple[str | int, ...] = ()) -> Iterator[t
 def _fields_of(annotation: Any) -> dict[str, Any]:
     """Name and type of the fields of a section, also where it is optional; none for a plain type."""
     for candidate in _alternatives(annotation):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return {name: get_type_hints(candidate)[name] for name in candidate.model_fields}
-        if dataclasses.is_dataclass(candidate):
-            return {field.name: get_type_hints(candidate)[field.name] for field in dataclasses.fields(candidate)}
+        if isinstance(candidate, type) and (issubclass(candidate, BaseModel) or dataclasses.is_dataclass(candidate)):
+            return _fields_of_section(candidate)
     return {}
+
+
+@cache  # reading the hints takes longer than all else about a recipe
+def _fields_of_section(section: type) -> dict[str, Any]:
+    names = section.model_fields if issubclass(section, BaseModel) else [f.name for f in dataclasses.fields(section)]  # type: ignore[arg-type]
+    hints = get_type_hints(section)
+    return {name: hints[name] for name in names}
 
 
 def _element_of(annotation: Any) -> Any:

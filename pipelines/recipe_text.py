@@ -14,6 +14,21 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; the message is one line."""
 
 
+OTHER_KINDS = {
+    "recipe": "a sweep; caravan sweep runs it",
+    "pairs": "a recipe of an encoder–decoder, which caravan run trains and caravan predict asks",
+}
+"""By the key that they have and no other: what a file may be besides a recipe of a decoder."""
+
+
+def check_decoders(run_id: str, text: str) -> None:
+    """Raises RecipeError unless a run is of a decoder's recipe, of which there is one model that continues text."""
+    values = parse_yaml(text, f"the recipe of run {run_id!r}")
+    for key, what in OTHER_KINDS.items():
+        if isinstance(values, dict) and key in values:
+            raise RecipeError(f"run {run_id!r} is of {what.partition(',')[0].partition(';')[0]}; name one of a recipe")
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader, but a key that comes twice is an error and not the last one's victory."""
 

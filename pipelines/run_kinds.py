@@ -91,7 +91,7 @@ def stored_kind(text: str, overrides: Sequence[str], store: Store | None, comman
     """Of a run's stored text. `command`: what makes its report again. Raises RecipeError."""
     values = parse_yaml(text, "the run's recipe")
     if is_sweep(values):
-        return SweepRun(SweepConfig.from_yaml(text, overrides), command)
+        return SweepRun(SweepConfig.from_yaml(text, overrides), command, store=store)
     if is_seq2seq(values):
         return Seq2SeqRun(Seq2SeqRecipe.from_yaml(text, overrides, store))
     return RecipeRun(Recipe.from_yaml(text, overrides, store))

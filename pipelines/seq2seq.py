@@ -72,6 +72,11 @@ class Seq2SeqRecipe(StoredRecipe):
     @classmethod
     def _fill_in_sizes(cls, values: Any) -> Any:
         match values:
+            case {"pairs": {"path": str()}, "model": dict(model), "train": dict(train)}:
+                wanted = {"model.vocab_size": model, "model.max_source_len": model, "model.max_seq_len": model}
+                for name, section in {**wanted, "train.seq_len": train}.items():
+                    if section.get(name.partition(".")[2]) is None:
+                        raise ValueError(f"{name}: missing; with pairs.path it is to be given")
             case {"pairs": dict(given), "model": dict(model), "train": dict(train)}:
                 pairs = PairsConfig.filled_in(given)
                 symbols, longest = pairs.get("symbols"), pairs.get("max_length")

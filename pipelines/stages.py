@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from pipelines.adopted_tokenizer import check_takes_chats
+from pipelines.data_config import DataConfig
 from pipelines.dedup import dedup_stage
 from pipelines.deploy import deploy_stage
 from pipelines.evaluate import evaluate_stage
@@ -21,13 +22,20 @@ from pipelines.user_stage import user_stages
 from pipelines.vocabulary import tokenizer_stage
 
 
-def build_graph(recipe: Recipe, dashboard_url: str, keep: bool, generations: Mapping[str, int] | None = None) -> Graph:
+def build_graph(
+    recipe: Recipe,
+    dashboard_url: str,
+    keep: bool,
+    generations: Mapping[str, int] | None = None,
+    ingest: Callable[[DataConfig], Stage] = ingest_stage,
+) -> Graph:
     """Raw text to endpoint, and the recipe's own stages, whose modules are imported.
 
     Args:
         dashboard_url: where the Ray cluster's dashboard listens; the deploy stage talks to it.
         keep: leave the endpoint running.
         generations: which stages were made anew (pipelines/generations.py).
+        ingest: makes that stage, for which it looks at the sources.
 
     Raises:
         StartError: what `train.start_from` names has gone, or its weights are not of the recipe's model.
@@ -38,7 +46,7 @@ def build_graph(recipe: Recipe, dashboard_url: str, keep: bool, generations: Map
     if recipe.tokenizer.path is not None:
         check_takes_chats(recipe.tokenizer.path, recipe.tokenizer.eos_token, recipe.data.sources)
     stages = [
-        ingest_stage(recipe.data),
+        ingest(recipe.data),
         dedup_stage(recipe.data),
         tokenizer_stage(recipe.tokenizer),
         shards_stage(ShardConfig.of(recipe.data, recipe.train.seq_len)),

@@ -71,6 +71,8 @@ class WorkerTask:
     incarnation: str
     run: str
     """Its id, for the eye."""
+    stage: str
+    """Of several trainings in a run each has a name of its own."""
     sizes: placement.WorldSizes
     needs: placement.WorkerNeeds
     known_nodes: frozenset[str]
@@ -234,7 +236,7 @@ class _Reports:
         self._task = task
         self._watchdog = watchdog
         self._metrics = MetricsWriter(task.output.child(METRICS), task.incarnation)
-        self._gauges = TrainGauges(task.run, "pretrain")
+        self._gauges = TrainGauges(task.run, task.stage)
         self._record: dict[str, JSON] | None = None
         self._reports: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._warned = False

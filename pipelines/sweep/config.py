@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,6 +17,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from cluster.storage import Store
+from llama.training.metrics import TrainSummary
+from pipelines.baselines import Baselines
 from pipelines.data_config import STDLIB
 from pipelines.extrapolate import ExtrapolateConfig
 from pipelines.recipe import Recipe, validated
@@ -27,7 +29,15 @@ from pipelines.sweep.curves import CURVE_MEASURES, CURVES
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9_=+.-]*"
 _SEED = "train.seed"
 
-Label = Annotated[str, Field(pattern=rf"^{_LABEL}$", max_length=60)]
+_LONGEST_LABEL = 60
+_OF_VALIDATION = ("pretrain.val_loss", "curve.gap")
+_LEFT = {
+    "pretrain": [*TrainSummary.__dataclass_fields__, "parameters", "active_parameters"],
+    "evaluate": ["loss", "perplexity", "bits_per_byte", *Baselines.__dataclass_fields__],
+}
+"""What can be measured of the stages whose metadata is flat."""
+
+Label = Annotated[str, Field(pattern=rf"^{_LABEL}$", max_length=_LONGEST_LABEL)]
 Measure = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*(\.[A-Za-z0-9_-]+)+$")]
 """`stage.key`: a number that a stage has left, such as `evaluate.bits_per_byte`; or `curve.NAME`, see curves.py."""
 Term = Annotated[str, Field(pattern=rf"^{_LABEL}(/[a-z][a-z0-9_-]*(\.[A-Za-z0-9_-]+)+)?$")]
@@ -45,8 +55,8 @@ class CellConfig(Section):
 class ExpectConfig(Section):
     """What is known already: each cell of `lower` ends lower than each of `than`, in the first measure or their own."""
 
-    lower: tuple[Term, ...] | Term
-    than: tuple[Term, ...] | Term
+    lower: Annotated[tuple[Term, ...], Field(min_length=1)] | Term
+    than: Annotated[tuple[Term, ...], Field(min_length=1)] | Term
     source: str = ""
     """Who found it."""
 
@@ -63,7 +73,7 @@ class SweepConfig(Section):
     title: str = ""
     """The report's."""
     notes: str = ""
-    """What the report says first, in Markdown."""
+    """What the report says first: plain text, paragraphs apart by an empty line."""
     recipe: dict[str, Any]
     """In a file also the path of a recipe, seen from that file."""
     set: dict[str, Any] = {}
@@ -72,7 +82,7 @@ class SweepConfig(Section):
     """Values by key; every combination is a cell, named after its values."""
     cells: tuple[CellConfig, ...] = ()
     """Further cells."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(min_length=1)] = (0, 1, 2)
     """Each cell is trained with every one of them as `train.seed`."""
     measures: Annotated[tuple[Measure, ...], Field(min_length=1)] = ("pretrain.val_loss",)
     """What is compared; the table is sorted by the first, the lowest on top."""
@@ -111,8 +121,8 @@ class SweepConfig(Section):
             if not equals:
                 raise RecipeError(f"override {masked(override)!r} is not of the form key.path=value")
             changed[key.strip()] = parse_yaml(text, f"the value of override {masked(override)!r}")
-        if changed:
-            values = values | {"set": {**(values.get("set") or {}), **changed}}
+        if changed and isinstance(before := values.get("set") or {}, dict):  # else it is refused below
+            values = values | {"set": {**before, **changed}}
         return validated(cls, values)
 
     def to_yaml(self) -> str:
@@ -135,13 +145,20 @@ class SweepConfig(Section):
             if key.split(".")[0] == "name" or key == _SEED:
                 other = "seeds" if key == _SEED else "name"
                 raise ValueError(f"{where}.{key}: the sweep has a key of its own for it; set {other}")
-        for key in set(self.set) & {key for _, key in keys[len(self.set) :]}:
-            raise ValueError(
-                f"set.{key}={shown(self.set[key])} is for all cells, and some have their own; leave it out"
-            )
-        for name, values in (("seeds", self.seeds), ("cells", self.cell_names)):
+        for cell, changes in self.changes():
+            if not re.fullmatch(_LABEL, cell) or len(cell) > _LONGEST_LABEL:
+                raise ValueError(
+                    f"grid: {shown(cell)} is no name for a cell (letters, digits and _=+.-, at most {_LONGEST_LABEL}"
+                    "); list such cells under `cells`, named"
+                )
+            _check_apart({**self.set, **changes}, {key for key in self.set if key in changes})
+        for name, values in (("seeds", self.seeds), ("cells", self.cell_names), ("measures", self.measures)):
             if twice := [str(value) for value in values if list(values).count(value) > 1]:
                 raise ValueError(f"{name}: {twice[0]} comes twice; leave one out, or name it otherwise")
+        self._check_measures()
+        return self
+
+    def _check_measures(self) -> None:
         for name in self.curves:
             if name not in CURVES:
                 raise ValueError(f"curves: {name!r} cannot be drawn; choose of {', '.join(CURVES)}")
@@ -151,12 +168,17 @@ class SweepConfig(Section):
                 raise ValueError(f"measures: {measure!r} is not one of the curve's, {', '.join(CURVE_MEASURES)}")
             if stage == "extrapolate" and self.extrapolate is None:
                 raise ValueError(f"measures: {measure!r} is of a stage that runs with the key extrapolate; give {{}}")
+            if key.startswith("beyond_twice.") and self.extrapolate is not None and self.extrapolate.factor < 3:
+                raise ValueError(f"measures: {measure!r} needs extrapolate.factor of at least 3")
+            if stage in _LEFT and key not in _LEFT[stage]:
+                raise ValueError(f"measures: {stage} leaves no {key!r}; it leaves {', '.join(_LEFT[stage])}")
         for each in self.expect:
+            if same := [one for one, other in each.pairs if one == other]:
+                raise ValueError(f"expect: {same[0]!r} cannot be below itself")
             for term in (term for pair in each.pairs for term in pair):
                 if term.partition("/")[0] not in self.cell_names:
                     known = ", ".join(self.cell_names)
                     raise ValueError(f"expect: {term!r} names no cell; the cells are {known}")
-        return self
 
     @property
     def all_measures(self) -> list[str]:
@@ -193,6 +215,9 @@ class SweepConfig(Section):
                     made.append(Trial(cell, seed, Recipe.from_yaml(text, overrides, store)))
                 except RecipeError as error:
                     raise RecipeError(f"cell {cell}: {error}") from error
+                validated = made[-1].recipe.train.validate_every > 0
+                if wants := [each for each in self.all_measures if each in _OF_VALIDATION and not validated]:
+                    raise RecipeError(f"cell {cell}: {wants[0]} is measured with train.validate_every; set it")
         return made
 
 
@@ -204,7 +229,7 @@ class Trial:
 
     @property
     def label(self) -> str:
-        return f"{self.cell}.{self.seed}"
+        return f"{self.cell}@{self.seed}"
 
 
 def own_measure(term: str) -> str:
@@ -215,6 +240,21 @@ def own_measure(term: str) -> str:
 def is_sweep(values: object) -> bool:
     """Whether a YAML file of these values is one; otherwise it may be a recipe."""
     return isinstance(values, dict) and "recipe" in values and bool({"grid", "cells"} & values.keys())
+
+
+def _check_apart(changes: Mapping[str, Any], twice: Collection[str]) -> None:
+    """Raises ValueError where a cell would lose one change to another: `model.moe.top_k` to `model.moe`.
+
+    `twice`: keys that are set for all cells, and by this one.
+    """
+    for key in changes:
+        for other in changes:
+            if key in twice or key.startswith((f"{other}.", f"{other}[")):
+                other = key if key in twice else other
+                raise ValueError(
+                    f"{key}={shown(changes[key])} and {other}={shown(changes[other])} are both set for a cell, and one "
+                    "would undo the other; leave one of them out"
+                )
 
 
 def _named(key: str, value: Any) -> str:
@@ -233,9 +273,9 @@ def _override(key: str, value: Any) -> str:
 def _with_lasting_places(value: Any, key: str = "") -> Any:
     """Whatever a recipe's keys for a place say, said so that it means that everywhere (section.py)."""
     if isinstance(value, dict):
-        return {k: _with_lasting_places(v, str(k)) for k, v in value.items() if k != "stages"} | {
-            k: v for k, v in value.items() if k == "stages"
-        }
+        # What a user's own stages are told is theirs.
+        own = {k: v for k, v in value.items() if str(k).split(".")[0] == "stages"}
+        return {k: own[k] if k in own else _with_lasting_places(v, str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_with_lasting_places(each, key) for each in value]
     name = key.rpartition(".")[2]

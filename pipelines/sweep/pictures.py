@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipelines.extrapolate import draw_extrapolation
 from pipelines.figures import new_figure, own_style, png
@@ -23,6 +23,8 @@ _STYLES = ("-", "--", ":", "-.")
 _WARM_UP = 0.08
 """Share of the training whose values do not decide where the axis ends."""
 _MEASURES_A_ROW = 3
+_NAMES_A_COLUMN, _MOST_NAMED = 24, 48
+"""Of more cells a legend would be larger than the picture; results.png has their names."""
 
 
 def draw(result: SweepResult) -> dict[str, bytes]:
@@ -32,8 +34,7 @@ def draw(result: SweepResult) -> dict[str, bytes]:
         for name in result.config.curves:
             if (figure := draw_curve(result, name)) is not None:
                 figures[f"{name}.png"] = figure
-        if (figure := draw_beyond(result)) is not None:
-            figures["extrapolation.png"] = figure
+        figures |= draw_beyond(result)
         return {name: png(figure) for name, figure in figures.items()}
 
 
@@ -66,7 +67,10 @@ def draw_curve(result: SweepResult, name: str) -> Figure | None:
     axes.set_title(f"{_title(result)}\n{seeds if len(result.config.seeds) > 1 else 'one seed'}", fontsize=11)
     axes.xaxis.set_major_formatter(in_thousands)
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, frameon=False)
+    cells = len(result.config.cell_names)
+    if cells <= _MOST_NAMED:
+        columns = -(-cells // _NAMES_A_COLUMN)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, frameon=False, ncols=columns)
     return figure
 
 
@@ -98,21 +102,28 @@ def draw_results(result: SweepResult) -> Figure:
     return figure
 
 
-def draw_beyond(result: SweepResult) -> Figure | None:
-    """Loss by position, of every cell and of the scalings that it was put under: the mean of the seeds."""
-    curves: dict[str, Sequence[float | None]] = {}
-    found: Mapping[str, Any] = {}
-    for cell in result.config.cell_names:
-        trials = [trial.beyond for trial in result.trials if trial.cell == cell and trial.beyond is not None]
-        for place, name in enumerate(trials[0]["curves"] if trials else ()):
-            found = trials[0]
-            columns = zip(*(each["curves"][name] for each in trials), strict=True)
-            means = [None if None in column else fmean(column) for column in columns]
-            curves[name if place else cell] = means
-    if not found:
-        return None
+def draw_beyond(result: SweepResult) -> dict[str, Figure]:
+    """Loss by position, of every cell and of the scalings that it was put under: the mean of the seeds. A picture for
+    each length of training, by the name of its file."""
+    measured = [trial for trial in result.trials if trial.beyond is not None]
+    lengths = sorted({trial.beyond["train_seq_len"] for trial in measured if trial.beyond is not None})
+    scaled = {trial.cell for trial in measured if trial.beyond is not None and len(trial.beyond["curves"]) > 1}
     seeds = f", mean of {len(result.config.seeds)} seeds" if len(result.config.seeds) > 1 else ""
-    return draw_extrapolation(found["positions"], curves, found["train_seq_len"], f"{_title(result)}{seeds}")
+    figures = {}
+    for length in lengths:
+        curves: dict[str, Sequence[float | None]] = {}
+        positions: Sequence[int] = ()
+        for cell in result.config.cell_names:
+            found = [trial.beyond for trial in measured if trial.cell == cell and trial.beyond is not None]
+            found = [each for each in found if each["train_seq_len"] == length]
+            for place, name in enumerate(found[0]["curves"] if found else ()):
+                positions = found[0]["positions"]
+                columns = zip(*(each["curves"][name] for each in found), strict=True)
+                own = cell if not place else name if len(scaled) == 1 else f"{cell}, {name}"
+                curves[own] = [None if None in column else fmean(column) for column in columns]
+        file = "extrapolation.png" if len(lengths) == 1 else f"extrapolation-{length}.png"
+        figures[file] = draw_extrapolation(positions, curves, length, f"{_title(result)}{seeds}")
+    return figures
 
 
 def _title(result: SweepResult) -> str:

@@ -98,7 +98,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 def _difference(difference: Spread) -> str:
     """The mean, and the range over the seeds."""
-    one = "" if difference.count == 1 else f" ({difference.lowest:+.4f} to {difference.highest:+.4f})"
+    one = " (one seed)" if difference.count == 1 else f" ({difference.lowest:+.4f} to {difference.highest:+.4f})"
     return f"{difference.mean:+.4f}{one}"
 
 
@@ -117,7 +117,7 @@ def as_json(result: SweepResult, machine: Machine) -> dict[str, Any]:
         "measures": list(result.config.measures),
         "cells": [asdict(cell) for cell in result.cells],
         "trials": [
-            {name: value for name, value in vars(trial).items() if name not in ("curve", "beyond")}
+            {name: value for name, value in vars(trial).items() if name not in ("curve", "beyond", "why")}
             for trial in result.trials
         ],
         "expected": [asdict(each) for each in result.findings],
@@ -164,8 +164,12 @@ def blocks(result: SweepResult, machine: Machine, command: str, pictures: Sequen
     if result.findings:
         found += [Heading("Expected and found"), _VERDICTS, findings_table(result.findings)]
     found += [Heading("Pictures"), *map(Picture, pictures)] if pictures else []
-    changes = [[name, ", ".join(f"{k}={v}" for k, v in sets.items()) or "–"] for name, sets in config.changes()]
+    changes = [[name, _listed(sets)] for name, sets in [("(all)", config.set), *config.changes()]]
     return [*found, Heading("Cells"), Table(["cell", "sets"], changes)]
+
+
+def _listed(changes: Mapping[str, Any]) -> str:
+    return " ".join(", ".join(f"{key}={value}" for key, value in changes.items()).split()) or "–"
 
 
 _COLUMNS = (
@@ -173,8 +177,8 @@ _COLUMNS = (
     "had room for. Memory: the most that a training process held."
 )
 _VERDICTS = (
-    "`holds`: with every seed the one ended below the other; under a seed both saw the same data in the same order. "
-    "`within the spread`: only on average. In brackets the range over the seeds."
+    "Compared seed by seed, for a seed decides the start values and the order of the data. `holds`: with every seed "
+    "the one ended below the other. `within the spread`: only on average. In brackets the range over the seeds."
 )
 
 
@@ -206,7 +210,10 @@ def _as_markdown(block: Block) -> str:
         case Picture(name):
             return f"![{name.removesuffix('.png')}]({name})"
         case Table(head, rows):
-            cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+            cells = [
+                [" ".join(cell.split()).replace("|", "\\|") for cell in row]
+                for row in (head, ["---"] * len(head), *rows)
+            ]
             return "\n".join(f"| {' | '.join(row)} |" for row in cells)
     return block
 

@@ -38,6 +38,8 @@ class TrialResult:
     memory_bytes: int | None
     """The most that a training process held."""
     error: str = ""
+    why: Mapping[str, str] = field(default_factory=dict)
+    """Of each measure that is None."""
     curve: Sequence[Row] = ()
     beyond: Mapping[str, Any] | None = None
     """What `extrapolate.measure` found, if the sweep asks for it."""
@@ -62,7 +64,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class CellResult:
-    """`missing`: of each seed without a finite first measure, why."""
+    """`missing`: of each seed for which a measure of the table has no finite number, why."""
 
     cell: str
     measures: Mapping[str, Spread | None]
@@ -76,9 +78,8 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Finding:
-    """One expectation. `verdict`: `holds` if with every seed `lower` ended below `than`; `within the spread` if only on
-    average; `does not hold`; `not measured`. Both saw the same data in the same order under a seed, so that seeds are
-    compared in pairs."""
+    """One expectation, seed by seed. `verdict`: `holds` if with every seed `lower` ended below `than`; `within the
+    spread` if only on average; `does not hold`; `not measured`. Where seeds are missing it says with how many."""
 
     lower: str
     than: str
@@ -133,32 +134,39 @@ def trial_result(
     """`metadata`: by kind of stage, of those that are committed."""
     model, train = trial.recipe.model, trial.recipe.train
     trained = metadata.get("pretrain", {})
+    found = {measure: _measured(measure, metadata, curve) for measure in measures}
     return TrialResult(
         trial.cell,
         trial.seed,
-        {measure: _measured(measure, metadata, curve) for measure in measures},
+        {measure: value if isinstance(value, float) else None for measure, value in found.items()},
         model.num_parameters(),
         model.num_active_parameters(),
         model.flops_per_token(train.seq_len) * trained["tokens"] if trained else None,
         trained.get("tokens_per_second"),
         max((row["memory_bytes"] for row in curve), default=None),
         error,
+        {measure: value for measure, value in found.items() if isinstance(value, str)},
         curve,
     )
 
 
 def summarise(config: SweepConfig, trials: Sequence[TrialResult]) -> SweepResult:
     """Pure."""
-    cells = [_cell([trial for trial in trials if trial.cell == cell], config.measures[0]) for cell in config.cell_names]
+    cells = [_cell([trial for trial in trials if trial.cell == cell], config.measures) for cell in config.cell_names]
     first = [cell.measures[config.measures[0]] for cell in cells]
-    order = sorted(range(len(cells)), key=lambda i: math.inf if (found := first[i]) is None else found.mean)
-    findings = [
-        _finding(trials, pair, config.measures[0], expected) for expected in config.expect for pair in expected.pairs
-    ]
+    seeds = len(config.seeds)
+
+    def rank(index: int) -> tuple[bool, float]:
+        """A mean over fewer seeds, perhaps of those that went well, is no better than one over all."""
+        found = first[index]
+        return (True, math.inf) if found is None else (found.count < seeds, found.mean)
+
+    order = sorted(range(len(cells)), key=rank)
+    findings = [_finding(trials, pair, config, expected) for expected in config.expect for pair in expected.pairs]
     return SweepResult(config, trials, [cells[i] for i in order], findings)
 
 
-def _cell(trials: Sequence[TrialResult], first: str) -> CellResult:
+def _cell(trials: Sequence[TrialResult], measures: Sequence[str]) -> CellResult:
     def mean(values: Sequence[float | None]) -> float | None:
         found = [value for value in values if value is not None]
         return fmean(found) if found else None
@@ -175,17 +183,21 @@ def _cell(trials: Sequence[TrialResult], first: str) -> CellResult:
         mean([trial.flops for trial in trials]),
         mean([trial.tokens_per_second for trial in trials]),
         max(memory, default=None),
-        tuple(f"seed {trial.seed}: {_why(trial)}" for trial in trials if trial.measures[first] is None),
+        tuple(f"seed {trial.seed}: {why}" for trial in trials for why in _missing(trial, measures)),
     )
 
 
-def _why(trial: TrialResult) -> str:
+def _missing(trial: TrialResult, measures: Sequence[str]) -> list[str]:
+    """What failed; if nothing did, which figures are not there all the same."""
     if trial.error:
-        return trial.error
-    return "not a finite number" if trial.flops is not None else "it has not come to its end"
+        return [trial.error]
+    return [f"{measure} {trial.why[measure]}" for measure in measures if trial.measures[measure] is None]
 
 
-def _finding(trials: Sequence[TrialResult], pair: tuple[str, str], first: str, expected: ExpectConfig) -> Finding:
+def _finding(
+    trials: Sequence[TrialResult], pair: tuple[str, str], config: SweepConfig, expected: ExpectConfig
+) -> Finding:
+    first = config.measures[0]
     lower, than = (
         {
             trial.seed: value
@@ -200,17 +212,25 @@ def _finding(trials: Sequence[TrialResult], pair: tuple[str, str], first: str, e
     verdict = "not measured"
     if difference is not None:
         verdict = "holds" if difference.highest < 0 else "within the spread" if difference.mean < 0 else "does not hold"
+        if difference.count < len(config.seeds):
+            verdict += f", with {difference.count} of {len(config.seeds)} seeds"
     return Finding(*pair, measure, verdict, difference, expected.source)
 
 
-def _measured(measure: str, metadata: Mapping[str, Mapping[str, Any]], curve: Sequence[Row]) -> float | None:
+def _measured(measure: str, metadata: Mapping[str, Mapping[str, Any]], curve: Sequence[Row]) -> float | str:
+    """The number, or why there is none."""
     stage, _, key = measure.partition(".")
-    value: Any
+    left = metadata.get("pretrain" if stage == "curve" else stage)
+    if left is None:
+        return "is of a stage that has not come to its end"
+    value: Any = left
     if stage == "curve":
         value = CURVE_MEASURES[key](curve) if curve else None
-    else:
-        value = metadata.get(stage)
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    for part in key.split(".") if stage != "curve" else ():
+        if not isinstance(value, Mapping) or part not in value:
+            known = ", ".join(name for name, each in left.items() if isinstance(each, int | float | dict))
+            return f"is nothing that the stage left, which is {known}"
+        value = value[part]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return "is no finite number"
+    return float(value)

@@ -37,6 +37,8 @@ class SweepRun:
     config: SweepConfig
     command: str
     folder: Path | None = None
+    store: Store | None = None
+    """Where a run that `train.start_from` names is looked for."""
     keep_going: bool = field(default=True, init=False)
 
     @property
@@ -45,7 +47,7 @@ class SweepRun:
 
     @cached_property
     def _trials(self) -> list[Trial]:
-        return self.config.trials()
+        return self.config.trials(self.store)
 
     def to_yaml(self) -> str:
         return self.config.to_yaml()
@@ -64,10 +66,15 @@ class SweepRun:
     def check_cluster(
         self, graph: Graph, selected: Sequence[str], store: Store, dashboard_url: str, keep: bool
     ) -> None:
+        from pipelines.drive import find_committed
         from pipelines.pretrain import check_room
 
-        if any(graph.stages[name].kind == "pretrain" for name in selected):
-            for trial in self._trials[: len(self.config.cell_names)]:
+        chosen = [graph.stages[name] for name in selected if graph.stages[name].kind == "pretrain"]
+        committed = find_committed(graph, store, chosen, Artifact.manifest)
+        planned = self._graph(store)
+        for trial in self._trials:
+            name = planned.stages[trial.label].get("pretrain")
+            if name in selected and name not in committed:
                 check_room(trial.recipe.model, trial.recipe.train)
 
     def conclude(

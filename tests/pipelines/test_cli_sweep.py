@@ -29,15 +29,16 @@ def test_a_dry_run_names_every_trial_s_stages(
 ) -> None:
     assert run_cli(monkeypatch, "sweep", path, "--dry-run", "--json", "--set", "train.steps=2") == 0
     steps = json.loads(capsys.readouterr().out)
-    assert [step["stage"] for step in steps][-2:] == ["pretrain@rmsnorm.1", "pretrain@layernorm.1"]
+    assert [step["stage"] for step in steps][-2:] == ["pretrain@rmsnorm@1", "pretrain@layernorm@1"]
     assert len(steps) == 4 + 4 and not (path.parent / "home/store/runs").exists()
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["--set", "model.norm=rmsnorm"], "set.model.norm='rmsnorm' is for all cells, and some have their own"),
+        (["--set", "model.norm=rmsnorm"], "model.norm='rmsnorm' and model.norm='rmsnorm' are both set for a cell"),
         (["--set", "train.stps=3"], "cell rmsnorm: train.stps: unknown key; did you mean train.steps?"),
+        (["--out", "x"], "--dry-run writes no report; leave --out out"),
         (["--force", "pretrain"], "there is no stage 'pretrain' to force; choose one of ingest,"),
     ],
 )
@@ -62,7 +63,7 @@ def test_a_sweep_is_not_run_as_a_recipe_nor_a_recipe_as_a_sweep(
 def test_a_trial_that_fails_is_shown_and_the_others_have_their_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def plain(recipe, dashboard_url, keep, generations):
+    def plain(recipe, dashboard_url, keep, generations, ingest):
         def train(context):
             if recipe.model.norm == "layernorm" and recipe.train.seed == 1:
                 raise OSError("the disk | is full")

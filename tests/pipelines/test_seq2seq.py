@@ -7,6 +7,9 @@ import yaml
 
 from cluster.storage import Store
 from llama.config import ModelConfig
+from pipelines.cli_serve import find_model
+from pipelines.export import export_checkpoint
+from pipelines.finetune import fill_in_start
 from pipelines.pretrain import pretrain_stage
 from pipelines.recipe_text import RecipeError
 from pipelines.runs import Run, RunError
@@ -37,6 +40,7 @@ def test_the_shipped_recipe_is_one_and_its_sizes_follow_from_the_pairs() -> None
         ("model.vocab_size=7", "model.vocab_size=7 is below pairs.symbols=6 and two more; leave it out, or set at"),
         ("model.max_source_len=4", "model.max_source_len=4 is below pairs.max_length=5; leave it out, or set at"),
         ("evaluate.max_tokens=7", "evaluate.max_tokens=7 and the begin token do not fit into model.max_seq_len=7"),
+        ("pairs={path: pairs.jsonl}", "model.vocab_size: missing; with pairs.path it is to be given"),
         ("model.moe.num_experts=4", "model.moe: an encoder–decoder has no experts; leave it out"),
         ("model.norms=layernorm", "model.norms: unknown key; did you mean model.norm?"),
         ("data={}", "data: unknown key"),
@@ -85,3 +89,15 @@ def test_a_run_of_another_kind_is_named(tmp_path: Path) -> None:
     assert recipe_of(Run.create(store, RECIPE, "ours")).pairs.task == "reverse"
     with pytest.raises(RunError, match="run 'theirs' is not of an encoder–decoder"):
         recipe_of(Run.create(store, "name: x\ndata: {}\n", "theirs"))
+
+
+def test_commands_for_decoders_say_what_the_run_is_of(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    run = Run.create(store, tiny().to_yaml(), "r1")
+    for ask in (
+        lambda: export_checkpoint(run, "last", str(tmp_path / "out")),
+        lambda: find_model("r1", store.uri),
+        lambda: fill_in_start({"train": {"start_from": "r1"}}, store),
+    ):
+        with pytest.raises(ValueError, match="run 'r1' is of a recipe of an encoder–decoder; name one of a recipe"):
+            ask()

@@ -34,6 +34,7 @@ def task(store: Store, known_nodes: frozenset[str] = frozenset({"a"})) -> Worker
         output=store,
         incarnation="first",
         run="run",
+        stage="pretrain",
         sizes=WorldSizes(2, 4, 2, lambda size: size % 2 == 0),
         needs=WorkerNeeds(),
         known_nodes=known_nodes,

@@ -11,7 +11,14 @@ RECIPE: dict[str, Any] = {
     "data": {"sources": [{"uri": "stdlib"}]},
     "tokenizer": {"vocab_size": 300},
     "model": {"dim": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 64},
-    "train": {"steps": 4, "global_batch": 2, "micro_batch": 2, "seq_len": 32, "schedule": {"warmup_steps": 1}},
+    "train": {
+        "steps": 4,
+        "global_batch": 2,
+        "micro_batch": 2,
+        "seq_len": 32,
+        "schedule": {"warmup_steps": 1},
+        "validate_every": 2,
+    },
 }
 
 

@@ -20,8 +20,8 @@ def test_a_grid_is_every_combination_and_a_seed_sets_the_training_s() -> None:
     ]
     trials = config.trials()
     assert [trial.label for trial in trials[:5]] == [
-        *(f"{name}.3" for name in config.cell_names),
-        f"{config.cell_names[0]}.7",
+        *(f"{name}@3" for name in config.cell_names),
+        f"{config.cell_names[0]}@7",
     ]
     assert {(t.recipe.model.norm, t.recipe.model.kv_heads, t.recipe.train.seed) for t in trials} == {
         (norm, heads, seed) for norm in ("rmsnorm", "layernorm") for heads in (4, 1) for seed in (3, 7)
@@ -62,7 +62,22 @@ def test_what_is_stored_is_the_same_sweep(tmp_path, monkeypatch) -> None:
         ({"grid": {"model.moe": [{"num_experts": 2}]}}, "gives no name to a cell; list such cells under `cells`"),
         ({"grid": {"train.seed": [1, 2]}}, "train.seed: the sweep has a key of its own for it; set seeds"),
         ({"set": {"name": "x"}}, "set name"),
-        ({"set": {"model.norm": "rmsnorm"}}, "set.model.norm='rmsnorm' is for all cells, and some have their own"),
+        ({"set": {"model.norm": "rmsnorm"}}, "model.norm='rmsnorm' and model.norm='rmsnorm' are both set for a cell"),
+        (
+            {"set": {"model.moe.top_k": 1}, "cells": [{"name": "a", "set": {"model.moe": {"num_experts": 4}}}]},
+            "model.moe.top_k=1 and model.moe={'num_experts': 4} are both set for a cell",
+        ),
+        ({"seeds": [True]}, "seeds[0]=True"),
+        ({"expect": [{"lower": "rmsnorm", "than": ["rmsnorm"]}]}, "expect: 'rmsnorm' cannot be below itself"),
+        ({"expect": [{"lower": [], "than": "rmsnorm"}]}, "expect[0].lower"),
+        ({"measures": ["pretrain.loss", "pretrain.loss"]}, "measures: pretrain.loss comes twice"),
+        ({"measures": ["pretrain.val_los"]}, "pretrain leaves no 'val_los'; it leaves step, finished"),
+        ({"measures": ["extrapolate.within.own"]}, "runs with the key extrapolate"),
+        (
+            {"measures": ["extrapolate.beyond_twice.own"], "extrapolate": {"factor": 2}},
+            "extrapolate.factor of at least 3",
+        ),
+        ({"grid": {"stages.x.config./a": [1]}}, "is no name for a cell"),
         ({"seeds": [1, 1]}, "seeds: 1 comes twice"),
         ({"cells": [{"name": "rmsnorm"}]}, "cells: rmsnorm comes twice"),
         ({"cells": [{"name": "a/b"}]}, "cells[0].name"),
@@ -87,6 +102,12 @@ def test_a_cell_that_makes_no_recipe_is_named() -> None:
         sweep(grid={"model.norm": ["rmsnorm", "groupnorm"]}).trials()
 
 
+def test_what_is_measured_by_validation_needs_one() -> None:
+    with pytest.raises(RecipeError, match="cell rmsnorm: pretrain.val_loss is measured with train.validate_every"):
+        sweep(set={"train.validate_every": 0}).trials()
+    assert sweep(set={"train.validate_every": 0}, measures=["pretrain.loss"]).trials()
+
+
 def test_files_that_are_none(tmp_path) -> None:
     with pytest.raises(RecipeError, match="there is no sweep"):
         SweepConfig.load(tmp_path / "none.yaml")
@@ -99,6 +120,9 @@ def test_files_that_are_none(tmp_path) -> None:
     with pytest.raises(RecipeError, match="not of the form key.path=value"):
         (tmp_path / "s.yaml").write_text("name: s\nrecipe: recipe.yaml\ngrid: {model.norm: [rmsnorm]}\n")
         SweepConfig.load(tmp_path / "s.yaml", ["train.steps"])
+    (tmp_path / "s.yaml").write_text("name: s\nrecipe: recipe.yaml\ngrid: {model.norm: [rmsnorm]}\nset: [1]\n")
+    with pytest.raises(RecipeError, match="^set="):
+        SweepConfig.load(tmp_path / "s.yaml", ["train.steps=1"])
     assert is_sweep({"recipe": {}, "cells": []}) and not is_sweep(RECIPE) and not is_sweep(None)
 
 

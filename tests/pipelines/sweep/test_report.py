@@ -21,7 +21,10 @@ def test_markdown_has_a_row_for_every_cell_and_names_what_is_missing() -> None:
     assert "| rmsnorm | 4.1250 ± 0.1768 | 10 | 1.00e+09 | 100 | 5 bytes |" in text
     assert "| layernorm | 4.5000 (1 of 2 seeds) |" in text
     assert "layernorm, seed 1: it broke" in text
-    assert "| rmsnorm below layernorm | pretrain.val_loss | -0.5000 | holds | <somebody> |" in text
+    assert (
+        "| rmsnorm below layernorm | pretrain.val_loss | -0.5000 (one seed) | holds, with 1 of 2 seeds | <somebody> |"
+        in text
+    )
     assert "![results](results.png)" in text and "caravan sweep s.yaml" in text and "seeds 0, 1" in text
     assert "| rmsnorm | model.norm=rmsnorm |" in text
 
@@ -38,7 +41,7 @@ def test_json_has_all_figures_and_no_curve() -> None:
     assert figures["machine"]["cores"] == 2 and figures["seeds"] == [0, 1]
     assert figures["cells"][0]["measures"]["pretrain.val_loss"]["mean"] == 4.125
     assert figures["trials"][3]["error"] == "it broke" and "curve" not in figures["trials"][3]
-    assert figures["expected"][0]["verdict"] == "holds"
+    assert figures["expected"][0]["verdict"] == "holds, with 1 of 2 seeds"
 
 
 def test_pictures_are_drawn_of_what_has_values() -> None:
@@ -64,9 +67,19 @@ def test_beyond_the_length_of_training_is_a_line_for_every_cell_and_scaling() ->
             else {"rope": [3.0, None]}
         )
         object.__setattr__(trial, "beyond", {"curves": curves, "positions": [64, 512], "train_seq_len": 64})
-    figure = pictures.draw_beyond(result)
-    assert figure is not None
+    (figure,) = pictures.draw_beyond(result).values()
     lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
     assert lines["rmsnorm"] == [4.0, 6.0] and lines["rope under yarn"] == [4.0, 4.5]
     assert lines["layernorm"][0] == 3.0 and "extrapolation.png" in pictures.draw(result)
-    assert pictures.draw_beyond(made()) is None
+    assert pictures.draw_beyond(made()) == {}
+    for trial in result.trials:
+        object.__setattr__(
+            trial, "beyond", {**trial.beyond, "curves": {"rope": [4.0, 5.0], "rope under yarn": [1.0, 2.0]}}
+        )
+    (figure,) = pictures.draw_beyond(result).values()
+    names = {line.get_label() for line in figure.axes[0].lines[:4]}
+    assert names == {"rmsnorm", "rmsnorm, rope under yarn", "layernorm", "layernorm, rope under yarn"}
+    object.__setattr__(
+        result.trials[0], "beyond", {**result.trials[0].beyond, "train_seq_len": 32, "positions": [32, 256]}
+    )
+    assert list(pictures.draw_beyond(result)) == ["extrapolation-32.png", "extrapolation-64.png"]

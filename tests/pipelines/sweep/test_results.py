@@ -33,6 +33,8 @@ def test_cells_are_ordered_by_their_mean_and_what_failed_comes_last_with_its_rea
     assert spread.deviation == pytest.approx(statistics.stdev([4.0, 5.0]))
     assert found.cells[1].measures["pretrain.val_loss"] is None
     assert found.cells[1].missing == ("seed 0: it broke", "seed 1: it broke")
+    lucky = results({("rmsnorm", 0): 1.0, ("layernorm", 0): 4.0, ("rmsnorm", 1): None, ("layernorm", 1): 5.0})
+    assert [cell.cell for cell in lucky.cells] == ["layernorm", "rmsnorm"], "a mean of those that went well is none"
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_cells_are_ordered_by_their_mean_and_what_failed_comes_last_with_its_rea
         ((4.0, 5.2), (4.5, 5.1), "within the spread"),
         ((4.0, 5.2), (3.9, 5.1), "does not hold"),
         ((4.0, None), (None, 5.0), "not measured"),
-        ((4.0, None), (4.1, 1.0), "holds"),
+        ((4.0, None), (4.1, 1.0), "holds, with 1 of 2 seeds"),
     ],
 )
 def test_verdicts_compare_seed_by_seed(rms, layer, verdict) -> None:
@@ -58,9 +60,18 @@ def test_what_a_trial_left_is_looked_up_by_stage_and_key() -> None:
         "pretrain": {"val_loss": 3.5, "tokens": 1000, "tokens_per_second": 77.0, "lost": None},
         "evaluate": {"by": {"half": 2}, "odd": math.inf, "yes": True},
     }
-    measures = ["pretrain.val_loss", "evaluate.by.half", "evaluate.odd", "evaluate.yes", "shards.rows", "pretrain.lost"]
+    why = {
+        "evaluate.odd": "is no finite number",
+        "evaluate.yes": "is no finite number",
+        "shards.rows": "is of a stage that has not come to its end",
+        "pretrain.missing": "is nothing that the stage left, which is val_loss, tokens, tokens_per_second",
+        "pretrain.lost": "is no finite number",
+        "curve.imbalance": "is no finite number",
+    }
+    measures = ["pretrain.val_loss", "evaluate.by.half", *why]
     found = trial_result(trial, measures, metadata, [row(1), row(2)], "")
-    assert list(found.measures.values()) == [3.5, 2.0, None, None, None, None]
+    assert list(found.measures.values()) == [3.5, 2.0, *[None] * len(why)]
+    assert found.why == why
     assert found.parameters == trial.recipe.model.num_parameters()
     assert found.flops == 1000 * trial.recipe.model.flops_per_token(32)
     assert (found.tokens_per_second, found.memory_bytes) == (77.0, 1002)

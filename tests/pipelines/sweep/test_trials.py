@@ -5,6 +5,7 @@ import pytest
 from pipelines.recipe_text import RecipeError
 from pipelines.stage import GraphError
 from pipelines.stages import build_graph
+from pipelines.sweep import trials
 from pipelines.sweep.trials import sweep_graph
 from tests.pipelines.sweep.sweeps import sweep
 
@@ -14,11 +15,11 @@ def test_trials_share_what_does_not_differ() -> None:
     made = sweep_graph(config.trials(), ["pretrain"])
     assert list(made.graph.stages) == [
         *("ingest", "dedup", "tokenizer", "shards"),
-        *(f"pretrain@{norm}.{seed}" for seed in (0, 1) for norm in ("rmsnorm", "layernorm")),
+        *(f"pretrain@{norm}@{seed}" for seed in (0, 1) for norm in ("rmsnorm", "layernorm")),
     ]
-    assert made.stages["layernorm.1"] == {
+    assert made.stages["layernorm@1"] == {
         **{kind: kind for kind in ("ingest", "dedup", "tokenizer", "shards")},
-        "pretrain": "pretrain@layernorm.1",
+        "pretrain": "pretrain@layernorm@1",
     }
 
 
@@ -31,23 +32,23 @@ def test_a_stage_that_differs_by_cell_only_is_named_after_the_cell() -> None:
         "dedup",
         "tokenizer@vocab_size=300",
         "shards@vocab_size=400",
-        "evaluate@vocab_size=400.1",
+        "evaluate@vocab_size=400@1",
     } <= names
-    assert made.graph.stages["pretrain@vocab_size=300.1"].upstream == ("shards@vocab_size=300",)
+    assert made.graph.stages["pretrain@vocab_size=300@1"].upstream == ("shards@vocab_size=300",)
 
 
 def test_keys_are_those_of_plain_runs() -> None:
-    trials = sweep(grid={"tokenizer.vocab_size": [300, 400]}).trials()
-    made = sweep_graph(trials, ["evaluate", "pretrain"])
-    for trial in trials:
+    tried = sweep(grid={"tokenizer.vocab_size": [300, 400]}).trials()
+    made = sweep_graph(tried, ["evaluate", "pretrain"])
+    for trial in tried:
         plain = build_graph(trial.recipe, "", False)
         for kind, name in made.stages[trial.label].items():
             assert made.graph.keys[name] == plain.keys[kind]
     anew = {made.graph.first_keys["tokenizer@vocab_size=400"]: 1}
-    again = sweep_graph(trials, ["evaluate"], anew)
-    plain = build_graph(trials[-1].recipe, "", False, anew)
-    assert again.graph.keys["evaluate@vocab_size=400.1"] == plain.keys["evaluate"]
-    assert again.graph.keys["evaluate@vocab_size=300.1"] == made.graph.keys["evaluate@vocab_size=300.1"]
+    again = sweep_graph(tried, ["evaluate"], anew)
+    plain = build_graph(tried[-1].recipe, "", False, anew)
+    assert again.graph.keys["evaluate@vocab_size=400@1"] == plain.keys["evaluate"]
+    assert again.graph.keys["evaluate@vocab_size=300@1"] == made.graph.keys["evaluate@vocab_size=300@1"]
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
@@ -63,12 +64,37 @@ def test_beyond_the_training_s_length_rows_are_long_and_only_rotary_models_are_r
     )
     made = sweep_graph(config.trials(), config.kinds, extrapolate=config.extrapolate)
     rows = {name: stage.config.seq_len for name, stage in made.graph.stages.items() if stage.kind == "shards"}
-    assert rows == {"shards": 32, "shards@long": 128}
+    assert rows == {"shards": 32, "shards@long:4": 128}
     for cell, scalings in (("rope", ("yarn",)), ("alibi", None)):
-        stage = made.graph.stages[f"extrapolate@{cell}.0"]
-        assert stage.upstream == ("shards@long", f"pretrain@{cell}.0")
+        stage = made.graph.stages[f"extrapolate@{cell}@0"]
+        assert stage.upstream == ("shards@long:4", f"pretrain@{cell}@0")
         assert stage.config["extrapolate"].scalings == scalings
-    assert made.graph.stages["pretrain@rope.0"].upstream == ("shards",)
+    assert made.graph.stages["pretrain@rope@0"].upstream == ("shards",)
     learned = sweep(grid={"model.position": ["learned"]}, seeds=[0])
     with pytest.raises(RecipeError, match="cell learned: model.max_seq_len=64 positions are learned"):
         sweep_graph(learned.trials(), ["extrapolate"], extrapolate=config.extrapolate)
+
+
+def test_cells_that_are_one_training_are_refused() -> None:
+    """They would be shown as two that took equally long."""
+    config = sweep(grid={"train.activation_checkpointing": ["none", "full"]}, measures=["pretrain.loss"])
+    with pytest.raises(GraphError, match="cells none and full are one training: they differ only in what does not"):
+        sweep_graph(config.trials(), config.kinds)
+
+
+def test_names_of_cells_and_trials_do_not_meet() -> None:
+    cells = [
+        {"name": name, "set": {"tokenizer.vocab_size": size}} for name, size in (("a", 300), ("a.0", 400), ("b", 300))
+    ]
+    cells[2]["set"]["model.norm"] = "layernorm"
+    made = sweep_graph(sweep(grid={}, cells=cells).trials(), ["pretrain"])
+    assert {name for name in made.graph.stages if "tokenizer" in name} == {"tokenizer@a@0", "tokenizer@a.0"}
+    assert made.stages["b@1"]["tokenizer"] == "tokenizer@a@0"
+
+
+def test_sources_are_looked_at_once(monkeypatch) -> None:
+    looked = []
+    real = trials.ingest_stage
+    monkeypatch.setattr(trials, "ingest_stage", lambda data: looked.append(data) or real(data))
+    sweep_graph(sweep().trials(), ["pretrain"])
+    assert len(looked) == 1
