@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from cluster.storage import Store
 from pipelines.generations import read_generations
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from pipelines.runs import Run
 
 
+RecipeT = TypeVar("RecipeT", Recipe, Seq2SeqRecipe)
+
+
 class Conclusion(Protocol):
     """What a run that is over has to say."""
 
@@ -45,7 +48,8 @@ class Conclusion(Protocol):
 class RunKind(Protocol):
     """`keep_going`: a stage that fails does not keep those that do not need it from being run."""
 
-    keep_going: bool
+    @property
+    def keep_going(self) -> bool: ...
 
     @property
     def name(self) -> str: ...
@@ -98,9 +102,11 @@ def stored_kind(text: str, overrides: Sequence[str], store: Store | None, comman
 
 
 @dataclass(frozen=True)
-class RecipeRun:
-    recipe: Recipe
-    keep_going = False
+class _ModelRun(Generic[RecipeT]):
+    """Of a recipe, which makes one model."""
+
+    recipe: RecipeT
+    keep_going: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -109,20 +115,9 @@ class RecipeRun:
     def to_yaml(self) -> str:
         return self.recipe.to_yaml()
 
-    def modules(self) -> list[str]:
-        return user_modules(self.recipe.stages)
-
-    def build(self, store: Store, dashboard_url: str, keep: bool) -> Graph:
-        return build_graph(self.recipe, dashboard_url, keep, read_generations(store))
-
-    def check_cluster(
-        self, graph: Graph, selected: Sequence[str], store: Store, dashboard_url: str, keep: bool
-    ) -> None:
-        from cluster.serve import control
+    def _check_room(self, graph: Graph, selected: Sequence[str], store: Store) -> None:
         from pipelines.pretrain import check_room
 
-        if "deploy" in selected:
-            control.check_can_deploy(dashboard_url, self.recipe.serve.port, replace=keep)
         if "pretrain" in selected and not graph.artifact(store, "pretrain").committed:
             check_room(self.recipe.model, self.recipe.train)
 
@@ -135,17 +130,25 @@ class RecipeRun:
 
 
 @dataclass(frozen=True)
-class Seq2SeqRun:
-    recipe: Seq2SeqRecipe
-    keep_going = False
+class RecipeRun(_ModelRun[Recipe]):
+    def modules(self) -> list[str]:
+        return user_modules(self.recipe.stages)
 
-    @property
-    def name(self) -> str:
-        return self.recipe.name
+    def build(self, store: Store, dashboard_url: str, keep: bool) -> Graph:
+        return build_graph(self.recipe, dashboard_url, keep, read_generations(store))
 
-    def to_yaml(self) -> str:
-        return self.recipe.to_yaml()
+    def check_cluster(
+        self, graph: Graph, selected: Sequence[str], store: Store, dashboard_url: str, keep: bool
+    ) -> None:
+        from cluster.serve import control
 
+        if "deploy" in selected:
+            control.check_can_deploy(dashboard_url, self.recipe.serve.port, replace=keep)
+        self._check_room(graph, selected, store)
+
+
+@dataclass(frozen=True)
+class Seq2SeqRun(_ModelRun[Seq2SeqRecipe]):
     def modules(self) -> list[str]:
         return []
 
@@ -157,17 +160,7 @@ class Seq2SeqRun:
     def check_cluster(
         self, graph: Graph, selected: Sequence[str], store: Store, dashboard_url: str, keep: bool
     ) -> None:
-        from pipelines.pretrain import check_room
-
-        if "pretrain" in selected and not graph.artifact(store, "pretrain").committed:
-            check_room(self.recipe.model, self.recipe.train)
-
-    def conclude(
-        self, run: Run, graph: Graph, results: Mapping[str, StageResult] | None, seconds: float
-    ) -> Conclusion | None:
-        from pipelines.report import summarise
-
-        return None if results is None else _RecipeConclusion(summarise(run, results, seconds))
+        self._check_room(graph, selected, store)
 
 
 @dataclass(frozen=True)
