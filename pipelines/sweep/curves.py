@@ -58,7 +58,7 @@ LABELS = {
     "evaluate.perplexity": "held-out perplexity",
     "evaluate.bits_per_byte": "held-out text (bits per byte)",
     "extrapolate.within.own": "loss within the length of training (nats per token)",
-    "extrapolate.beyond_twice.own": "loss beyond twice that length (nats per token)",
+    "extrapolate.beyond_twice.own": "loss beyond twice the length of training (nats per token)",
     "tokenizer.bytes_per_token": "bytes per token",
     "curve.imbalance": "expert imbalance: max load / mean load − 1",
     "curve.gap": "validation less training loss (nats per token)",

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from pipelines.extrapolate import draw_extrapolation
@@ -23,6 +24,7 @@ _STYLES = ("-", "--", ":", "-.")
 _WARM_UP = 0.08
 """Share of the training whose values do not decide where the axis ends."""
 _MEASURES_A_ROW = 3
+_LABEL_CHARS = 34
 _NAMES_A_COLUMN, _MOST_NAMED = 24, 48
 """Of more cells a legend would be larger than the picture; results.png has their names."""
 
@@ -94,7 +96,7 @@ def draw_results(result: SweepResult) -> Figure:
                 axes.plot([spread.mean], [place], "|", color=color, markersize=18, markeredgewidth=2.5)
             else:
                 axes.text(0.02, place, "none: see the table", transform=axes.get_yaxis_transform(), va="center")
-        axes.set(xlabel=LABELS.get(measure, measure), yticks=range(len(names)))
+        axes.set(xlabel=_in_lines(LABELS.get(measure, measure)), yticks=range(len(names)))
         axes.set_yticklabels(names)
         axes.grid(alpha=0.3)
     grid[0].set_ylim(len(names) - 0.5, -0.5)
@@ -108,7 +110,7 @@ def draw_beyond(result: SweepResult) -> dict[str, Figure]:
     measured = [trial for trial in result.trials if trial.beyond is not None]
     lengths = sorted({trial.beyond["train_seq_len"] for trial in measured if trial.beyond is not None})
     scaled = {trial.cell for trial in measured if trial.beyond is not None and len(trial.beyond["curves"]) > 1}
-    seeds = f", mean of {len(result.config.seeds)} seeds" if len(result.config.seeds) > 1 else ""
+    seeds = f"mean of {len(result.config.seeds)} seeds" if len(result.config.seeds) > 1 else "one seed"
     figures = {}
     for length in lengths:
         curves: dict[str, Sequence[float | None]] = {}
@@ -122,8 +124,13 @@ def draw_beyond(result: SweepResult) -> dict[str, Figure]:
                 own = cell if not place else name if len(scaled) == 1 else f"{cell}, {name}"
                 curves[own] = [None if None in column else fmean(column) for column in columns]
         file = "extrapolation.png" if len(lengths) == 1 else f"extrapolation-{length}.png"
-        figures[file] = draw_extrapolation(positions, curves, length, f"{_title(result)}{seeds}")
+        figures[file] = draw_extrapolation(positions, curves, length, f"{_title(result)}\n{seeds}")
     return figures
+
+
+def _in_lines(label: str) -> str:
+    """Narrow enough for one of several axes side by side."""
+    return "\n".join(wrap(label, _LABEL_CHARS))
 
 
 def _title(result: SweepResult) -> str:
