@@ -295,9 +295,8 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(workplace: Workplace) -> No
     assert list(losses.values()) == sorted(losses.values()) and len(set(losses.values())) == 2
     report = (workplace.home / "sweeps/runs/norms/sweep/report.md").read_text()
     assert all(f"| {cell} | {loss:.4f} |" in report for cell, loss in losses.items())
-    plain = [
-        part for key, value in (*changes.items(), ("model.norm", "layernorm")) for part in ("--set", f"{key}={value}")
-    ]
-    plain += ["--set", "model.num_kv_heads=1", "--until", "pretrain", "--store", store.uri]
+    settings = {**changes, "model.norm": "layernorm"}
+    plain = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    plain += ["--until", "pretrain", "--store", store.uri]
     steps = json.loads(workplace.ask("run", workplace.recipe, *plain, "--dry-run", "--json"))
     assert {step["action"] for step in steps} == {"skip"}, "a plain run finds what the sweep has made"
