@@ -177,8 +177,8 @@ _COLUMNS = (
     "had room for. Memory: the most that a training process held."
 )
 _VERDICTS = (
-    "Compared seed by seed, for a seed decides the start values and the order of the data. `holds`: with every seed "
-    "the one ended below the other. `within the spread`: only on average. In brackets the range over the seeds."
+    "Compared seed by seed, for a seed decides the start values and the order of the data. Holds: with every seed the "
+    "one ended below the other. Within the spread: only on average. In brackets the range over the seeds."
 )
 
 

@@ -84,6 +84,7 @@ class Finding:
     lower: str
     than: str
     measure: str
+    """Of the terms that name none of their own."""
     verdict: str
     difference: Spread | None
     """`lower` less `than`, by seed."""
@@ -207,7 +208,7 @@ def _finding(
         }
         for term in pair
     )
-    measure = " and ".join(dict.fromkeys(own_measure(term) or first for term in pair))
+    measure = first if not all(map(own_measure, pair)) else own_measure(pair[0])
     difference = Spread.of([lower[seed] - than[seed] for seed in lower if seed in than])
     verdict = "not measured"
     if difference is not None:
