@@ -32,6 +32,8 @@ ABANDONED_S = 86400.0
 """After so long without a write a try that has not won is at its end."""
 _MANIFEST = "manifest.json"
 _FOLDERS = {"attempts", "parts", lease.FOLDER, condemn.FOLDER, hold.FOLDER, CHECKPOINTS, METRICS, INCARNATIONS, HANGS}
+_PROBES = 3
+"""Tries to see a file that was just written: of a process that slept for a day another takes it away as left over."""
 _AT_ONCE = 64
 """Artifacts that are marked before the roots are read once for all of them."""
 
@@ -316,9 +318,13 @@ class _noted:
 
 def _store_time(store: Store) -> int:
     """Nanoseconds since the epoch by the clock that gives files their times."""
-    folder, name = store.child("probes"), uuid.uuid4().hex
-    folder.write_bytes(name, b"caravan")
-    stats = folder.stats()
+    folder, name, stats = store.child("probes"), uuid.uuid4().hex, dict[str, FileStat]()
+    for _ in range(_PROBES):
+        folder.write_bytes(name, b"caravan")
+        if name in (stats := folder.stats()):
+            break
+    else:
+        raise StorageError(f"{folder.uri}: {name} was written and is not there; look whether something deletes files")
     now_ns = stats[name].mtime_ns
     for each, stat in stats.items():
         if each == name or now_ns - stat.mtime_ns > ABANDONED_S * 1e9:  # of one who was killed just here

@@ -337,3 +337,22 @@ def test_the_command_needs_neither_ray_nor_torch(store):
     script += "import sys; sys.argv = ['caravan', 'gc', '--store', sys.argv[1]]; from pipelines.cli import main; main()"
     ended = subprocess.run([sys.executable, "-c", script, store.uri], capture_output=True, text=True)
     assert ended.returncode == 0 and "removed 0 bytes" in ended.stdout, ended.stderr
+
+
+def test_one_that_slept_for_a_day_is_not_put_off_by_another_s_cleaning(store, monkeypatch):
+    """Its file for the time was taken for one that a killed process had left."""
+    stats, taken = Store.stats, []
+
+    def clean(self, *below):
+        if self.uri.endswith("/probes") and len(taken) < limit:
+            taken.extend(stats(self))
+            self.delete(taken[-1])
+        return stats(self, *below)
+
+    monkeypatch.setattr(Store, "stats", clean)
+    limit = 2
+    collect(store, Policy(0))
+    assert len(taken) == 2 and store.list("probes") == []
+    limit = 99
+    with pytest.raises(StorageError, match="was written and is not there"):
+        collect(store, Policy(0))
