@@ -274,29 +274,31 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(workplace: Workplace) -> No
     sweep |= {"grid": {"model.norm": ["rmsnorm", "layernorm"]}}
     path = workplace.recipe.with_name("sweep.yaml")
     path.write_text(yaml.safe_dump(sweep))
-    store = Store(workplace.home / "sweeps")
+    store = Store(workplace.home / "store")  # where the data is, if another test has run
 
     def trained() -> dict[str, Any]:
         keys = {path.split("/")[0] for path in store.child("artifacts", "pretrain").list()}
         manifests = {key: Artifact(store.child("artifacts", "pretrain", key)).manifest() for key in keys}
-        return {key: manifest for key, manifest in manifests.items() if manifest is not None}
+        return {key: manifest for key, manifest in manifests.items() if manifest is not None and key not in others}
 
-    driver = workplace.start("sweep", path, "--run-id", "norms", "--store", store.uri)
+    others: set[str] = set()
+    others = set(trained())
+    driver = workplace.start("sweep", path, "--run-id", "norms")
     wait_for(trained, "the first trial's end")
     driver.kill()
     driver.communicate()
     before = trained()
-    figures = json.loads(workplace.run("resume", "norms", "--store", store.uri, "--json"))
+    figures = json.loads(workplace.run("resume", "norms", "--json"))
     after = trained()
     assert len(before) == 1 and len(after) == 2
     assert {key: after[key].attempt for key in before} == {key: each.attempt for key, each in before.items()}
     losses = {cell["cell"]: cell["measures"]["pretrain.val_loss"]["mean"] for cell in figures["cells"]}
     assert sorted(losses.values()) == sorted(manifest.metadata["val_loss"] for manifest in after.values())
     assert list(losses.values()) == sorted(losses.values()) and len(set(losses.values())) == 2
-    report = (workplace.home / "sweeps/runs/norms/sweep/report.md").read_text()
+    report = (workplace.home / "store/runs/norms/sweep/report.md").read_text()
     assert all(f"| {cell} | {loss:.4f} |" in report for cell, loss in losses.items())
     settings = {**changes, "model.norm": "layernorm"}
     plain = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    plain += ["--until", "pretrain", "--store", store.uri]
+    plain += ["--until", "pretrain"]
     steps = json.loads(workplace.ask("run", workplace.recipe, *plain, "--dry-run", "--json"))
     assert {step["action"] for step in steps} == {"skip"}, "a plain run finds what the sweep has made"
