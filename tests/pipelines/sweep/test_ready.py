@@ -47,6 +47,8 @@ def test_what_is_said_to_be_equal_is() -> None:
     assert max(flops) / min(flops) < 1.02, "but for the router"
     heads = {cell: trial.recipe.model.num_parameters() for cell, trial in cells("heads").items()}
     assert all(abs(heads[cell] / heads["mha"] - 1) < 0.001 for cell in ("gqa-2-wide", "mqa-wide"))
+    tables = {cell: trial.recipe.model.num_parameters() for cell, trial in cells("embeddings").items()}
+    assert abs(tables["tied-wide"] / tables["untied"] - 1) < 0.001
     epochs = cells("repetition")
     fresh = epochs.pop("fresh").recipe
     tokens = fresh.train.steps * fresh.train.global_batch * fresh.train.seq_len
